@@ -1,0 +1,59 @@
+# `make` lists the targets. Everything runs in .venv, made on first use with $(PYTHON).
+
+PYTHON ?= python3
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-slow lint format wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mnist.py $(DEMO_FLAGS)
+	$(PY) examples/mnist.py $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
+	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev  ## check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-dev  ## rewrite the sources in the checked style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+wheel: $(VENV)/.created  ## build the wheel into dist/
+	rm -rf build dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:  ## remove .venv, build outputs and caches
+	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an environment and its packages are made once, and again when their inputs change.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+		"diffq needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + \
+		": name another one, e.g. make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml setup.cfg constraints.txt | $(VENV)/.created
+	@echo "Installing diffq[$*] into $(VENV) (the first time takes some minutes: torch is large)"
+	$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@

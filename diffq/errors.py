@@ -1,0 +1,48 @@
+"""The one tree of errors that diffq raises for what a user, a model or a file got wrong.
+
+* DiffqError
+    * ConfigError          an argument, a name pattern or a bitwidth breaks a rule
+    * AttachError          this model cannot be quantized, or is quantized already
+    * OptimizerError       the learned extras are missing from the optimizer
+    * WeightError          a weight cannot be quantized (NaN, Inf, out of range)
+    * StateError           a quantized state is damaged or incomplete
+        * MismatchError    a sound state that belongs to another model
+    * FormatError          a file is damaged, hostile or from another version
+
+Each message gives the rule, what was got, and the remedy. An operation that
+raises one of these has changed nothing.
+"""
+
+from __future__ import annotations
+
+
+class DiffqError(Exception):
+    """Base of every error that diffq raises on purpose."""
+
+
+class ConfigError(DiffqError, ValueError):
+    """An argument breaks a rule: a bitwidth, a range of bits, a pattern without match."""
+
+
+class AttachError(DiffqError, RuntimeError):
+    """The model cannot take a quantizer, or the quantizer is no longer attached."""
+
+
+class OptimizerError(DiffqError, RuntimeError):
+    """The optimizer does not hold what the quantizer learns."""
+
+
+class WeightError(DiffqError, ValueError):
+    """A weight cannot be quantized: it holds NaN or Inf, or exceeds the stored range."""
+
+
+class StateError(DiffqError, ValueError):
+    """A quantized state is damaged, incomplete or of an unknown version."""
+
+
+class MismatchError(StateError):
+    """A sound quantized state that does not fit the model: names, shapes or dtypes differ."""
+
+
+class FormatError(DiffqError, ValueError):
+    """A file or packed stream is damaged, hostile, or of an unknown version."""

@@ -1,0 +1,1 @@
+"""Levels, records and bytes: the part of diffq that needs NumPy but no torch."""

@@ -1,0 +1,1 @@
+"""The quantizers: one face, different ways to train and to store a weight."""

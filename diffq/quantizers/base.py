@@ -1,0 +1,346 @@
+"""The face that all quantizers share: attach, optimizer, sizes, state, detach."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from diffq.attach import Attachment, WeightQuantizer, quantizers_in
+from diffq.errors import AttachError, ConfigError, OptimizerError, WeightError
+from diffq.format.records import Record, stream_counts
+from diffq.quantizers.half import HalfQuantizer
+from diffq.report import table
+from diffq.select import Rules, TensorPlan, build_plan
+from diffq.size import MEGABYTE_BITS
+from diffq.state import Snapshot, raw_record, to_state
+
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
+
+
+class BaseQuantizer(ABC):
+    """Quantizes the selected tensors of a model, in place, until `detach()`.
+
+    In training mode the model computes with perturbed weights, in eval mode with
+    the true quantized ones. A subclass says how one tensor is quantized.
+
+    Args:
+        model: a plain model. Attach before wrapping it in DDP or compiling it.
+        settings: what one tensor's quantizer is made with: a frozen dataclass.
+        rules: which tensors are quantized, and their overrides of `settings`.
+        float16: store parameters that are not quantized as float16.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf.
+    """
+
+    #: Fields of the settings that an override may change.
+    overridable: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
+        _check_model(model)
+        self._plans = build_plan(model, rules)
+        quantizers = [self._choose(plan, settings, float16, model) for plan in self._plans]
+        self._by_name = {q.plan.name: q for q in quantizers if q is not None}
+        self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()))
+        self._guards = [
+            module.register_forward_pre_hook(_refuse_training)
+            for module in dict.fromkeys([model, *self._attached.owners()])
+            if self._extras()
+        ]
+
+    @abstractmethod
+    def _make_quantizer(self, plan: TensorPlan, settings: Any, weight: Tensor) -> WeightQuantizer:
+        """The quantizer of one tensor."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that this quantizer is attached to."""
+        return self._attachment.model
+
+    @property
+    def plan(self) -> tuple[TensorPlan, ...]:
+        """Every unique tensor of the model's state dict, quantized or raw, in its order."""
+        return self._plans
+
+    def setup_optimizer(self, optimizer: Optimizer, lr: float = 1e-3, **overrides: Any) -> None:
+        """Lets an optimizer train what the quantizer learns, as a parameter group of its own.
+
+        The group has no weight decay. An optimizer that was made from
+        `model.parameters()` after the quantizer holds the learned extras already;
+        they are moved to the new group. Where nothing is learned, this only checks
+        that the optimizer belongs to the model. Call it before making a scheduler.
+
+        Args:
+            optimizer: holds the model's parameters.
+            lr: learning rate of the extras.
+            **overrides: further options of their parameter group, such as `betas`.
+
+        Raises:
+            OptimizerError: the optimizer holds no parameter of the model.
+        """
+        extras = self._extras()
+        ids = {id(extra) for extra in extras}
+        ours = {id(parameter) for parameter in self.model.parameters()} - ids
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not ours & held:
+            raise OptimizerError(
+                "setup_optimizer needs the optimizer that trains this quantizer's model, "
+                "but got one that holds none of its parameters. "
+                "Make it with model.parameters(), then call setup_optimizer."
+            )
+        if extras:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.param_groups[:] = [
+                group for group in optimizer.param_groups if group["params"]
+            ]
+            decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
+            optimizer.add_param_group({"params": extras, "lr": lr, **decay, **overrides})
+        self.no_optimizer()
+
+    def no_optimizer(self) -> None:
+        """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+
+    def model_size(self) -> Tensor:
+        """Size of the quantized model in MB, differentiable in what is learned.
+
+        Equation 8 of the DiffQ paper plus ranges, bit maps, and the tensors that are
+        not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
+        the device.
+
+        Returns:
+            0-dim float32 tensor on the device of the model's parameters.
+        """
+        attachment = self._attachment
+        device = next(attachment.model.parameters(), torch.empty(0)).device
+        sizes = [quantizer.size_bits() for quantizer in attachment.quantizers]
+        fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
+        learned = [size.to(device, non_blocking=True) for size in sizes if isinstance(size, Tensor)]
+        bits = torch.full((), fixed, device=device)
+        if learned:
+            bits = bits + torch.stack(learned).sum()
+        return bits / MEGABYTE_BITS
+
+    def true_model_size(self) -> float:
+        """Size in MB of the model as it is stored, to the bit.
+
+        Equation 12 of the DiffQ paper for quantized tensors, each counted once
+        however many names it has; other tensors and buffers at their stored width.
+
+        Raises:
+            WeightError: a weight or bitwidth is not finite.
+        """
+        attachment = self._attachment
+        bits = sum(q.stored_bits(attachment.weight(q)) for q in attachment.quantizers)
+        return (bits + self._raw_bits()) / MEGABYTE_BITS
+
+    def bits(self) -> dict[str, Tensor]:
+        """Rounded bitwidth of each group: tensor name to uint8 [groups] on the CPU.
+
+        Raises:
+            WeightError: the bitwidths are not finite.
+        """
+        widths = {name: quantizer.group_bits() for name, quantizer in self._by_name.items()}
+        return {name: torch.from_numpy(bits) for name, bits in widths.items() if bits is not None}
+
+    def mean_bits(self) -> float:
+        """Average bitwidth of the quantized weights; NaN if there are none."""
+        totals = [_level_totals(q) for q in self._by_name.values()]
+        weights = sum(count for _, count in totals)
+        return sum(bits for bits, _ in totals) / weights if weights else float("nan")
+
+    def snapshot(self) -> Snapshot:
+        """The whole model as frozen records: what is stored in a state or a file.
+
+        Raises:
+            WeightError: a weight to quantize or a bitwidth is not finite.
+            AttachError: tied tensors were untied, or the model was changed otherwise.
+        """
+        attachment = self._attachment
+        records: dict[str, Record] = {}
+        aliases: dict[str, str] = {}
+        for plan in self._plans:
+            quantizer = self._by_name.get(plan.name)
+            if quantizer is None:
+                records[plan.name] = raw_record(attachment.tied_tensor(plan))
+            else:
+                records[plan.name] = quantizer.record(attachment.weight(quantizer).detach())
+            aliases.update(dict.fromkeys(plan.names[1:], plan.name))
+        return Snapshot(records, aliases)
+
+    def get_quantized_state(self, packed: bool = True) -> dict[str, Any]:
+        """The quantized model as a dict of tensors and plain containers.
+
+        Save it with `torch.save`; `torch.load` reads it with `weights_only=True`, and
+        `diffq.restore_quantized_state` fills a plain model with it. Buffers and
+        parameters that are not quantized are included.
+
+        Args:
+            packed: store levels at each group's own bitwidth, and bitwidths in a bit
+                map; False spells both out for a look inside.
+
+        Raises:
+            WeightError: a weight to quantize or a bitwidth is not finite.
+            AttachError: tied tensors were untied, or the model was changed otherwise.
+        """
+        return to_state(self.snapshot(), packed)
+
+    def detach(self, quantized: bool = False) -> nn.Module:
+        """Gives the plain model back: same parameter objects, names, order and classes.
+
+        Args:
+            quantized: set the parameters to their quantized values.
+
+        Returns:
+            The model.
+
+        Raises:
+            AttachError: it was detached before.
+            WeightError: with `quantized`, a weight is not finite; nothing has changed then.
+        """
+        attachment = self._attachment
+        values = {}
+        if quantized:
+            with torch.no_grad():
+                for quantizer in attachment.quantizers:
+                    values[quantizer.plan] = quantizer.eval_weight(
+                        attachment.weight(quantizer).detach()
+                    )
+        self.no_optimizer()
+        attachment.detach()
+        self._attached = None
+        for plan, value in values.items():
+            _bake(attachment.model, plan, value)
+        return attachment.model
+
+    def __repr__(self) -> str:
+        """A table: tensor, shape, groups, mean bits, MB."""
+        if self._attached is None:
+            return f"{type(self).__name__}(detached)"
+        rows = [self._row(q) for name, q in self._by_name.items() if q.group_bits() is not None]
+        total = self.true_model_size()
+        rest = total - sum(float(row[-1]) for row in rows)
+        others = len(self._plans) - len(rows)
+        rows.append((f"{others} tensors without levels", "", "", "", f"{rest:.4f}"))
+        rows.append(("total", "", "", f"{self.mean_bits():.2f}", f"{total:.4f}"))
+        header = ("tensor", "shape", "groups", "bits", "MB")
+        return f"{type(self).__name__}\n{table(header, rows, left=2)}"
+
+    @property
+    def _attachment(self) -> Attachment:
+        if self._attached is None:
+            raise AttachError("This quantizer was detached from its model. Make a new one.")
+        return self._attached
+
+    def _choose(
+        self, plan: TensorPlan, settings: Any, float16: bool, model: nn.Module
+    ) -> WeightQuantizer | None:
+        if plan.quantized:
+            weight = plan.sites[0].read(model)
+            _check_finite(plan.name, weight)
+            return self._make_quantizer(plan, self._override(plan, settings), weight)
+        if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
+            return HalfQuantizer(plan)
+        return None
+
+    def _override(self, plan: TensorPlan, settings: Any) -> Any:
+        unknown = sorted(plan.overrides.keys() - self.overridable)
+        if unknown:
+            raise ConfigError(
+                f"Overrides of {type(self).__name__} may set "
+                f"{', '.join(sorted(self.overridable))}, "
+                f"got {', '.join(map(repr, unknown))} for {plan.name}."
+            )
+        return replace(settings, **plan.overrides)
+
+    def _extras(self) -> list[nn.Parameter]:
+        return [parameter for q in self._by_name.values() for parameter in q.parameters()]
+
+    def _raw_bits(self) -> float:
+        return float(
+            sum(8 * p.numel * p.dtype.itemsize for p in self._plans if p.name not in self._by_name)
+        )
+
+    def _row(self, quantizer: WeightQuantizer) -> tuple[str, ...]:
+        plan = quantizer.plan
+        bits, weights = _level_totals(quantizer)
+        size = quantizer.stored_bits(self._attachment.weight(quantizer)) / MEGABYTE_BITS
+        name = " = ".join(plan.names)
+        shape = "x".join(map(str, plan.shape))
+        return (
+            name,
+            shape,
+            str(-(-plan.numel // quantizer.group_size)),
+            f"{bits / weights:.2f}",
+            f"{size:.4f}",
+        )
+
+
+def _level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:
+    """Bits of all levels of a tensor, and the number of its levels."""
+    bits = quantizer.group_bits()
+    if bits is None:
+        return 0, 0
+    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
+    return sum(width * count for width, count in counts.items()), quantizer.plan.numel
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
+    wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
+    if wrapper:
+        raise AttachError(
+            f"Attach the quantizer to the plain model before {wrapper} wraps it:\n"
+            "    quantizer = DiffQuantizer(model)\n"
+            f"    model = {wrapper}(model)"
+        )
+    if quantizers_in(model):
+        raise AttachError(
+            "The model has a quantizer already. Call detach() on that one first; "
+            "to quantize parts in different ways, use overrides, include and exclude."
+        )
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise WeightError(
+            f"Weights to quantize must be finite, but {name} holds NaN or Inf. "
+            "Load a sound checkpoint first, or exclude the tensor."
+        )
+
+
+def _refuse_training(module: nn.Module, args: Any) -> None:
+    if module.training and torch.is_grad_enabled():
+        raise OptimizerError(
+            "The quantizer learns parameters that no optimizer was given. "
+            "Call quantizer.setup_optimizer(optimizer) before training; "
+            "if they are meant to stay as they are, call quantizer.no_optimizer()."
+        )
+
+
+def _bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
+    for site in plan.sites:
+        if parametrize.is_parametrized(site.owner(model), site.attribute):
+            # The tensor was computed from others, which cannot give this very value.
+            parametrize.remove_parametrizations(
+                site.owner(model), site.attribute, leave_parametrized=True
+            )
+    with torch.no_grad():
+        plan.sites[0].read(model).copy_(value)

@@ -1,0 +1,239 @@
+"""DiffQ: learned bitwidths through pseudo quantization noise (arXiv:2104.09987)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffq import grid, noise
+from diffq.errors import ConfigError
+from diffq.format.bitpack import MAX_BITS
+from diffq.noise import DEFAULT_SCALE, NOISES, Noise
+from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.grids import GridQuantizer, check_bits
+from diffq.select import Overrides, Rules, TensorPlan
+from diffq.size import differentiable_bits
+
+
+@dataclass(frozen=True)
+class DiffQSettings:
+    """How one tensor is quantized; see `DiffQuantizer` for the meaning of each field."""
+
+    group_size: int | None
+    min_bits: int
+    max_bits: int
+    init_bits: float
+    bits: int | None
+    noise: Noise
+    noise_scale: float
+
+    def __post_init__(self) -> None:
+        check_bits(self.min_bits, "min_bits")
+        check_bits(self.max_bits, "max_bits")
+        if self.bits is not None:
+            check_bits(self.bits)
+        if self.min_bits >= self.max_bits:
+            raise ConfigError(
+                f"min_bits must be below max_bits, got {self.min_bits} and {self.max_bits}. "
+                "For one bitwidth that is not learned, pass bits=."
+            )
+        if not self.min_bits <= self.init_bits <= self.max_bits:
+            raise ConfigError(
+                f"init_bits must be from min_bits {self.min_bits} to max_bits {self.max_bits}, "
+                f"got {self.init_bits}."
+            )
+        if self.group_size is not None and (
+            not isinstance(self.group_size, int) or self.group_size < 0
+        ):
+            raise ConfigError(
+                "group_size must be a number of weights, or None for the whole tensor, "
+                f"got {self.group_size!r}."
+            )
+        if self.noise not in NOISES:
+            raise ConfigError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}.")
+        if not self.noise_scale > 0:
+            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}.")
+
+
+class Stage(IntEnum):
+    """What training does with the bitwidths."""
+
+    LEARNED = 0
+    FROZEN = 1
+    FROZEN_ROUNDING = 2
+
+
+class DiffQWeight(GridQuantizer):
+    """One tensor with a logit per group for its bitwidth, and noise in training.
+
+    Without `bits` in the settings, `logits` is a float32 parameter [groups], mapped
+    to bitwidths by Equation 11. With it, nothing is learned.
+    """
+
+    fixed_bits: Tensor
+
+    def __init__(self, plan: TensorPlan, settings: DiffQSettings, device: torch.device) -> None:
+        fixed = settings.bits
+        whole = fixed is not None or not settings.group_size
+        group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
+        super().__init__(plan, group_size, fixed or settings.min_bits)
+        self.settings = settings
+        self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
+        if fixed is None:
+            init = grid.logit_of_bits(settings.init_bits, settings.min_bits, settings.max_bits)
+            self.logits = nn.Parameter(torch.full((self.groups,), init, device=device))
+        else:
+            self.register_buffer(
+                "fixed_bits", torch.full((1,), float(fixed), device=device), persistent=False
+            )
+
+    def bits(self) -> Tensor:
+        """Bitwidths that training uses, [groups]; real and differentiable while learned."""
+        if self.settings.bits is not None:
+            return self.fixed_bits
+        bits = grid.bits_of_logits(
+            self.logits.float(), self.settings.min_bits, self.settings.max_bits
+        )
+        if self.stage is Stage.LEARNED and self.settings.noise != "rounding":
+            return bits
+        # Straight-through: whole bits forward, the real ones' gradient backward.
+        return bits + (torch.round(bits) - bits).detach()
+
+    @torch.no_grad()
+    def whole_bits(self) -> Tensor:
+        """Rounded bitwidths, float32 [groups] or [1]."""
+        return torch.round(self.bits())
+
+    def draw(self, weight: Tensor) -> Tensor | None:
+        """Unit noise [groups, group_size]; None where the rounding error takes its place."""
+        return noise.draw(self._noise_kind, self.groups, self.group_size, weight)
+
+    def train_weight(self, weight: Tensor, noise_sample: Tensor | None) -> Tensor:
+        """Equation 6: the weight plus noise in proportion to the step."""
+        low, high = self.bounds(weight.to(noise.compute_dtype(weight)))
+        step = grid.step_size(low, high, self.bits())
+        if noise_sample is None:
+            quantized = self.quantize(weight, low, high)
+            return noise.straight_through(weight, quantized, step, self.group_size)
+        return noise.perturb(weight, step * self.settings.noise_scale, noise_sample)
+
+    def size_bits(self) -> Tensor:
+        """Equation 8 plus range and bit map, 0-dim."""
+        return differentiable_bits(
+            self.bits().expand(self.groups), self.group_size, self.plan.numel, self.min_bits
+        )
+
+    def freeze(self, rounding: bool) -> None:
+        """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
+        self._set_stage(Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+
+    @property
+    def _noise_kind(self) -> Noise:
+        return "rounding" if self.stage is Stage.FROZEN_ROUNDING else self.settings.noise
+
+    def _set_stage(self, stage: Stage) -> None:
+        self.stage = stage
+        if self.settings.bits is None:
+            self.logits.requires_grad_(stage is Stage.LEARNED)
+            # Some optimizers move a parameter as long as it has a gradient, even zero.
+            self.logits.grad = None
+
+    def get_extra_state(self) -> Tensor:
+        """The stage, so that a resumed training goes on in it."""
+        return torch.tensor(int(self.stage), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes up the stage of a state dict."""
+        self._set_stage(Stage(int(state)))
+
+
+class DiffQuantizer(BaseQuantizer):
+    """Learns how many bits each group of weights deserves, while the model trains.
+
+    Each group of a weight has a real bitwidth b (Equation 11). In training the
+    model computes with `w + step(b) * noise` (Equation 6), so that loss and
+    `model_size()` are differentiable in w and b alike. In eval mode b is rounded
+    and the model computes with the true quantized weights (Equation 1). See
+    "Differentiable Model Compression via Pseudo Quantization Noise", arXiv:2104.09987.
+
+    Example:
+        >>> opt = torch.optim.AdamW(model.parameters(), 1e-3)
+        >>> quantizer = DiffQuantizer(model, group_size=8)
+        >>> quantizer.setup_optimizer(opt)
+        >>> loss = task_loss + lam * quantizer.model_size()
+
+    Args:
+        model: a plain model, changed in place until `detach()`.
+        group_size: consecutive weights of the flattened tensor that share a
+            bitwidth; None or 0 for the whole tensor.
+        min_size: only parameters of more than this many MB (in float32) are quantized.
+        include: name patterns; if given, only matching parameters are quantized.
+        exclude: name patterns of parameters to leave alone.
+        overrides: name pattern to a dict of `group_size`, `min_bits`, `max_bits`,
+            `init_bits` or `bits` for the parameters that match.
+        float16: store the parameters that are not quantized as float16.
+        min_bits: lowest bitwidth that can be learned, 1 to 14.
+        max_bits: highest bitwidth that can be learned, 2 to 15.
+        init_bits: bitwidth at the start.
+        bits: fixed bitwidth, 1 to 15; nothing is learned then.
+        noise: "gaussian" (the paper), "uniform" (as strong as true rounding), or
+            "rounding": the rounding error itself, with bits rounded by the
+            straight-through estimator. Often the best; try it.
+        noise_scale: steps per unit of random noise: the standard deviation of the
+            Gaussian, or half the width of the uniform. The paper has 0.5.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf.
+    """
+
+    overridable: ClassVar[frozenset[str]] = frozenset(
+        {"group_size", "min_bits", "max_bits", "init_bits", "bits"}
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        group_size: int | None = 8,
+        min_size: float = 0.01,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        float16: bool = False,
+        min_bits: int = 2,
+        max_bits: int = MAX_BITS,
+        init_bits: float = 8,
+        bits: int | None = None,
+        noise: Noise = "gaussian",
+        noise_scale: float = DEFAULT_SCALE,
+    ) -> None:
+        settings = DiffQSettings(
+            group_size, min_bits, max_bits, init_bits, bits, noise, noise_scale
+        )
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+
+    def freeze_bits(self, rounding: bool = False) -> None:
+        """Rounds the bitwidths and learns them no more, for the last part of a training.
+
+        The freeze is part of the model's state dict. The size penalty has no
+        gradient from here on.
+
+        Args:
+            rounding: also replace random noise by true rounding with a
+                straight-through gradient, so that training and eval agree.
+        """
+        for quantizer in self._attachment.quantizers:
+            if isinstance(quantizer, DiffQWeight):
+                quantizer.freeze(rounding)
+
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: DiffQSettings, weight: Tensor
+    ) -> DiffQWeight:
+        return DiffQWeight(plan, settings, weight.device)

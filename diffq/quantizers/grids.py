@@ -1,0 +1,129 @@
+"""What weight quantizers on an even min-max grid share: DiffQ and QAT."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq import grid
+from diffq.attach import WeightQuantizer
+from diffq.errors import ConfigError, WeightError
+from diffq.format.bitpack import MAX_BITS
+from diffq.format.records import RANGE_BITS, WIDTH_BITS, GridRecord, group_count, level_bits
+from diffq.select import TensorPlan
+from diffq.state import dtype_name
+
+
+def check_bits(bits: object, name: str = "bits", least: int = 1) -> None:
+    """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= MAX_BITS:
+        raise ConfigError(
+            f"{name} must be a whole number from {least} to {MAX_BITS}, got {bits!r}."
+        )
+
+
+def check_range(low: Tensor, high: Tensor, name: str) -> None:
+    """Raises WeightError unless a grid from `low` to `high` can be stored in float32."""
+    if not torch.isfinite(high - low).all():
+        raise WeightError(
+            f"The weights of {name} must be finite, with a range that float32 can hold; got "
+            f"{low.min().item()} to {high.max().item()}. "
+            "Find the step that diverged, or exclude the tensor."
+        )
+
+
+def check_bitwidths(bits: Tensor, name: str) -> None:
+    """Raises WeightError for bitwidths that a loss which was not finite has spoiled."""
+    if not torch.isfinite(bits).all():
+        raise WeightError(
+            f"The bitwidths of {name} must be finite, got NaN: a loss that was not finite reached "
+            "them. Go back to a checkpoint, and skip steps whose loss is not finite."
+        )
+
+
+class GridQuantizer(WeightQuantizer):
+    """Quantizes one tensor on an even grid between its minimum and maximum.
+
+    Args:
+        plan: the tensor.
+        group_size: weights per group of the flattened tensor.
+        min_bits: the bitwidth that the stored bit map counts from.
+        ranges_per_group: one range per group instead of one for the tensor.
+    """
+
+    def __init__(
+        self, plan: TensorPlan, group_size: int, min_bits: int, ranges_per_group: bool = False
+    ) -> None:
+        super().__init__(plan)
+        self.group_size = group_size
+        self.min_bits = min_bits
+        self.ranges_per_group = ranges_per_group
+        self.groups = group_count(plan.numel, group_size)
+        self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
+
+    def whole_bits(self) -> Tensor:
+        """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
+        raise NotImplementedError
+
+    def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum, [1] or [groups]; differentiable."""
+        if not self.ranges_per_group:
+            return grid.bounds(weight)
+        groups = grid.to_groups(weight, self.group_size)
+        return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """Equation 1 of the DiffQ paper at whole bitwidths."""
+        low, high = self._checked_bounds(weight)
+        return self.quantize(weight, low, high)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The nearest values on the grid from `low` to `high`; no host synchronisation."""
+        bits = self.whole_bits()
+        levels = self._levels(weight, low, high, bits)
+        values = grid.from_levels(levels, low.float(), high.float(), bits)
+        return grid.from_groups(values, weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def record(self, weight: Tensor) -> GridRecord:
+        """Levels, bitwidths and ranges."""
+        low, high = self._checked_bounds(weight)
+        levels = self._levels(weight, low, high, self.whole_bits()).reshape(-1)[: weight.numel()]
+        return GridRecord(
+            shape=tuple(weight.shape),
+            dtype=dtype_name(weight.dtype),
+            group_size=self.group_size,
+            min_bits=self.min_bits,
+            bits=self.group_bits(),
+            levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([low, high], dim=1).float().cpu().numpy(),
+        )
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """Equation 12 for this tensor, without computing its levels."""
+        low, high = self._checked_bounds(weight)
+        if torch.equal(low.float(), high.float()):
+            return self.overhead_bits
+        return self.overhead_bits + level_bits(
+            self.group_bits(), self.group_size, self.plan.numel, self.min_bits
+        )
+
+    def group_bits(self) -> NDArray[np.uint8]:
+        """Rounded bitwidths, uint8 [groups]."""
+        bits = self.whole_bits()
+        check_bitwidths(bits, self.plan.name)
+        expanded: NDArray[np.uint8] = bits.expand(self.groups).to(torch.uint8).cpu().numpy()
+        return expanded
+
+    def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.bounds(weight)
+        if not torch.compiler.is_compiling():
+            check_range(low.float(), high.float(), self.plan.name)
+        return low, high
+
+    def _levels(self, weight: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
+        groups = grid.to_groups(weight.float(), self.group_size)
+        return grid.to_levels(groups, low.float(), high.float(), bits)

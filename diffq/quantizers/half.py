@@ -1,0 +1,40 @@
+"""Parameters that get no levels but are stored in half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffq.attach import WeightQuantizer
+from diffq.errors import WeightError
+from diffq.format.records import RawRecord
+from diffq.state import raw_record
+
+
+class HalfQuantizer(WeightQuantizer):
+    """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
+
+    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """The weight rounded to float16, in its own dtype."""
+        return weight.half().to(weight.dtype)
+
+    def record(self, weight: Tensor) -> RawRecord:
+        """The float16 elements."""
+        if torch.isinf(weight.half()).any() and not torch.isinf(weight).any():
+            raise WeightError(
+                f"float16 holds magnitudes up to 65504, got {weight.abs().max().item()} in "
+                f"{self.plan.name}. Make the quantizer with float16=False."
+            )
+        return raw_record(weight, torch.float16)
+
+    def size_bits(self) -> float:
+        """16 bits per element."""
+        return 16.0 * self.plan.numel
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """16 bits per element."""
+        return 16 * self.plan.numel

@@ -1,0 +1,147 @@
+"""LSQ: a learned step size per tensor (Esser et al., arXiv:1902.08153)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffq.attach import WeightQuantizer
+from diffq.errors import WeightError
+from diffq.format.records import WIDTH_BITS, ScaledRecord
+from diffq.noise import compute_dtype
+from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.grids import check_bits
+from diffq.select import Overrides, Rules, TensorPlan
+from diffq.state import dtype_name
+
+
+@dataclass(frozen=True)
+class LSQSettings:
+    """How one tensor is quantized; see `LSQQuantizer` for the meaning of each field."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        # One bit would leave the positive side without a level.
+        check_bits(self.bits, least=2)
+
+
+class LSQWeight(WeightQuantizer):
+    """One tensor on the levels -2**(bits-1) to 2**(bits-1)-1 times a learned scale.
+
+    `scale` is a float32 parameter [1]. Its size counts; its sign does not.
+    """
+
+    def __init__(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> None:
+        super().__init__(plan)
+        self.settings = settings
+        self.lowest = -(2 ** (settings.bits - 1))
+        self.highest = 2 ** (settings.bits - 1) - 1
+        start = 2 * weight.detach().float().abs().mean() / math.sqrt(self.highest)
+        self.scale = nn.Parameter(start.view(1))
+
+    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
+        """Equations 1 to 3 of the LSQ paper: straight through the rounding.
+
+        The scale's gradient is multiplied by 1 / sqrt(weights * highest level).
+        """
+        scale = self._positive_scale().to(compute_dtype(weight))
+        share = 1 / math.sqrt(self.plan.numel * self.highest)
+        scale = (scale - scale * share).detach() + scale * share
+        clamped = (weight / scale).clamp(self.lowest, self.highest)
+        rounded = clamped + (torch.round(clamped) - clamped).detach()
+        return (rounded * scale).to(weight.dtype)
+
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """Nearest level times the scale, rounded to float32."""
+        return (self._levels(weight) * self._positive_scale()).to(weight.dtype)
+
+    @torch.no_grad()
+    def record(self, weight: Tensor) -> ScaledRecord:
+        """Levels, counted from the lowest, and the scale."""
+        levels = (self._levels(weight) - self.lowest).reshape(-1)
+        return ScaledRecord(
+            shape=tuple(weight.shape),
+            dtype=dtype_name(weight.dtype),
+            group_size=self.group_size,
+            min_bits=self.settings.bits,
+            bits=self.group_bits(),
+            levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
+            scale=self._positive_scale().float().cpu().numpy(),
+        )
+
+    def size_bits(self) -> float:
+        """Levels, scale and bitwidth; the scale is learned, but not its size."""
+        return float(self.plan.numel * self.settings.bits + 32 + WIDTH_BITS)
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """Levels, scale and bitwidth."""
+        return self.plan.numel * self.settings.bits + 32 + WIDTH_BITS
+
+    def group_bits(self) -> NDArray[np.uint8]:
+        """The bitwidth, uint8 [1]."""
+        return np.full(1, self.settings.bits, np.uint8)
+
+    def _positive_scale(self) -> Tensor:
+        return self.scale.abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _levels(self, weight: Tensor) -> Tensor:
+        ratio = weight.detach().float() / self._positive_scale()
+        if not torch.compiler.is_compiling() and not torch.isfinite(ratio.sum()):
+            raise WeightError(
+                f"The weights and the scale of {self.plan.name} must be finite, "
+                f"got scale {self.scale.item()}. "
+                "Find the step that diverged, or exclude the tensor."
+            )
+        return torch.round(ratio.clamp(self.lowest, self.highest))
+
+
+class LSQQuantizer(BaseQuantizer):
+    """Quantization-aware training with one learned step size per tensor.
+
+    Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
+    sqrt(2**(bits-1) - 1) and is trained with the weights ("Learned Step Size
+    Quantization", arXiv:1902.08153).
+
+    Args:
+        model: a plain model, changed in place until `detach()`. LSQ does best
+            from a trained model.
+        bits: bitwidth of every quantized weight, 2 to 15.
+        min_size: only parameters of more than this many MB (in float32) are quantized.
+        include: name patterns; if given, only matching parameters are quantized.
+        exclude: name patterns of parameters to leave alone.
+        overrides: name pattern to a dict of `bits` for the parameters that match.
+        float16: store the parameters that are not quantized as float16.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf.
+    """
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"bits"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        bits: int = 8,
+        min_size: float = 0.01,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        float16: bool = False,
+    ) -> None:
+        super().__init__(
+            model, LSQSettings(bits), Rules(min_size, include, exclude, overrides), float16
+        )
+
+    def _make_quantizer(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> LSQWeight:
+        return LSQWeight(plan, settings, weight)

@@ -1,0 +1,105 @@
+"""Quantization-aware training with the straight-through estimator: the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffq.noise import straight_through
+from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.grids import GridQuantizer, check_bits
+from diffq.select import Overrides, Rules, TensorPlan
+
+
+@dataclass(frozen=True)
+class QATSettings:
+    """How one tensor is quantized; see `QATQuantizer` for the meaning of each field."""
+
+    bits: int
+    per_channel: bool
+    training: bool
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+
+class QATWeight(GridQuantizer):
+    """One tensor at one bitwidth, on one grid or on one for each output channel."""
+
+    bits: Tensor
+
+    def __init__(self, plan: TensorPlan, settings: QATSettings, device: torch.device) -> None:
+        per_channel = settings.per_channel and len(plan.shape) > 1
+        group_size = plan.numel // plan.shape[0] if per_channel else plan.numel
+        super().__init__(plan, group_size, settings.bits, ranges_per_group=per_channel)
+        self.settings = settings
+        self.register_buffer(
+            "bits", torch.full((1,), float(settings.bits), device=device), persistent=False
+        )
+
+    def whole_bits(self) -> Tensor:
+        """The bitwidth, float32 [1]."""
+        return self.bits
+
+    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
+        """The quantized weight, with identity as its gradient."""
+        if not self.settings.training:
+            return weight
+        low, high = self.bounds(weight.detach())
+        return straight_through(weight, self.quantize(weight, low, high))
+
+    def size_bits(self) -> float:
+        """Equation 12; nothing in it is learned."""
+        return float(self.plan.numel * self.settings.bits) + self.overhead_bits
+
+
+class QATQuantizer(BaseQuantizer):
+    """Rounds the weights in training too, and passes their gradient straight through.
+
+    The baseline of the DiffQ paper (Krishnamoorthi, arXiv:1806.08342): min-max
+    grid of one bitwidth (Equation 1), straight-through estimator.
+
+    Args:
+        model: a plain model, changed in place until `detach()`.
+        bits: bitwidth of every quantized weight, 1 to 15.
+        per_channel: one grid per slice along the first dimension instead of one
+            per tensor; costs two float32 per slice.
+        training: False leaves training forwards in full precision: plain
+            post-training quantization, in effect in eval mode.
+        min_size: only parameters of more than this many MB (in float32) are quantized.
+        include: name patterns; if given, only matching parameters are quantized.
+        exclude: name patterns of parameters to leave alone.
+        overrides: name pattern to a dict of `bits` or `per_channel` for the
+            parameters that match.
+        float16: store the parameters that are not quantized as float16.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf.
+    """
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "per_channel"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        bits: int = 8,
+        per_channel: bool = False,
+        training: bool = True,
+        min_size: float = 0.01,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        float16: bool = False,
+    ) -> None:
+        settings = QATSettings(bits, per_channel, training)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+
+    def _make_quantizer(self, plan: TensorPlan, settings: QATSettings, weight: Tensor) -> QATWeight:
+        return QATWeight(plan, settings, weight.device)

@@ -1,0 +1,203 @@
+"""Model to plan: which tensors are quantized, which stay raw, and which are tied.
+
+The plan is frozen before anything is changed in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from diffq.errors import AttachError, ConfigError
+from diffq.size import MEGABYTE
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+#: Dtypes of parameters that can be quantized.
+QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that holds a tensor: attribute `attribute` of the submodule `module`."""
+
+    module: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the plain model's state dict."""
+        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """The submodule that holds the tensor."""
+        return model.get_submodule(self.module)
+
+    def read(self, model: nn.Module) -> Tensor:
+        """The tensor as the model sees it, through parametrizations if there are any."""
+        tensor: Tensor = getattr(self.owner(model), self.attribute)
+        return tensor
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One unique tensor of the model.
+
+    Attributes:
+        names: every state dict name of the tensor; the first one is its own.
+        sites: the places to parametrize, each submodule once.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
+        quantized: whether it gets integer levels; otherwise it stays raw.
+        learned: whether it is a parameter; buffers are not.
+        overrides: settings of this tensor that differ from the quantizer's.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[Site, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    quantized: bool
+    learned: bool
+    overrides: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name under which the tensor is stored."""
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a user says about selection.
+
+    Attributes:
+        min_size: a parameter is quantized if it takes more than this many MB in float32.
+        include: name patterns; if there are any, only parameters that match are quantized.
+        exclude: name patterns of parameters that stay raw.
+        overrides: name pattern to settings; where several match, later ones win.
+
+    A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
+    `encoder.*.weight`, or for its last part, such as `bias`.
+    """
+
+    min_size: float = 0.01
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    overrides: Overrides | None = None
+
+    def __post_init__(self) -> None:
+        if not self.min_size >= 0:
+            raise ConfigError(f"min_size is in MB and must be at least 0, got {self.min_size}.")
+        for field in ("include", "exclude"):
+            if isinstance(getattr(self, field), str):
+                raise ConfigError(
+                    f"{field} must be a sequence of name patterns, got the string "
+                    f"{getattr(self, field)!r}. Write {field}=[{getattr(self, field)!r}]."
+                )
+
+    def select(self, names: Sequence[str], tensor: Tensor) -> bool:
+        """Whether a parameter with these names is quantized."""
+        if tensor.dtype not in QUANTIZABLE or tensor.numel() <= self.min_size * MEGABYTE / 4:
+            return False
+        if self.include and not _match_any(self.include, names):
+            return False
+        return not _match_any(self.exclude, names)
+
+    def settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """The overrides for a parameter with these names."""
+        merged: dict[str, Any] = {}
+        for pattern, settings in (self.overrides or {}).items():
+            if _match_any([pattern], names):
+                merged.update(settings)
+        return merged
+
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raises ConfigError for a pattern that matches no name."""
+        for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
+            if not _match_any([pattern], names):
+                close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                raise ConfigError(
+                    f"The pattern {pattern!r} matches no parameter. "
+                    f"Parameters have names such as {', '.join(map(repr, close))}."
+                )
+
+
+def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
+    """Lists every unique tensor of a model's state dict, in its order.
+
+    Ties are found by identity: a tensor under two names is one entry.
+
+    Args:
+        model: a plain model; nothing is changed in it.
+        rules: what to quantize.
+
+    Raises:
+        AttachError: a lazy module has not seen its first input.
+        ConfigError: a pattern matches nothing.
+    """
+    tensors: dict[int, tuple[Tensor, list[Site]]] = {}
+    for site, tensor in _tensors(model):
+        if is_lazy(tensor):
+            raise AttachError(
+                f"{site.name} has no shape yet. Run one forward of the lazy module first."
+            )
+        tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
+    plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
+    rules.check_patterns([name for plan in plans if plan.learned for name in plan.names])
+    return tuple(plans)
+
+
+def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> TensorPlan:
+    names = tuple(site.name for site in sites)
+    learned = isinstance(tensor, nn.Parameter) or _is_parametrized(sites[0], model)
+    # A module that is reachable under two names is one place to parametrize.
+    unique = {(id(site.owner(model)), site.attribute): site for site in reversed(sites)}
+    return TensorPlan(
+        names=names,
+        sites=tuple(reversed(unique.values())),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        quantized=learned and rules.select(names, tensor),
+        learned=learned,
+        overrides=rules.settings(names),
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
+    """Every persistent tensor under every name, as the plain model's code reads it."""
+    seen: dict[tuple[int, str], Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path.endswith("parametrizations") or ".parametrizations." in f".{path}.":
+            continue
+        for name in getattr(module, "parametrizations", ()):
+            yield Site(path, name), seen.setdefault((id(module), name), getattr(module, name))
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield Site(path, name), parameter
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                yield Site(path, name), buffer
+
+
+def _is_parametrized(site: Site, model: nn.Module) -> bool:
+    return site.attribute in getattr(site.owner(model), "parametrizations", ())
+
+
+def _match_any(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+        for pattern in patterns
+        for name in names
+    )

@@ -1,0 +1,297 @@
+"""Frozen records to the state dict of `get_quantized_state`, and back.
+
+The state holds tensors and plain containers only, so that
+`torch.load(weights_only=True)` reads it:
+
+    {"format": "diffq.state", "version": 1,
+     "tensors": {name: {"kind": ..., "shape": [...], "dtype": ..., ...}},
+     "aliases": {name: name of the tensor that it is tied to}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq.errors import FormatError, StateError
+from diffq.format import bitpack
+from diffq.format.records import (
+    GridRecord,
+    LevelRecord,
+    RawRecord,
+    Record,
+    ScaledRecord,
+    group_count,
+    map_width,
+    merge_levels,
+    split_levels,
+    stream_counts,
+)
+
+FORMAT = "diffq.state"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole model as records.
+
+    Attributes:
+        records: name to record, in the order of the model's state dict.
+        aliases: further names of tied tensors, to the name of their record.
+    """
+
+    records: Mapping[str, Record]
+    aliases: Mapping[str, str]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` to "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def raw_record(tensor: Tensor, stored: torch.dtype | None = None) -> RawRecord:
+    """A tensor bit for bit, or in the dtype `stored`."""
+    kept = tensor.detach().to(stored or tensor.dtype).cpu().contiguous()
+    data = kept.reshape(-1).view(torch.uint8).numpy()
+    return RawRecord(tuple(tensor.shape), dtype_name(tensor.dtype), dtype_name(kept.dtype), data)
+
+
+def record_tensor(record: Record) -> Tensor:
+    """The tensor that a record decodes to, on the CPU."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    if isinstance(record, RawRecord):
+        stored: torch.dtype = getattr(torch, record.stored_dtype)
+        data = torch.from_numpy(record.data.copy())
+        return data.view(stored).view(record.shape).to(dtype)
+    return torch.from_numpy(record.values()).to(dtype)
+
+
+def to_state(snapshot: Snapshot, packed: bool = True) -> dict[str, Any]:
+    """Builds the state dict of a snapshot.
+
+    Args:
+        snapshot: the model.
+        packed: store levels and bit maps at their own width; otherwise one int16
+            a level and one byte a bitwidth, easier to look into.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "tensors": {name: _to_entry(record, packed) for name, record in snapshot.records.items()},
+        "aliases": dict(snapshot.aliases),
+    }
+
+
+def from_state(state: Any) -> Snapshot:
+    """Reads and checks a state dict, which may come from anywhere.
+
+    Raises:
+        StateError: an entry is missing, damaged or of an unknown kind or version.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        raise StateError(
+            "A quantized state is what get_quantized_state() returns, a dict whose 'format' is "
+            f"{FORMAT!r}; got {_describe(state)}."
+        )
+    if state.get("version") != VERSION:
+        raise StateError(
+            f"This diffq reads version {VERSION} of quantized states, "
+            f"got {state.get('version')!r}. Install the version that wrote it."
+        )
+    tensors, aliases = (_typed(state, key, dict, "the state") for key in ("tensors", "aliases"))
+    records = {name: _from_entry(name, entry) for name, entry in tensors.items()}
+    for name, target in aliases.items():
+        if name in records or target not in records:
+            raise StateError(
+                f"The alias {name!r} must be a new name for a stored tensor, got target {target!r}."
+            )
+    return Snapshot(records, aliases)
+
+
+def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"shape": list(record.shape), "dtype": record.dtype}
+    if isinstance(record, RawRecord):
+        stored: torch.dtype = getattr(torch, record.stored_dtype)
+        return {
+            **entry,
+            "kind": "raw",
+            "data": _tensor(record.data).view(stored).view(record.shape),
+        }
+    entry |= {"group_size": record.group_size, "min_bits": record.min_bits, "packed": packed}
+    entry |= _pack_levels(record) if packed else _spell_levels(record)
+    if isinstance(record, GridRecord):
+        return {**entry, "kind": "grid", "ranges": _tensor(record.ranges)}
+    return {**entry, "kind": "scaled", "scale": _tensor(record.scale)}
+
+
+def _from_entry(name: str, entry: Any) -> Record:
+    where = f"the entry of {name!r}"
+    if not isinstance(name, str) or not isinstance(entry, Mapping):
+        raise StateError(f"Tensors are stored as name to dict, got {name!r} to {_describe(entry)}.")
+    kind = _typed(entry, "kind", str, where)
+    if kind not in _READERS:
+        raise StateError(
+            f"{where} has kind {kind!r}; known kinds are {', '.join(sorted(_READERS))}."
+        )
+    try:
+        return _READERS[kind](entry, where)
+    except FormatError as error:
+        raise StateError(f"{where} is damaged: {error}") from error
+
+
+def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
+    shape, dtype = _read_shape(entry, where), _typed(entry, "dtype", str, where)
+    data = _typed(entry, "data", Tensor, where)
+    if tuple(data.shape) != shape:
+        raise StateError(f"{where} has shape {list(shape)}, but its data has {list(data.shape)}.")
+    record = raw_record(data)
+    return RawRecord(shape, dtype, record.stored_dtype, record.data)
+
+
+def _read_grid(entry: Mapping[str, Any], where: str) -> GridRecord:
+    ranges = _array(entry, "ranges", torch.float32, where)
+    constant = bool((ranges[..., 0] == ranges[..., -1]).all())
+    return GridRecord(**_read_levels(entry, where, constant), ranges=ranges)
+
+
+def _read_scaled(entry: Mapping[str, Any], where: str) -> ScaledRecord:
+    scale = _array(entry, "scale", torch.float32, where)
+    return ScaledRecord(**_read_levels(entry, where, constant=False), scale=scale)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Record]] = {
+    "raw": _read_raw,
+    "grid": _read_grid,
+    "scaled": _read_scaled,
+}
+
+
+def _pack_levels(record: LevelRecord) -> dict[str, Any]:
+    streams = [bitpack.pack(levels, width) for width, levels in split_levels(record).items()]
+    width = 0 if record.constant else map_width(record.bits, record.min_bits)
+    offsets = record.bits - np.uint8(record.min_bits)
+    return {
+        "map_width": width,
+        "bit_map": _tensor(bitpack.pack(offsets, width) if width else offsets[:0]),
+        # Without a map, all groups share one bitwidth.
+        "bits": int(record.bits[0]) if record.bits.size else record.min_bits,
+        "levels": _tensor(np.concatenate([*streams, np.empty(0, np.uint8)])),
+    }
+
+
+def _spell_levels(record: LevelRecord) -> dict[str, Any]:
+    return {"bit_map": _tensor(record.bits), "levels": _tensor(record.levels.astype(np.int16))}
+
+
+def _read_levels(entry: Mapping[str, Any], where: str, constant: bool) -> dict[str, Any]:
+    """The fields that all kinds of level records share."""
+    shape = _read_shape(entry, where)
+    group_size, min_bits = (_typed(entry, key, int, where) for key in ("group_size", "min_bits"))
+    numel = int(np.prod(shape, dtype=object))
+    if not 1 <= group_size <= max(numel, 1):
+        raise StateError(
+            f"{where} has group_size {group_size}; it must be from 1 to {max(numel, 1)}."
+        )
+    read = _unpack_levels if _typed(entry, "packed", bool, where) else _unspell_levels
+    bits, levels = read(entry, where, group_size, numel, min_bits, constant)
+    return {
+        "shape": shape,
+        "dtype": _floating(_typed(entry, "dtype", str, where), where),
+        "group_size": group_size,
+        "min_bits": min_bits,
+        "bits": bits,
+        "levels": levels,
+    }
+
+
+_Levels = tuple[NDArray[np.uint8], NDArray[np.uint16]]
+
+
+def _unpack_levels(
+    entry: Mapping[str, Any], where: str, group_size: int, numel: int, min_bits: int, constant: bool
+) -> _Levels:
+    width, shared = (_typed(entry, key, int, where) for key in ("map_width", "bits"))
+    bit_map, packed = (_array(entry, key, torch.uint8, where) for key in ("bit_map", "levels"))
+    groups = group_count(numel, group_size)
+    if not constant and 8 * packed.size < numel:
+        raise StateError(f"{where} has {packed.size} bytes of levels, too few for {numel} weights.")
+    if width:
+        bits = (bitpack.unpack(bit_map, groups, width) + min_bits).astype(np.uint8)
+    else:
+        bits = np.full(groups, _bitwidth(shared, where), np.uint8)
+    streams, offset = {}, 0
+    for bitwidth, count in {} if constant else stream_counts(bits, group_size, numel).items():
+        size = bitpack.packed_size(count, bitwidth)
+        streams[bitwidth] = bitpack.unpack(packed[offset : offset + size], count, bitwidth)
+        offset += size
+    if offset != packed.size:
+        raise StateError(f"{where} needs {offset} bytes of levels, got {packed.size}.")
+    return bits, merge_levels(streams, bits, group_size, numel)
+
+
+def _unspell_levels(
+    entry: Mapping[str, Any], where: str, group_size: int, numel: int, min_bits: int, constant: bool
+) -> _Levels:
+    bits = _array(entry, "bit_map", torch.uint8, where)
+    levels = _array(entry, "levels", torch.int16, where).view(np.uint16)
+    if bits.size != group_count(numel, group_size) or levels.size != numel:
+        raise StateError(
+            f"{where} has {bits.size} bitwidths and {levels.size} levels for {numel} weights."
+        )
+    limits = np.repeat(np.uint32(1) << bits.astype(np.uint32), group_size)[:numel]
+    if (levels >= limits).any():
+        raise StateError(f"{where} has a level that does not fit its bitwidth.")
+    return bits, levels
+
+
+def _bitwidth(bits: int, where: str) -> int:
+    if not 1 <= bits <= bitpack.MAX_BITS:
+        raise StateError(f"{where} has bits {bits}; they must be from 1 to {bitpack.MAX_BITS}.")
+    return bits
+
+
+def _floating(name: str, where: str) -> str:
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise StateError(f"{where} has dtype {name!r}; quantized tensors are floating point.")
+    return name
+
+
+def _read_shape(entry: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    shape = _typed(entry, "shape", list, where)
+    if not all(type(size) is int and 0 <= size < 2**62 for size in shape):
+        raise StateError(f"{where} has shape {shape!r}; sizes must be whole numbers from 0.")
+    return tuple(shape)
+
+
+def _typed(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    value = entry.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise StateError(f"{where} needs {key!r} of type {kind.__name__}, got {_describe(value)}.")
+    return value
+
+
+def _array(entry: Mapping[str, Any], key: str, dtype: torch.dtype, where: str) -> NDArray[Any]:
+    tensor = _typed(entry, key, Tensor, where)
+    if tensor.dtype != dtype or tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise StateError(
+            f"{where} needs {key!r} as a dense {dtype} tensor, got {_describe(tensor)}."
+        )
+    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return array if key in ("ranges",) else array.reshape(-1)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r:.60}"
