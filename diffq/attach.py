@@ -8,150 +8,20 @@ object stays the same, so that an optimizer made before still owns it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
-from diffq.format.records import Record
-from diffq.noise import straight_through
 from diffq.select import Site, TensorPlan
+from diffq.weight import ForwardState, WeightQuantizer
 
-# These read a weight several times in one forward; it is computed once for them.
-_REPEATED_READERS = (nn.RNNBase, nn.MultiheadAttention)
-
-
-@dataclass
-class ForwardState:
-    """What all weight quantizers of one model share: whether the root's forward runs."""
-
-    depth: int = 0
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """The true quantized weight, and what it was computed from."""
-
-    weight: weakref.ref[Tensor]
-    versions: tuple[int, ...]
-    pointer: int
-    quantized: Tensor
-
-
-class WeightQuantizer(nn.Module):
-    """Parametrization of one unique tensor: noisy in training, truly quantized in eval.
-
-    Subclasses hold what is learned as parameters, and implement `train_weight`,
-    `eval_weight`, `record` and the sizes.
-
-    Invariants: the weight is never stored nor changed. One noise sample serves a
-    whole forward of the root and its recomputation under activation checkpointing;
-    outside of both, each access draws its own. The quantized weight is computed
-    once, until the weight, what is learned or the mode changes.
-    """
-
-    def __init__(self, plan: TensorPlan) -> None:
-        super().__init__()
-        self.plan = plan
-        self.group_size = plan.numel
-        self.forward_state = ForwardState()
-        self._noise: Tensor | None = None
-        self._held: Tensor | None = None
-        self._cached: _Cached | None = None
-
-    def draw(self, weight: Tensor) -> Tensor | None:
-        """The random numbers of one training forward; None if it needs none."""
-        return None
-
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """The weight that a training forward uses; differentiable."""
-        raise NotImplementedError
-
-    def eval_weight(self, weight: Tensor) -> Tensor:
-        """The true quantized weight, in the weight's shape and dtype, without gradient."""
-        raise NotImplementedError
-
-    def record(self, weight: Tensor) -> Record:
-        """What is stored of the weight: it decodes to `eval_weight` bit for bit."""
-        raise NotImplementedError
-
-    def size_bits(self) -> Tensor | float:
-        """Bits of the stored weight, differentiable in what is learned."""
-        raise NotImplementedError
-
-    def stored_bits(self, weight: Tensor) -> int:
-        """Bits of the stored weight as `record` counts them, exactly."""
-        raise NotImplementedError
-
-    def group_bits(self) -> NDArray[np.uint8] | None:
-        """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
-        return None
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the model computes with."""
-        if not self.training:
-            return self._quantized(weight)
-        if self._held is not None:
-            return self._held
-        inside = self.forward_state.depth > 0 or _in_backward()
-        noise = self._noise if inside and self._noise is not None else self.draw(weight)
-        return self.train_weight(weight, noise)
-
-    def draw_ahead(self, weight: Tensor) -> None:
-        """Draws the sample of the root forward that is about to run."""
-        self._noise = self.draw(weight)
-
-    def hold(self, weight: Tensor | None) -> None:
-        """Fixes what training forwards return, until `hold(None)`."""
-        self._held = weight
-
-    def train(self, mode: bool = True) -> WeightQuantizer:
-        """Sets the mode; the quantized weight is computed again after it.
-
-        The sample stays: a backward that recomputes may still be due.
-        """
-        self._cached = None
-        return super().train(mode)
-
-    def _quantized(self, weight: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            quantized = self.eval_weight(weight.detach())
-        else:
-            quantized = self._from_cache(weight)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return straight_through(weight, quantized)
-        return quantized
-
-    def _from_cache(self, weight: Tensor) -> Tensor:
-        versions = (weight._version, *(extra._version for extra in self.parameters()))
-        cached = self._cached
-        if (
-            cached is None
-            or cached.weight() is not weight
-            or cached.versions != versions
-            or cached.pointer != weight.data_ptr()
-        ):
-            with torch.inference_mode(False), torch.no_grad():
-                quantized = self.eval_weight(weight.detach())
-            cached = _Cached(weakref.ref(weight), versions, weight.data_ptr(), quantized)
-            self._cached = cached
-        return cached.quantized
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no sample and no quantized weight."""
-        return {**self.__dict__, "_noise": None, "_held": None, "_cached": None}
-
-
-def _in_backward() -> bool:
-    # Activation checkpointing runs forwards inside of the backward.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+_DEAD: Any = weakref.ref(nn.Module())
 
 
 class Attachment:
@@ -159,11 +29,15 @@ class Attachment:
 
     Attributes:
         model: the model, as long as it is attached.
-        quantizers: one weight quantizer for each plan, in the plans' order.
+        quantizers: one weight quantizer for each quantized tensor.
+        face: the object that users hold; copies of the model have their own.
     """
 
-    def __init__(self, model: nn.Module, quantizers: Sequence[WeightQuantizer]) -> None:
+    def __init__(
+        self, model: nn.Module, quantizers: Sequence[WeightQuantizer], face: object
+    ) -> None:
         self.model = model
+        self.face = face
         self.quantizers = tuple(quantizers)
         self._handles: list[RemovableHandle] = []
         self._orders: dict[str, list[str]] = {}
@@ -173,10 +47,10 @@ class Attachment:
                 quantizer.forward_state = state
                 for site in quantizer.plan.sites:
                     self._register(site, quantizer)
-            self._handles += [
-                model.register_forward_pre_hook(self._enter_forward, prepend=True),
-                model.register_forward_hook(self._leave_forward, always_call=True),
-            ]
+            self._handles.append(model.register_forward_pre_hook(self._enter_forward, prepend=True))
+            self._handles.append(model.register_forward_hook(self._leave_forward, always_call=True))
+            load_hook = model.register_load_state_dict_post_hook(self._tie_again)  # type: ignore[no-untyped-call]
+            self._handles.append(load_hook)
         except BaseException:
             self.detach()
             raise
@@ -212,10 +86,10 @@ class Attachment:
         """The tensor of a plan without quantizer.
 
         Raises:
-            AttachError: tied tensors were untied.
+            AttachError: tied tensors were untied, and differ.
         """
         tensor, *others = (site.read(self.model) for site in plan.sites)
-        if any(other is not tensor for other in others):
+        if any(other is not tensor and not torch.equal(other, tensor) for other in others):
             raise AttachError(_untied(plan))
         return tensor
 
@@ -225,6 +99,9 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         for quantizer in self.quantizers:
+            for follower in quantizer.mode_followers:
+                follower.remove()
+            quantizer.mode_followers.clear()
             for site in quantizer.plan.sites:
                 _unregister(site.owner(self.model), site.attribute, quantizer)
         for path, order in self._orders.items():
@@ -237,12 +114,14 @@ class Attachment:
             self._orders[site.module] = list(owner._parameters)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
             self._handles.append(load_hook)
-            if isinstance(owner, _REPEATED_READERS):
-                self._handles.append(owner.register_forward_pre_hook(_hold_weights))
-                self._handles.append(
-                    owner.register_forward_hook(_release_weights, always_call=True)
-                )
+            if isinstance(owner, nn.RNNBase):
+                self._handles += _hold_in_forward(owner)
+        if isinstance(owner, nn.MultiheadAttention):
+            quantizer.mode_followers.append(_TrainingHold(owner))
+        chain = _chain_at(owner, site.attribute)
+        unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
+        _chains(owner)[site.attribute].unsafe = unsafe
         quantizer.train(owner.training)
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
@@ -265,6 +144,78 @@ class Attachment:
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # Another hook may have failed before ours could count the entry.
         self.forward_state.depth = max(0, self.forward_state.depth - 1)
+        if torch.compiler.is_compiling():
+            return
+        samples = {q: q.noise for q in self.quantizers if q.noise is not None}
+        if _call_before_backward(output, lambda: _use_samples(samples)):
+            _drop_samples(samples)
+
+    def _tie_again(self, module: nn.Module, incompatible_keys: Any) -> None:
+        # load_state_dict(assign=True) makes one parameter for each name of a tied one.
+        for quantizer in self.quantizers:
+            first, *others = quantizer.plan.sites
+            for name in _original_names(self._chain(first, quantizer)):
+                tensor = getattr(self._chain(first, quantizer), name)
+                for site in others:
+                    setattr(self._chain(site, quantizer), name, tensor)
+
+
+def _call_before_backward(output: Any, call: Callable[[], None]) -> bool:
+    """Calls back when a backward starts at an output; False if it holds no tensor to tell.
+
+    Activation checkpointing runs parts of the forward again in its backward. Another
+    forward may have come in between: the backward of each starts at its own output, and
+    is over before that of an earlier one begins.
+    """
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    for leaf in leaves:
+        if leaf.requires_grad:
+            leaf.register_hook(lambda grad: call())  # type: ignore[no-untyped-call]
+    return bool(leaves)
+
+
+def _use_samples(samples: Mapping[WeightQuantizer, Tensor | None]) -> None:
+    for quantizer, sample in samples.items():
+        quantizer.noise = sample
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: _drop_samples(samples))
+
+
+def _drop_samples(quantizers: Iterable[WeightQuantizer]) -> None:
+    for quantizer in quantizers:
+        quantizer.noise = None
+
+
+class _TrainingHold:
+    """Computes the weights of a module once for each of its training forwards.
+
+    Only while the module trains: in eval mode hooks would keep attention from its
+    fast path, and the weights are cached anyway.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.handles: list[RemovableHandle] = []
+
+    def set_training(self, training: bool) -> None:
+        """Follows the mode of the module's weight quantizers."""
+        if training and not self.handles:
+            self.handles = _hold_in_forward(self.owner)
+        elif not training:
+            self.remove()
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _hold_in_forward(owner: nn.Module) -> list[RemovableHandle]:
+    return [
+        owner.register_forward_pre_hook(_hold_weights),
+        owner.register_forward_hook(_release_weights, always_call=True),
+    ]
 
 
 def quantizers_in(model: nn.Module) -> list[WeightQuantizer]:
@@ -283,10 +234,12 @@ def _chains(owner: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     return dict(chains.items())
 
 
+def _original_names(chain: parametrize.ParametrizationList) -> list[str]:
+    return ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
+
+
 def _originals(chain: parametrize.ParametrizationList) -> list[Tensor]:
-    if chain.is_tensor:
-        return [chain.original]
-    return [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+    return [getattr(chain, name) for name in _original_names(chain)]
 
 
 def _untied(plan: TensorPlan) -> str:
@@ -303,6 +256,11 @@ def _unregister(owner: nn.Module, name: str, quantizer: WeightQuantizer) -> None
     if len(chain) > 1:
         del chain[list(chain).index(quantizer)]
         return
+    # Deep copies of the module share its generated class, and the removal takes the
+    # property off the class: let it be one of the module's own.
+    shared = type(owner)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    owner.__class__ = type(shared.__name__, shared.__bases__, members)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if isinstance(owner, nn.RNNBase):
         owner._init_flat_weights()
@@ -325,8 +283,10 @@ def _release_weights(owner: nn.Module, args: Any, output: Any) -> None:
     for _, quantizer in _quantizers_at(owner):
         quantizer.hold(None)
     if isinstance(owner, nn.RNNBase) and torch.is_grad_enabled():
-        # Recurrent modules keep the last weights; these belong to a graph.
+        # Recurrent modules keep the last weights, which here belong to a graph, until
+        # they see others; a dead reference makes them look at the next forward.
         owner._flat_weights = []
+        owner._flat_weight_refs = [_DEAD] * len(owner._flat_weights_names)
 
 
 def _load_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

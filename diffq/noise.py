@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from diffq import grid
 
@@ -83,7 +82,6 @@ class StraightThrough(torch.autograd.Function):
             ctx.save_for_backward(weight, quantized, step)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         """Identity to the weight; sum over each group of gradient times n to the step."""
         if not ctx.needs_input_grad[2]:

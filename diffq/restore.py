@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffq.errors import MismatchError
-from diffq.state import Snapshot, dtype_name, from_state, record_tensor
+from diffq.select import named_tensors
+from diffq.state import Header, dtype_name, from_state, read_header, record_tensor
 
 
 def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
@@ -32,69 +33,95 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
         MismatchError: names, shapes or dtypes differ between state and model, or
             the model ties tensors that have different values in the state.
     """
-    return fill(model, from_state(state))
+    header = read_header(state)
+    targets = match(model, header)
+    records = from_state(state).records
 
+    def value(name: str) -> Tensor:
+        return record_tensor(records[name])
 
-def fill(model: nn.Module, snapshot: Snapshot) -> nn.Module:
-    """Copies the values of a snapshot into a plain model; see `restore_quantized_state`."""
-    targets = _targets(model)
-    sources = {name: name for name in snapshot.records} | dict(snapshot.aliases)
-    _check(targets, sources, snapshot)
-    decoded = {name: record_tensor(record) for name, record in snapshot.records.items()}
-    values: dict[int, tuple[Tensor, Tensor, str]] = {}
-    for name, target in targets.items():
-        value = decoded[sources[name]]
-        _, known, tied = values.setdefault(id(target), (target, value, name))
-        if known is not value and not _same_bits(known, value):
-            raise MismatchError(
-                f"The model ties {tied!r} and {name!r}, but the state has different values "
-                "for them. Untie them in the model, as they were when the state was made."
-            )
     with torch.no_grad():
-        for target, value, _ in values.values():
-            target.copy_(value)
+        for name, target in unique_targets(targets, header, value):
+            target.copy_(value(name))
     return model
 
 
-def _targets(model: nn.Module) -> dict[str, Tensor]:
+def match(model: nn.Module, header: Header) -> dict[str, Tensor]:
+    """Pairs a stored model's names with a plain model's tensors; decodes nothing.
+
+    Returns:
+        Every name of the model to its tensor.
+
+    Raises:
+        MismatchError: the model has parametrizations, or names, shapes or dtypes differ.
+    """
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise MismatchError(
-                "A quantized state is restored into a plain model, "
+                "Stored weights are restored into a plain model, "
                 f"but {path or 'the model'!r} has parametrizations. "
                 "Call quantizer.detach(), or remove_parametrizations(), first."
             )
-    return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _check(targets: Mapping[str, Tensor], sources: Mapping[str, str], snapshot: Snapshot) -> None:
-    problems = [f"missing in the state: {name}" for name in targets if name not in sources]
-    problems += [f"not in the model: {name}" for name in sources if name not in targets]
-    for name in targets.keys() & sources.keys():
-        record, target = snapshot.records[sources[name]], targets[name]
-        if tuple(target.shape) != record.shape:
-            problems.append(
-                f"{name}: shape {list(target.shape)} in the model, "
-                f"{list(record.shape)} in the state"
-            )
-        elif dtype_name(target.dtype) != record.dtype:
-            problems.append(
-                f"{name}: {dtype_name(target.dtype)} in the model, {record.dtype} in the state; "
-                f"convert the model with .to(torch.{record.dtype})"
-            )
+    targets = {site.name: tensor for site, tensor in named_tensors(model)}
+    problems = sorted(_problems(targets, header))
     if problems:
         more = f"\n  and {len(problems) - 10} more" * (len(problems) > 10)
         raise MismatchError(
-            "The quantized state belongs to another model; nothing was changed.\n  "
-            + "\n  ".join(sorted(problems)[:10])
+            "What is stored does not fit the model; nothing was changed.\n  "
+            + "\n  ".join(problems[:10])
             + more
         )
+    return targets
+
+
+def unique_targets(
+    targets: Mapping[str, Tensor], header: Header, value: Callable[[str], Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Each tensor of the model once, with the name under which its value is stored.
+
+    Args:
+        targets: every name of the model to its tensor.
+        header: the stored model's header.
+        value: decodes the tensor that is stored under a name; called only where the
+            model ties tensors that are stored apart.
+
+    Raises:
+        MismatchError: the model ties tensors that have different values.
+    """
+    sources = {**{name: name for name in header.tensors}, **header.aliases}
+    first: dict[int, str] = {}
+    for name, target in targets.items():
+        tied = first.setdefault(id(target), name)
+        one, other = sources[tied], sources[name]
+        if one != other and not _same_bits(value(one), value(other)):
+            raise MismatchError(
+                f"The model ties {tied!r} and {name!r}, but they are stored with different "
+                "values. Untie them in the model, as they were when it was stored."
+            )
+    return [(sources[name], targets[name]) for name in first.values()]
+
+
+def _problems(targets: Mapping[str, Tensor], header: Header) -> list[str]:
+    sources = {**{name: name for name in header.tensors}, **header.aliases}
+    problems = [f"not stored: {name}" for name in targets if name not in sources]
+    problems += [f"not in the model: {name}" for name in sources if name not in targets]
+    for name in targets.keys() & sources.keys():
+        shape, dtype = header.tensors[sources[name]]
+        target = targets[name]
+        if tuple(target.shape) != shape:
+            problems.append(
+                f"{name}: shape {list(target.shape)} in the model, {list(shape)} stored"
+            )
+        elif dtype_name(target.dtype) != dtype:
+            problems.append(
+                f"{name}: {dtype_name(target.dtype)} in the model, {dtype} stored; "
+                "convert the model with .to(dtype)"
+            )
+        elif target.is_meta:
+            problems.append(f"{name}: on the meta device; call model.to_empty(device=...) first")
+    return problems
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     # Compared as bytes, so that NaN equals itself.
-    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
+from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.size import MEGABYTE
 
@@ -99,14 +101,10 @@ class Rules:
     overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
-        if not self.min_size >= 0:
-            raise ConfigError(f"min_size is in MB and must be at least 0, got {self.min_size}.")
-        for field in ("include", "exclude"):
-            if isinstance(getattr(self, field), str):
-                raise ConfigError(
-                    f"{field} must be a sequence of name patterns, got the string "
-                    f"{getattr(self, field)!r}. Write {field}=[{getattr(self, field)!r}]."
-                )
+        check_number(self.min_size, "min_size", 0)
+        check_patterns(self.include, "include")
+        check_patterns(self.exclude, "exclude")
+        check_overrides(self.overrides)
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
@@ -145,14 +143,19 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
         rules: what to quantize.
 
     Raises:
-        AttachError: a lazy module has not seen its first input.
+        AttachError: a lazy module has not seen its first input, or a tensor is sparse.
         ConfigError: a pattern matches nothing.
     """
     tensors: dict[int, tuple[Tensor, list[Site]]] = {}
-    for site, tensor in _tensors(model):
+    for site, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise AttachError(
                 f"{site.name} has no shape yet. Run one forward of the lazy module first."
+            )
+        if tensor.layout != torch.strided:
+            raise AttachError(
+                f"{site.name} must be a dense tensor to be stored, got {tensor.layout}. "
+                "Register it with persistent=False, or make it dense."
             )
         tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
     plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
@@ -162,7 +165,9 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
 
 def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> TensorPlan:
     names = tuple(site.name for site in sites)
-    learned = isinstance(tensor, nn.Parameter) or _is_parametrized(sites[0], model)
+    learned = isinstance(tensor, nn.Parameter) or parametrize.is_parametrized(
+        sites[0].owner(model), sites[0].attribute
+    )
     # A module that is reachable under two names is one place to parametrize.
     unique = {(id(site.owner(model)), site.attribute): site for site in reversed(sites)}
     return TensorPlan(
@@ -176,23 +181,22 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
     )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
-    """Every persistent tensor under every name, as the plain model's code reads it."""
+def named_tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
+    """Every parameter and persistent buffer under every name, as the model's code reads it."""
     seen: dict[tuple[int, str], Tensor] = {}
+    inner: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
-        if path.endswith("parametrizations") or ".parametrizations." in f".{path}.":
+        if f"{path}.".startswith(inner):
             continue
-        for name in getattr(module, "parametrizations", ()):
+        if parametrize.is_parametrized(module):
+            inner += (f"{path}.parametrizations.".lstrip("."),)
+        for name in module.parametrizations if parametrize.is_parametrized(module) else ():
             yield Site(path, name), seen.setdefault((id(module), name), getattr(module, name))
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield Site(path, name), parameter
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
                 yield Site(path, name), buffer
-
-
-def _is_parametrized(site: Site, model: nn.Module) -> bool:
-    return site.attribute in getattr(site.owner(model), "parametrizations", ())
 
 
 def _match_any(patterns: Sequence[str], names: Sequence[str]) -> bool:

@@ -37,6 +37,22 @@ from diffq.format.records import (
 FORMAT = "diffq.state"
 VERSION = 1
 
+#: A bit map tells the bitwidths 1 to 15 apart.
+MAX_MAP_WIDTH = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stored model consists of, known before anything is decoded.
+
+    Attributes:
+        tensors: name to shape and dtype name, in the order of the model's state dict.
+        aliases: further names of tied tensors, to the name of their tensor.
+    """
+
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    aliases: Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -58,7 +74,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def raw_record(tensor: Tensor, stored: torch.dtype | None = None) -> RawRecord:
     """A tensor bit for bit, or in the dtype `stored`."""
-    kept = tensor.detach().to(stored or tensor.dtype).cpu().contiguous()
+    kept = tensor.detach().to("cpu", stored or tensor.dtype, copy=True)
+    kept = kept.resolve_conj().resolve_neg().contiguous()
     data = kept.reshape(-1).view(torch.uint8).numpy()
     return RawRecord(tuple(tensor.shape), dtype_name(tensor.dtype), dtype_name(kept.dtype), data)
 
@@ -89,29 +106,47 @@ def to_state(snapshot: Snapshot, packed: bool = True) -> dict[str, Any]:
     }
 
 
-def from_state(state: Any) -> Snapshot:
-    """Reads and checks a state dict, which may come from anywhere.
+def read_header(state: Any) -> Header:
+    """Reads names, shapes and dtypes of a state dict, which may come from anywhere.
 
     Raises:
-        StateError: an entry is missing, damaged or of an unknown kind or version.
+        StateError: it is no state dict, of another version, or an entry is malformed.
     """
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise StateError(
             "A quantized state is what get_quantized_state() returns, a dict whose 'format' is "
             f"{FORMAT!r}; got {_describe(state)}."
         )
-    if state.get("version") != VERSION:
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
         raise StateError(
             f"This diffq reads version {VERSION} of quantized states, "
-            f"got {state.get('version')!r}. Install the version that wrote it."
+            f"got {_describe(version)}. Install the version that wrote it."
         )
-    tensors, aliases = (_typed(state, key, dict, "the state") for key in ("tensors", "aliases"))
-    records = {name: _from_entry(name, entry) for name, entry in tensors.items()}
-    for name, target in aliases.items():
-        if name in records or target not in records:
+    entries, aliases = (_typed(state, key, dict, "the state") for key in ("tensors", "aliases"))
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not isinstance(entry, Mapping):
             raise StateError(
-                f"The alias {name!r} must be a new name for a stored tensor, got target {target!r}."
+                f"Tensors are stored as name to dict, got {_describe(name)} to {_describe(entry)}."
             )
+    for name, target in aliases.items():
+        known = isinstance(target, str) and target in entries
+        if not isinstance(name, str) or name in entries or not known:
+            raise StateError(
+                "An alias must be a new name for a stored tensor, "
+                f"got {_describe(name)} for {_describe(target)}."
+            )
+    return Header({name: _read_kind(name, entry) for name, entry in entries.items()}, aliases)
+
+
+def from_state(state: Any) -> Snapshot:
+    """Decodes a state dict, which may come from anywhere, to records.
+
+    Raises:
+        StateError: an entry is missing, damaged or of an unknown kind or version.
+    """
+    aliases = read_header(state).aliases
+    records = {name: _from_entry(name, entry) for name, entry in state["tensors"].items()}
     return Snapshot(records, aliases)
 
 
@@ -131,24 +166,30 @@ def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
     return {**entry, "kind": "scaled", "scale": _tensor(record.scale)}
 
 
-def _from_entry(name: str, entry: Any) -> Record:
-    where = f"the entry of {name!r}"
-    if not isinstance(name, str) or not isinstance(entry, Mapping):
-        raise StateError(f"Tensors are stored as name to dict, got {name!r} to {_describe(entry)}.")
+def _read_kind(name: str, entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+    where = _where(name)
+    return _read_shape(entry, where), _typed(entry, "dtype", str, where)
+
+
+def _from_entry(name: str, entry: Mapping[str, Any]) -> Record:
+    where = _where(name)
     kind = _typed(entry, "kind", str, where)
     if kind not in _READERS:
-        raise StateError(
-            f"{where} has kind {kind!r}; known kinds are {', '.join(sorted(_READERS))}."
-        )
+        raise StateError(f"{where} has kind {kind!r}; known kinds are {', '.join(_READERS)}.")
     try:
         return _READERS[kind](entry, where)
     except FormatError as error:
         raise StateError(f"{where} is damaged: {error}") from error
 
 
+def _where(name: str) -> str:
+    return f"the entry of {name!r}"
+
+
 def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
     shape, dtype = _read_shape(entry, where), _typed(entry, "dtype", str, where)
     data = _typed(entry, "data", Tensor, where)
+    _check_dense(data, "data", where)
     if tuple(data.shape) != shape:
         raise StateError(f"{where} has shape {list(shape)}, but its data has {list(data.shape)}.")
     record = raw_record(data)
@@ -157,7 +198,9 @@ def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
 
 def _read_grid(entry: Mapping[str, Any], where: str) -> GridRecord:
     ranges = _array(entry, "ranges", torch.float32, where)
-    constant = bool((ranges[..., 0] == ranges[..., -1]).all())
+    if ranges.ndim != 2 or ranges.shape[1] != 2:
+        raise StateError(f"{where} needs 'ranges' of shape [n, 2], got {list(ranges.shape)}.")
+    constant = bool((ranges[:, 0] == ranges[:, 1]).all())
     return GridRecord(**_read_levels(entry, where, constant), ranges=ranges)
 
 
@@ -195,9 +238,10 @@ def _read_levels(entry: Mapping[str, Any], where: str, constant: bool) -> dict[s
     shape = _read_shape(entry, where)
     group_size, min_bits = (_typed(entry, key, int, where) for key in ("group_size", "min_bits"))
     numel = int(np.prod(shape, dtype=object))
-    if not 1 <= group_size <= max(numel, 1):
+    if not 1 <= group_size <= max(numel, 1) or not 1 <= min_bits <= bitpack.MAX_BITS:
         raise StateError(
-            f"{where} has group_size {group_size}; it must be from 1 to {max(numel, 1)}."
+            f"{where} has group_size {group_size} and min_bits {min_bits}; they must be "
+            f"from 1 to {max(numel, 1)} and from 1 to {bitpack.MAX_BITS}."
         )
     read = _unpack_levels if _typed(entry, "packed", bool, where) else _unspell_levels
     bits, levels = read(entry, where, group_size, numel, min_bits, constant)
@@ -222,6 +266,8 @@ def _unpack_levels(
     groups = group_count(numel, group_size)
     if not constant and 8 * packed.size < numel:
         raise StateError(f"{where} has {packed.size} bytes of levels, too few for {numel} weights.")
+    if not 0 <= width <= MAX_MAP_WIDTH:
+        raise StateError(f"{where} has map_width {width}; it must be from 0 to {MAX_MAP_WIDTH}.")
     if width:
         bits = (bitpack.unpack(bit_map, groups, width) + min_bits).astype(np.uint8)
     else:
@@ -279,12 +325,17 @@ def _typed(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 def _array(entry: Mapping[str, Any], key: str, dtype: torch.dtype, where: str) -> NDArray[Any]:
     tensor = _typed(entry, key, Tensor, where)
-    if tensor.dtype != dtype or tensor.layout != torch.strided or tensor.device.type == "meta":
-        raise StateError(
-            f"{where} needs {key!r} as a dense {dtype} tensor, got {_describe(tensor)}."
-        )
-    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
-    return array if key in ("ranges",) else array.reshape(-1)
+    _check_dense(tensor, key, where)
+    if tensor.dtype != dtype:
+        raise StateError(f"{where} needs {key!r} as a {dtype} tensor, got {_describe(tensor)}.")
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array
+
+
+def _check_dense(tensor: Tensor, key: str, where: str) -> None:
+    # An expanded tensor of few bytes must not be written out at its full size.
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+        raise StateError(f"{where} needs {key!r} as a contiguous tensor, got {_describe(tensor)}.")
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -8,17 +8,26 @@ with `stored_bits()`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import FormatError
 from diffq.format import bitpack
+from diffq.format.groups import merge_groups, split_groups
+from diffq.format.groups import stream_counts as stream_counts
 
 #: Bits that Equation 12 of the DiffQ paper (arXiv:2104.09987) gives to a tensor's
 #: minimum and maximum, and to the width of its bit map.
 RANGE_BITS = 2 * 32
+
+#: Largest magnitude of a grid's low, high and high - low. Below the largest float32 by
+#: more than the roundings of `level * step + low`, so that no level decodes to infinity.
+MAX_RANGE = float(np.finfo(np.float32).max) * (1 - 2**-20)
 WIDTH_BITS = 8
 
 
@@ -106,7 +115,7 @@ class RawRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class LevelRecord:
+class LevelRecord(ABC):
     """Integer levels with one bitwidth per group of consecutive weights.
 
     Attributes:
@@ -159,13 +168,13 @@ class LevelRecord:
         return False
 
     @property
+    @abstractmethod
     def parameter_bits(self) -> int:
         """Bits of the float parameters of the grid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self) -> NDArray[np.float32]:
         """The decoded weights: float32, in the tensor's shape."""
-        raise NotImplementedError
 
     def stored_bits(self) -> int:
         """Equation 12 of the DiffQ paper for this tensor, in bits."""
@@ -205,8 +214,7 @@ class GridRecord(LevelRecord):
                 f"A grid has 1 or {self.bits.size} ranges of low and high, "
                 f"got shape {self.ranges.shape}."
             )
-        if not (np.isfinite(self.ranges).all() and (self.ranges[:, 0] <= self.ranges[:, 1]).all()):
-            raise FormatError("A grid's ranges must be finite, with low at most high.")
+        check_ranges(self.ranges)
 
     @property
     def constant(self) -> bool:
@@ -243,8 +251,7 @@ class ScaledRecord(LevelRecord):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale.shape != (1,) or not np.isfinite(self.scale).all():
-            raise FormatError(f"A scaled tensor has one finite scale, got {self.scale}.")
+        check_scale(self.scale, int(self.bits.max(initial=1)))
 
     @property
     def parameter_bits(self) -> int:
@@ -260,53 +267,59 @@ class ScaledRecord(LevelRecord):
         return values.reshape(self.shape)
 
 
+def check_ranges(ranges: NDArray[np.float32]) -> None:
+    """Checks that every level of a grid decodes to a finite number.
+
+    Args:
+        ranges: low and high, [..., 2].
+
+    Raises:
+        FormatError: low above high, or a number that is not finite or too large.
+    """
+    low, high = ranges[..., 0].astype(np.float64), ranges[..., 1].astype(np.float64)
+    if not (np.isfinite(ranges).all() and (low <= high).all()):
+        raise FormatError("A grid's ranges must be finite, with low at most high.")
+    largest = np.maximum(high - low, np.maximum(abs(low), abs(high))).max(initial=0)
+    if largest > MAX_RANGE:
+        raise FormatError(
+            f"A grid's low, high and high - low must be at most {MAX_RANGE:.8g} in magnitude, "
+            f"got {largest:.8g}: decoding could overflow float32."
+        )
+
+
+def check_scale(scale: NDArray[np.float32], bits: int) -> None:
+    """Checks that every level of up to `bits` bits decodes to a finite number.
+
+    Raises:
+        FormatError: not one scale, or one that is not finite or too large.
+    """
+    largest = MAX_RANGE / 2 ** (bits - 1)
+    if scale.shape != (1,) or not abs(float(scale[0])) <= largest:
+        raise FormatError(f"A scaled tensor has one scale of at most {largest:.8g}, got {scale}.")
+
+
 def split_levels(record: LevelRecord) -> dict[int, NDArray[np.uint16]]:
     """The levels of each bitwidth in use, in the order of their weights.
 
     Returns:
         bitwidth -> uint16 levels, by rising bitwidth; empty for a constant tensor.
     """
-    if record.constant or not record.numel:
+    if record.constant:
         return {}
-    if record.bits.min() == record.bits.max():
-        return {int(record.bits[0]): record.levels}
-    rows = _rows(record.levels, record.bits.size, record.group_size)
-    counts = stream_counts(record.bits, record.group_size, record.numel)
-    # Only the last group can be padded, and it is the last of its bitwidth.
-    return {
-        width: rows[record.bits == width].reshape(-1)[:count] for width, count in counts.items()
-    }
+    return split_groups(record.levels, record.bits, record.group_size)
 
 
 def merge_levels(
     streams: dict[int, NDArray[np.uint16]], bits: NDArray[np.uint8], group_size: int, numel: int
 ) -> NDArray[np.uint16]:
-    """Inverse of `split_levels`."""
-    if not streams:
-        return np.zeros(numel, np.uint16)
-    if len(streams) == 1:
-        return next(iter(streams.values()))
-    levels = np.empty((bits.size, group_size), np.uint16)
-    for width, stream in streams.items():
-        chosen = bits == width
-        levels[chosen] = _rows(stream, int(chosen.sum()), group_size)
-    return levels.reshape(-1)[:numel]
-
-
-def stream_counts(bits: NDArray[np.uint8], group_size: int, numel: int) -> dict[int, int]:
-    """Number of weights at each bitwidth in use, by rising bitwidth."""
-    groups = np.bincount(bits, minlength=bitpack.MAX_BITS + 1)
-    counts = {int(width): int(groups[width]) * group_size for width in np.flatnonzero(groups)}
-    if bits.size:
-        counts[int(bits[-1])] -= bits.size * group_size - numel
-    return counts
-
-
-def _rows(levels: NDArray[np.uint16], groups: int, group_size: int) -> NDArray[np.uint16]:
-    missing = groups * group_size - levels.size
-    if missing:
-        levels = np.concatenate([levels, np.zeros(missing, np.uint16)])
-    return levels.reshape(groups, group_size)
+    """Inverse of `split_levels`; zeros where there are no streams."""
+    levels = np.zeros(numel, np.uint16)
+    if streams:
+        counts = stream_counts(bits, group_size, numel)
+        merge_groups(
+            bits, counts, group_size, levels, lambda width, part: np.copyto(part, streams[width])
+        )
+    return levels
 
 
 #: Everything that a state or a file can hold under one name.

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from diffq.attach import Attachment, WeightQuantizer, quantizers_in
+from diffq.attach import Attachment, quantizers_in
 from diffq.errors import AttachError, ConfigError, OptimizerError, WeightError
-from diffq.format.records import Record, stream_counts
+from diffq.format.container import Codec, encode_parts
+from diffq.format.records import Record, group_count, stream_counts
 from diffq.quantizers.half import HalfQuantizer
 from diffq.report import table
 from diffq.select import Rules, TensorPlan, build_plan
-from diffq.size import MEGABYTE_BITS
+from diffq.size import MEGABYTE, MEGABYTE_BITS
 from diffq.state import Snapshot, raw_record, to_state
+from diffq.weight import WeightQuantizer
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -52,9 +54,13 @@ class BaseQuantizer(ABC):
     def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
         _check_model(model)
         self._plans = build_plan(model, rules)
-        quantizers = [self._choose(plan, settings, float16, model) for plan in self._plans]
+        chosen = [self._override(plan, settings) for plan in self._plans]
+        quantizers = [
+            self._choose(plan, settings, float16, model)
+            for plan, settings in zip(self._plans, chosen, strict=True)
+        ]
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
-        self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()))
+        self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._guards = [
             module.register_forward_pre_hook(_refuse_training)
             for module in dict.fromkeys([model, *self._attached.owners()])
@@ -92,6 +98,10 @@ class BaseQuantizer(ABC):
             OptimizerError: the optimizer holds no parameter of the model.
         """
         extras = self._extras()
+        if not isinstance(optimizer, Optimizer):
+            raise OptimizerError(
+                f"setup_optimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}."
+            )
         ids = {id(extra) for extra in extras}
         ours = {id(parameter) for parameter in self.model.parameters()} - ids
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -102,11 +112,7 @@ class BaseQuantizer(ABC):
                 "Make it with model.parameters(), then call setup_optimizer."
             )
         if extras:
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in ids]
-            optimizer.param_groups[:] = [
-                group for group in optimizer.param_groups if group["params"]
-            ]
+            _remove_parameters(optimizer, ids)
             decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
             optimizer.add_param_group({"params": extras, "lr": lr, **decay, **overrides})
         self.no_optimizer()
@@ -149,6 +155,18 @@ class BaseQuantizer(ABC):
         attachment = self._attachment
         bits = sum(q.stored_bits(attachment.weight(q)) for q in attachment.quantizers)
         return (bits + self._raw_bits()) / MEGABYTE_BITS
+
+    def compressed_model_size(self, codec: Codec = "zstd") -> float:
+        """Size in MB of the file that `diffq.save` would write now, without metadata.
+
+        Encodes the whole model: meant for once an epoch, not for each step.
+
+        Raises:
+            WeightError: a weight or bitwidth is not finite.
+        """
+        snapshot = self.snapshot()
+        parts = encode_parts(snapshot.records, snapshot.aliases, codec=codec)
+        return sum(map(len, parts)) / MEGABYTE
 
     def bits(self) -> dict[str, Tensor]:
         """Rounded bitwidth of each group: tensor name to uint8 [groups] on the CPU.
@@ -215,17 +233,16 @@ class BaseQuantizer(ABC):
             WeightError: with `quantized`, a weight is not finite; nothing has changed then.
         """
         attachment = self._attachment
-        values = {}
+        values: list[tuple[TensorPlan, Tensor]] = []
         if quantized:
             with torch.no_grad():
                 for quantizer in attachment.quantizers:
-                    values[quantizer.plan] = quantizer.eval_weight(
-                        attachment.weight(quantizer).detach()
-                    )
+                    value = quantizer.eval_weight(attachment.weight(quantizer).detach())
+                    values.append((quantizer.plan, value))
         self.no_optimizer()
         attachment.detach()
         self._attached = None
-        for plan, value in values.items():
+        for plan, value in values:
             _bake(attachment.model, plan, value)
         return attachment.model
 
@@ -233,11 +250,15 @@ class BaseQuantizer(ABC):
         """A table: tensor, shape, groups, mean bits, MB."""
         if self._attached is None:
             return f"{type(self).__name__}(detached)"
-        rows = [self._row(q) for name, q in self._by_name.items() if q.group_bits() is not None]
+        sized = [
+            (q, q.stored_bits(self._attachment.weight(q)) / MEGABYTE_BITS)
+            for q in self._by_name.values()
+            if q.group_bits() is not None
+        ]
         total = self.true_model_size()
-        rest = total - sum(float(row[-1]) for row in rows)
-        others = len(self._plans) - len(rows)
-        rows.append((f"{others} tensors without levels", "", "", "", f"{rest:.4f}"))
+        rest = total - sum(size for _, size in sized)
+        rows = [_row(quantizer, size) for quantizer, size in sized]
+        rows.append((f"{len(self._plans) - len(rows)} without levels", "", "", "", f"{rest:.4f}"))
         rows.append(("total", "", "", f"{self.mean_bits():.2f}", f"{total:.4f}"))
         header = ("tensor", "shape", "groups", "bits", "MB")
         return f"{type(self).__name__}\n{table(header, rows, left=2)}"
@@ -254,7 +275,7 @@ class BaseQuantizer(ABC):
         if plan.quantized:
             weight = plan.sites[0].read(model)
             _check_finite(plan.name, weight)
-            return self._make_quantizer(plan, self._override(plan, settings), weight)
+            return self._make_quantizer(plan, settings, weight)
         if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
             return HalfQuantizer(plan)
         return None
@@ -273,23 +294,43 @@ class BaseQuantizer(ABC):
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]
 
     def _raw_bits(self) -> float:
-        return float(
-            sum(8 * p.numel * p.dtype.itemsize for p in self._plans if p.name not in self._by_name)
-        )
+        raw = [plan.sites[0] for plan in self._plans if plan.name not in self._by_name]
+        tensors = [site.read(self.model) for site in raw]
+        return float(sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors))
 
-    def _row(self, quantizer: WeightQuantizer) -> tuple[str, ...]:
-        plan = quantizer.plan
-        bits, weights = _level_totals(quantizer)
-        size = quantizer.stored_bits(self._attachment.weight(quantizer)) / MEGABYTE_BITS
-        name = " = ".join(plan.names)
-        shape = "x".join(map(str, plan.shape))
-        return (
-            name,
-            shape,
-            str(-(-plan.numel // quantizer.group_size)),
-            f"{bits / weights:.2f}",
-            f"{size:.4f}",
-        )
+
+def quantizer_of(model: nn.Module) -> BaseQuantizer:
+    """The quantizer that is attached to a model, or to a part of it.
+
+    A deep copy of a quantized model, such as an exponential moving average makes, has
+    a quantizer of its own; this finds it, to export the copy or to detach it.
+
+    Raises:
+        AttachError: no quantizer is attached.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            attachment = getattr(hook, "__self__", None)
+            if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
+                return attachment.face
+    raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
+
+
+def _row(quantizer: WeightQuantizer, size: float) -> tuple[str, ...]:
+    plan = quantizer.plan
+    bits, weights = _level_totals(quantizer)
+    groups = group_count(weights, quantizer.group_size)
+    shape = "x".join(map(str, plan.shape))
+    return " = ".join(plan.names), shape, str(groups), f"{bits / weights:.2f}", f"{size:.4f}"
+
+
+def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
+    """Takes parameters out of an optimizer's groups, and groups out that held no others."""
+    for group in list(optimizer.param_groups):
+        kept = [p for p in group["params"] if id(p) not in ids]
+        if group["params"] and not kept:
+            optimizer.param_groups.remove(group)
+        group["params"] = kept
 
 
 def _level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:

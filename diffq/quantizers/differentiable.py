@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diffq import grid, noise
+from diffq.checks import MAX_BITS, check_bits, check_group_size, check_number
 from diffq.errors import ConfigError
-from diffq.format.bitpack import MAX_BITS
 from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grids import GridQuantizer, check_bits
+from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
 from diffq.size import differentiable_bits
 
@@ -42,22 +42,11 @@ class DiffQSettings:
                 f"min_bits must be below max_bits, got {self.min_bits} and {self.max_bits}. "
                 "For one bitwidth that is not learned, pass bits=."
             )
-        if not self.min_bits <= self.init_bits <= self.max_bits:
-            raise ConfigError(
-                f"init_bits must be from min_bits {self.min_bits} to max_bits {self.max_bits}, "
-                f"got {self.init_bits}."
-            )
-        if self.group_size is not None and (
-            not isinstance(self.group_size, int) or self.group_size < 0
-        ):
-            raise ConfigError(
-                "group_size must be a number of weights, or None for the whole tensor, "
-                f"got {self.group_size!r}."
-            )
+        check_number(self.init_bits, "init_bits", self.min_bits, self.max_bits)
+        check_group_size(self.group_size)
         if self.noise not in NOISES:
             raise ConfigError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}.")
-        if not self.noise_scale > 0:
-            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}.")
+        check_number(self.noise_scale, "noise_scale", 0)
 
 
 class Stage(IntEnum):
@@ -95,7 +84,7 @@ class DiffQWeight(GridQuantizer):
     def bits(self) -> Tensor:
         """Bitwidths that training uses, [groups]; real and differentiable while learned."""
         if self.settings.bits is not None:
-            return self.fixed_bits
+            return self.fixed_bits.float()
         bits = grid.bits_of_logits(
             self.logits.float(), self.settings.min_bits, self.settings.max_bits
         )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq import grid
-from diffq.attach import WeightQuantizer
-from diffq.errors import ConfigError, WeightError
-from diffq.format.bitpack import MAX_BITS
-from diffq.format.records import RANGE_BITS, WIDTH_BITS, GridRecord, group_count, level_bits
+from diffq.errors import WeightError
+from diffq.format.records import (
+    MAX_RANGE,
+    RANGE_BITS,
+    WIDTH_BITS,
+    GridRecord,
+    group_count,
+    level_bits,
+)
 from diffq.select import TensorPlan
 from diffq.state import dtype_name
-
-
-def check_bits(bits: object, name: str = "bits", least: int = 1) -> None:
-    """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= MAX_BITS:
-        raise ConfigError(
-            f"{name} must be a whole number from {least} to {MAX_BITS}, got {bits!r}."
-        )
+from diffq.weight import WeightQuantizer
 
 
 def check_range(low: Tensor, high: Tensor, name: str) -> None:
     """Raises WeightError unless a grid from `low` to `high` can be stored in float32."""
-    if not torch.isfinite(high - low).all():
+    largest = torch.maximum(high - low, torch.maximum(low.abs(), high.abs()))
+    # NaN is not at most anything.
+    if not (largest <= MAX_RANGE).all():
         raise WeightError(
-            f"The weights of {name} must be finite, with a range that float32 can hold; got "
+            f"The weights of {name} must be finite, in a range of at most {MAX_RANGE:.8g}; got "
             f"{low.min().item()} to {high.max().item()}. "
             "Find the step that diverged, or exclude the tensor."
         )
@@ -63,9 +65,9 @@ class GridQuantizer(WeightQuantizer):
         self.groups = group_count(plan.numel, group_size)
         self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
 
+    @abstractmethod
     def whole_bits(self) -> Tensor:
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
-        raise NotImplementedError
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, [1] or [groups]; differentiable."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffq.attach import WeightQuantizer
 from diffq.errors import WeightError
 from diffq.format.records import RawRecord
 from diffq.state import raw_record
+from diffq.weight import WeightQuantizer
 
 
 class HalfQuantizer(WeightQuantizer):
@@ -20,16 +20,18 @@ class HalfQuantizer(WeightQuantizer):
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """The weight rounded to float16, in its own dtype."""
-        return weight.half().to(weight.dtype)
-
-    def record(self, weight: Tensor) -> RawRecord:
-        """The float16 elements."""
-        if torch.isinf(weight.half()).any() and not torch.isinf(weight).any():
+        half = weight.half()
+        overflow = torch.isinf(half) & ~torch.isinf(weight)
+        if not torch.compiler.is_compiling() and overflow.any():
             raise WeightError(
                 f"float16 holds magnitudes up to 65504, got {weight.abs().max().item()} in "
                 f"{self.plan.name}. Make the quantizer with float16=False."
             )
-        return raw_record(weight, torch.float16)
+        return half.to(weight.dtype)
+
+    def record(self, weight: Tensor) -> RawRecord:
+        """The float16 elements."""
+        return raw_record(self.eval_weight(weight), torch.float16)
 
     def size_bits(self) -> float:
         """16 bits per element."""

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffq.attach import WeightQuantizer
+from diffq.checks import check_bits
 from diffq.errors import WeightError
-from diffq.format.records import WIDTH_BITS, ScaledRecord
+from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.noise import compute_dtype
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grids import check_bits
 from diffq.select import Overrides, Rules, TensorPlan
 from diffq.state import dtype_name
+from diffq.weight import WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class LSQWeight(WeightQuantizer):
         self.settings = settings
         self.lowest = -(2 ** (settings.bits - 1))
         self.highest = 2 ** (settings.bits - 1) - 1
-        start = 2 * weight.detach().float().abs().mean() / math.sqrt(self.highest)
-        self.scale = nn.Parameter(start.view(1))
+        mean = weight.detach().float().abs().mean()
+        # A tensor that starts at zero, as some last layers do, must be able to leave it.
+        mean = torch.where(mean > 0, mean, 0.01)
+        self.scale = nn.Parameter((2 * mean / math.sqrt(self.highest)).view(1))
 
     def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
         """Equations 1 to 3 of the LSQ paper: straight through the rounding.
@@ -61,7 +63,7 @@ class LSQWeight(WeightQuantizer):
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Nearest level times the scale, rounded to float32."""
-        return (self._levels(weight) * self._positive_scale()).to(weight.dtype)
+        return (self._levels(weight) * self._positive_scale().float()).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> ScaledRecord:
@@ -93,8 +95,11 @@ class LSQWeight(WeightQuantizer):
         return self.scale.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _levels(self, weight: Tensor) -> Tensor:
-        ratio = weight.detach().float() / self._positive_scale()
-        if not torch.compiler.is_compiling() and not torch.isfinite(ratio.sum()):
+        scale = self._positive_scale().float()
+        ratio = weight.detach().float() / scale
+        largest = scale * -self.lowest
+        finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
+        if not torch.compiler.is_compiling() and not finite:
             raise WeightError(
                 f"The weights and the scale of {self.plan.name} must be finite, "
                 f"got scale {self.scale.item()}. "

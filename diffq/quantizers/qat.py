@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq.checks import check_bits
 from diffq.noise import straight_through
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grids import GridQuantizer, check_bits
+from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
 
 
@@ -42,8 +43,8 @@ class QATWeight(GridQuantizer):
         )
 
     def whole_bits(self) -> Tensor:
-        """The bitwidth, float32 [1]."""
-        return self.bits
+        """The bitwidth, float32 [1], whatever the model was cast to."""
+        return self.bits.float()
 
     def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
         """The quantized weight, with identity as its gradient."""

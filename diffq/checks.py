@@ -1,0 +1,60 @@
+"""Checks of what users pass in, with errors that name the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from diffq.errors import ConfigError
+
+MAX_BITS = 15
+
+
+def check_bits(bits: Any, name: str = "bits", least: int = 1) -> None:
+    """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
+    if not _is_whole(bits) or not least <= bits <= MAX_BITS:
+        raise ConfigError(
+            f"{name} must be a whole number from {least} to {MAX_BITS}, got {bits!r}."
+        )
+
+
+def check_number(value: Any, name: str, least: float, most: float = math.inf) -> None:
+    """Raises ConfigError unless `value` is a finite number from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not least <= value <= most:
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be a number, {limits}, got {value!r}.")
+
+
+def check_group_size(value: Any) -> None:
+    """Raises ConfigError unless `value` is a number of weights, or None for all."""
+    if value is not None and (not _is_whole(value) or value < 0):
+        raise ConfigError(
+            "group_size must be a whole number of weights, or None for the whole tensor, "
+            f"got {value!r}."
+        )
+
+
+def check_patterns(patterns: Any, name: str) -> None:
+    """Raises ConfigError unless `patterns` is a list or tuple of strings."""
+    if isinstance(patterns, str):
+        raise ConfigError(f"{name} must be a list of name patterns; write {name}=[{patterns!r}].")
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(f"{name} must be a list of name patterns, got {patterns!r}.")
+
+
+def check_overrides(overrides: Any) -> None:
+    """Raises ConfigError unless `overrides` maps name patterns to dicts of settings."""
+    sound = isinstance(overrides, dict) and all(
+        isinstance(pattern, str) and isinstance(settings, dict)
+        for pattern, settings in overrides.items()
+    )
+    if overrides is not None and not sound:
+        raise ConfigError(
+            "overrides must map name patterns to dicts of settings, such as "
+            f"{{'*.head.weight': {{'bits': 8}}}}, got {overrides!r}."
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

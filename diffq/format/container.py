@@ -1,0 +1,145 @@
+"""Records to the bytes of a file and back: the front door of `diffq.format`.
+
+    encode: records -> entries -> segments -> index -> chunks
+    decode: the same backwards, by `Reader`
+
+docs/format.md specifies every byte. The same records give the same bytes on every
+machine and with any number of threads, as long as zstd has the same version.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq.errors import ConfigError, FormatError
+from diffq.format import chunks, elements, entropy
+from diffq.format.entries import entry_of
+from diffq.format.index import Storage, write_index
+from diffq.format.layout import LEVELS, Piece, Segment
+from diffq.format.metadata import write_metadata
+from diffq.format.pooling import Pooling
+from diffq.format.reader import Buffer, Reader
+from diffq.format.records import GridRecord, LevelRecord, RawRecord, Record
+from diffq.format.threads import in_threads
+
+Codec = Literal["zstd", "packed"]
+
+
+def encode(
+    records: Mapping[str, Record],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    codec: Codec = "zstd",
+    threads: int | None = None,
+) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        records: name -> record, in the order that the file keeps.
+        aliases: further name -> name of a record, for tied tensors.
+        metadata: a JSON object.
+        codec: "zstd" for the smallest file; "packed" stores all levels at their bitwidth.
+        threads: threads to use; by default one for each core.
+
+    Raises:
+        ConfigError: an unknown codec.
+        FormatError: a name, an alias, a record or the metadata is not one that a file can hold.
+    """
+    return b"".join(encode_parts(records, aliases, metadata, codec, threads))
+
+
+def encode_parts(
+    records: Mapping[str, Record],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    codec: Codec = "zstd",
+    threads: int | None = None,
+) -> list[bytes]:
+    """What `encode` returns, in parts to be written one after the other.
+
+    A large file is then never held twice. Takes and raises what `encode` does.
+    """
+    if codec not in ("zstd", "packed"):
+        raise ConfigError(f"The codec is 'zstd' or 'packed', got {codec!r}.")
+    aliases = dict(aliases or {})
+    _check_aliases(records, aliases)
+    entries = [entry_of(name, record) for name, record in records.items()]
+    pooling = Pooling(codec == "zstd")
+    backs = [
+        pooling.add(entry, record) for entry, record in zip(entries, records.values(), strict=True)
+    ]
+    sources = list(records.values())
+    stored = in_threads(
+        lambda segment: _encode_segment(segment, sources, codec == "zstd"),
+        pooling.layout.segments,
+        threads,
+    )
+    index = write_index(entries, aliases, backs, [storage for storage, _ in stored])
+    bodies = {chunks.INDEX: chunks.text_body(index)}
+    if metadata:
+        bodies[chunks.METADATA] = chunks.text_body(write_metadata(metadata))
+    parts = [chunks.prologue()]
+    for tag, body in bodies.items():
+        parts += [chunks.chunk_header(tag, len(body), body), body]
+    data = [part for _, part in stored]
+    parts += [chunks.chunk_header(chunks.DATA, sum(len(part) for part in data)), *data]
+    return [*parts, chunks.chunk_header(chunks.END, 0)]
+
+
+def decode(
+    buffer: Buffer, budget: int | None = None, threads: int | None = None
+) -> tuple[dict[str, Record], dict[str, str], dict[str, Any]]:
+    """Inverse of `encode`: records, aliases and metadata.
+
+    Args:
+        buffer: the whole file.
+        budget: see `Reader`.
+        threads: threads to use; by default one for each core.
+
+    Raises:
+        FormatError: the file is damaged, hostile, or of another version.
+    """
+    reader = Reader(buffer, budget, threads)
+    return reader.records(), dict(reader.aliases), reader.metadata
+
+
+def _check_aliases(records: Mapping[str, Record], aliases: Mapping[str, str]) -> None:
+    for name, target in aliases.items():
+        if name in records:
+            raise FormatError(f"The alias {name!r} must be a new name, got that of a tensor.")
+        if target not in records:
+            raise FormatError(f"The alias {name!r} must name a stored tensor, got {target!r}.")
+
+
+def _encode_segment(
+    segment: Segment, records: Sequence[Record], compress: bool
+) -> tuple[Storage, bytes]:
+    if segment.item == LEVELS:
+        pieces = [_levels(piece, records[piece.record]) for piece in segment.pieces]
+        coding, payload, stored = entropy.encode(pieces, compress)
+        return Storage(len(stored), zlib.crc32(stored), payload, coding), stored
+    data = np.concatenate([_elements(piece, records[piece.record]) for piece in segment.pieces])
+    stored = elements.encode(data, segment.item, compress)
+    return Storage(len(stored), zlib.crc32(stored), data.size), stored
+
+
+def _levels(piece: Piece, record: Record) -> entropy.LevelPiece:
+    assert isinstance(record, LevelRecord)  # only their parts have no whole bytes
+    levels = record.levels[piece.start : piece.stop]
+    return entropy.LevelPiece(record.bits[piece.groups], levels, piece.group_size)
+
+
+def _elements(piece: Piece, record: Record) -> NDArray[np.uint8]:
+    """The bytes of a raw tensor or of the float parameters, little-endian."""
+    if isinstance(record, RawRecord):
+        data = record.data
+    else:
+        parameters = record.ranges if isinstance(record, GridRecord) else record.scale
+        data = np.ascontiguousarray(parameters, "<f4").reshape(-1).view(np.uint8)
+    item = piece.part.item
+    return data[piece.start * item : piece.stop * item]

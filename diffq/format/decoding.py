@@ -1,0 +1,195 @@
+"""What segments hold, put together to tensors.
+
+`Target` collects the pieces of one tensor, from several threads and in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq.errors import FormatError
+from diffq.format.entries import Entry
+from diffq.format.entropy import DecodedPiece
+from diffq.format.groups import merge_groups
+from diffq.format.layout import Piece
+from diffq.format.records import (
+    GridRecord,
+    RawRecord,
+    Record,
+    ScaledRecord,
+    check_ranges,
+    check_scale,
+)
+from diffq.format.wire import REMEDY, damaged
+
+
+@dataclass
+class Target:
+    """A tensor in the making.
+
+    Attributes:
+        entry: what the index says about it.
+        elements: uint8, the bytes of a raw tensor or of the float parameters.
+        out: flat, receives the levels (uint16) or the values (float32).
+        maps: first weight of a piece -> the bitwidths of its groups.
+    """
+
+    entry: Entry
+    elements: NDArray[np.uint8]
+    out: NDArray[Any]
+    maps: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """The tensor, for errors."""
+        return f"tensor {self.entry.name!r}"
+
+    @property
+    def parameters(self) -> NDArray[np.float32]:
+        """The ranges, [ranges, 2], or the scale, [1]."""
+        parameters: NDArray[np.float32] = self.elements.view("<f4").astype(np.float32, copy=False)
+        return parameters.reshape(-1, 2) if self.entry.kind == "grid" else parameters
+
+    def check_parameters(self) -> None:
+        """Checks what the levels are decoded with, before they are (section 4).
+
+        Raises:
+            FormatError: a range is no range, or the index is wrong about a constant.
+        """
+        if self.entry.kind == "scaled":
+            self._check_scale(1)
+        if self.entry.kind != "grid":
+            return
+        ranges = self.parameters
+        try:
+            check_ranges(ranges)
+        except FormatError as error:
+            raise FormatError(f"{self.where}: {error} {REMEDY}") from error
+        constant = bool((ranges[:, 0] == ranges[:, 1]).all())
+        if constant != self.entry.constant:
+            raise damaged(self.where, f"flag 2 must be {int(constant)}", int(not constant))
+
+    def add_elements(self, piece: Piece, data: NDArray[np.uint8]) -> None:
+        """Takes the bytes of a piece."""
+        item = piece.part.item
+        self.elements[piece.start * item : piece.stop * item] = data
+
+    def add_levels(self, piece: Piece, decoded: DecodedPiece) -> None:
+        """Takes the levels of a piece.
+
+        Raises:
+            FormatError: a bitwidth is below the tensor's minimum, or the scale too large.
+        """
+        if min(decoded.streams) < self.entry.min_bits:
+            rule = f"bitwidths are at least {self.entry.min_bits}"
+            raise damaged(self.where, rule, min(decoded.streams))
+        self.maps[piece.start] = decoded.bits
+        out = self.out[piece.start : piece.stop]
+        if out.dtype != np.float32:
+            merge_groups(
+                decoded.bits,
+                decoded.counts,
+                piece.group_size,
+                out,
+                lambda width, part: np.copyto(part, decoded.streams[width]),
+            )
+        elif self.entry.kind == "grid":
+            _decode_grid(self.parameters, piece, decoded, out)
+        else:
+            self._check_scale(max(decoded.streams))
+            _decode_scaled(self.parameters, piece, decoded, out)
+
+    def _check_scale(self, bits: int) -> None:
+        try:
+            check_scale(self.parameters, bits)
+        except FormatError as error:
+            raise FormatError(f"{self.where}: {error} {REMEDY}") from error
+
+    def bits(self) -> NDArray[np.uint8]:
+        """The bitwidth of each group, [groups]; `min_bits` where no level is stored.
+
+        Raises:
+            FormatError: segments that share a group disagree about it.
+        """
+        if not self.maps:
+            return np.full(self.entry.groups, self.entry.min_bits, np.uint8)
+        joined: list[NDArray[np.uint8]] = []
+        last = 0
+        for start, bits in sorted(self.maps.items()):
+            continued = start % self.entry.group_size != 0
+            if continued and bits[0] != last:
+                rule = f"the group of weight {start} must have one bitwidth"
+                raise damaged(self.where, rule, f"{last} and {bits[0]}")
+            joined.append(bits[1:] if continued else bits)
+            last = bits[-1]
+        return np.concatenate(joined)
+
+    def record(self) -> Record:
+        """The tensor as a record.
+
+        Raises:
+            FormatError: see `bits`.
+        """
+        entry = self.entry
+        if entry.kind == "raw":
+            return RawRecord(entry.shape, entry.dtype, entry.stored_dtype, self.elements)
+        head = (entry.shape, entry.dtype, entry.group_size, entry.min_bits, self.bits(), self.out)
+        if entry.kind == "grid":
+            return GridRecord(*head, self.parameters)
+        return ScaledRecord(*head, self.parameters)
+
+    def values(self) -> NDArray[np.float32]:
+        """The decoded weights in the tensor's shape.
+
+        Raises:
+            FormatError: see `bits`.
+        """
+        if self.entry.constant:
+            # As everywhere, low is added to level * step, which makes 0.0 of -0.0.
+            low = self.parameters[:, 0] + np.float32(0)
+            self.out[:] = _per_weight(low, self.entry.group_size, self.out.size)
+        self.bits()
+        return self.out.reshape(self.entry.shape)
+
+
+def _decode_grid(
+    ranges: NDArray[np.float32], piece: Piece, decoded: DecodedPiece, out: NDArray[np.float32]
+) -> None:
+    """What `GridRecord.values` computes, with the levels of each bitwidth at a time."""
+    shared = len(ranges) == 1
+    low, high = (ranges if shared else ranges[piece.groups]).T
+
+    def fill(width: int, part: NDArray[np.float32]) -> None:
+        if shared:
+            step = (high - low) / np.float32((1 << width) - 1)
+            np.multiply(decoded.streams[width], step, out=part)
+            part += low
+        else:
+            part[:] = decoded.streams[width]
+
+    merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
+    if not shared:
+        top = (np.uint32(1) << decoded.bits.astype(np.uint32)) - np.uint32(1)
+        out *= _per_weight((high - low) / top.astype(np.float32), piece.group_size, out.size)
+        out += _per_weight(low, piece.group_size, out.size)
+
+
+def _decode_scaled(
+    scale: NDArray[np.float32], piece: Piece, decoded: DecodedPiece, out: NDArray[np.float32]
+) -> None:
+    """What `ScaledRecord.values` computes, with the levels of each bitwidth at a time."""
+
+    def fill(width: int, part: NDArray[np.float32]) -> None:
+        np.subtract(decoded.streams[width], np.float32(1 << (width - 1)), out=part)
+        part *= scale
+
+    merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
+
+
+def _per_weight(per_group: NDArray[np.float32], group_size: int, numel: int) -> NDArray[np.float32]:
+    """One value per group, or one for all, for each weight."""
+    return per_group if per_group.size == 1 else np.repeat(per_group, group_size)[:numel]

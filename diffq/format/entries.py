@@ -1,0 +1,179 @@
+"""One tensor of a file as its index describes it (docs/format.md, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+from diffq.errors import FormatError
+from diffq.format import bitpack, layout
+from diffq.format.layout import Part
+from diffq.format.records import (
+    ITEM_SIZES,
+    GridRecord,
+    RawRecord,
+    Record,
+    group_count,
+)
+
+MAX_NAME_BYTES = 1024
+MAX_RANK = 32
+#: The product of all sizes other than 0: what NumPy, torch and 63-bit byte counts can address.
+MAX_ELEMENTS = 1 << 48
+
+#: docs/format.md, section 4: a dtype's code is its place in this list.
+DTYPES = (
+    "bool",
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
+#: dtypes that a tensor of levels can decode to.
+LEVEL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+#: A kind's code is its place in this list.
+KINDS = ("raw", "grid", "scaled")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says about one tensor.
+
+    Attributes:
+        name: the tensor's name.
+        kind: "raw", "grid" or "scaled", after the record it decodes to.
+        shape: the tensor's shape.
+        dtype: the dtype to restore, by its torch name.
+        stored_dtype: the dtype of a raw tensor's bytes; "" for levels.
+        group_size: weights per group; 0 for raw tensors.
+        min_bits: the bitwidth that the bit map counts from; 0 for raw tensors.
+        ranges: low and high of a grid are stored once (1) or for each group; 0 otherwise.
+        constant: a grid whose parameters alone give the values; no level is stored.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored_dtype: str = ""
+    group_size: int = 0
+    min_bits: int = 0
+    ranges: int = 0
+    constant: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def groups(self) -> int:
+        """Groups that have a bitwidth; 0 for raw tensors."""
+        return group_count(self.numel, self.group_size) if self.group_size else 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of float32 parameters: the ranges or the scale."""
+        return 1 if self.kind == "scaled" else 2 * self.ranges
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded tensor needs: 4 bytes a weight, or the stored elements."""
+        if self.kind == "raw":
+            return self.numel * ITEM_SIZES[self.stored_dtype]
+        return 4 * (self.numel + self.parameters) + self.groups
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The arrays that are stored, in the order of the file; empty ones are not."""
+        if self.kind == "raw":
+            parts = {"elements": Part(ITEM_SIZES[self.stored_dtype], self.numel)}
+        else:
+            parts = {"parameters": Part(4, self.parameters)}
+            if not self.constant:
+                parts["levels"] = Part(layout.LEVELS, self.numel, self.group_size)
+        return {name: part for name, part in parts.items() if part.count}
+
+    def check(self) -> None:
+        """Checks what does not depend on how the entry is stored (section 4).
+
+        Raises:
+            FormatError: a rule is broken.
+        """
+        if len(self.shape) > MAX_RANK:
+            self._refuse(f"a tensor has at most {MAX_RANK} dimensions", len(self.shape))
+        if math.prod(size for size in self.shape if size) > MAX_ELEMENTS:
+            rule = "the product of all sizes other than 0 is at most 2**48"
+            self._refuse(rule, list(self.shape))
+        if self.kind == "raw":
+            if self.stored_dtype not in (self.dtype, "float16"):
+                self._refuse(f"{self.dtype} is stored as such or as float16", self.stored_dtype)
+            return
+        if self.dtype not in LEVEL_DTYPES:
+            self._refuse(f"levels decode to one of {', '.join(LEVEL_DTYPES)}", self.dtype)
+        if not 1 <= self.group_size <= max(self.numel, 1):
+            self._refuse(f"a group has from 1 to {max(self.numel, 1)} weights", self.group_size)
+        if not 1 <= self.min_bits <= bitpack.MAX_BITS:
+            self._refuse(f"min_bits is from 1 to {bitpack.MAX_BITS}", self.min_bits)
+
+    def _refuse(self, rule: str, got: object) -> NoReturn:
+        raise FormatError(f"tensor {self.name!r}: {rule}, got {got}.")
+
+
+def check_name(name: str) -> bytes:
+    """The UTF-8 bytes of a name that a file can hold (section 4).
+
+    Control characters are refused because names end up on terminals and in paths.
+
+    Raises:
+        FormatError: the name is empty, too long, no valid text or has control characters.
+    """
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"A name must be valid Unicode, got {name!r}.") from error
+    if not 1 <= len(encoded) <= MAX_NAME_BYTES:
+        raise FormatError(
+            f"A name has from 1 to {MAX_NAME_BYTES} bytes in UTF-8, got {len(encoded)}."
+        )
+    if any(character < " " or character == "\x7f" for character in name):
+        raise FormatError(f"A name has no control characters, got {name!r}.")
+    return encoded
+
+
+def entry_of(name: str, record: Record) -> Entry:
+    """Describes a record.
+
+    Raises:
+        FormatError: a file cannot hold it.
+    """
+    if isinstance(record, RawRecord):
+        entry = Entry(name, "raw", record.shape, record.dtype, record.stored_dtype)
+    else:
+        grid = isinstance(record, GridRecord)
+        entry = Entry(
+            name,
+            "grid" if grid else "scaled",
+            record.shape,
+            record.dtype,
+            group_size=record.group_size,
+            min_bits=record.min_bits,
+            ranges=len(record.ranges) if isinstance(record, GridRecord) else 0,
+            constant=record.constant,
+        )
+    entry.check()
+    return entry

@@ -1,0 +1,244 @@
+"""The index of a file: names, tensors and segments (docs/format.md, section 4).
+
+It alone says what a file holds and where, so a reader knows every shape and size
+before it touches the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from diffq.errors import FormatError
+from diffq.format import bitpack
+from diffq.format.entries import DTYPES, KINDS, Entry, check_name
+from diffq.format.entropy import WIDER, Coding
+from diffq.format.layout import LEVELS, Layout, Segment
+from diffq.format.wire import REMEDY, Cursor, damaged, varint
+
+_WHERE = "The index"
+_PER_GROUP, _CONSTANT = 1, 2
+#: The streams of a segment end on whole bytes: at most 1 + 15 of them, of at most 4 fields.
+_MOST_PADDING = 64
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the bytes of one segment are, and what they must be.
+
+    Attributes:
+        size: stored bytes.
+        crc: CRC-32 of the stored bytes.
+        payload: bytes once decompressed.
+        coding: how the payload is cut in streams, for levels.
+    """
+
+    size: int
+    crc: int
+    payload: int
+    coding: Coding | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything that the index says.
+
+    Attributes:
+        entries: the tensors, in their order.
+        aliases: further name -> name of the tensor.
+        layout: which segment holds what.
+        storages: one for each segment.
+    """
+
+    entries: tuple[Entry, ...]
+    aliases: Mapping[str, str]
+    layout: Layout
+    storages: tuple[Storage, ...]
+
+
+def write_index(
+    entries: Sequence[Entry],
+    aliases: Mapping[str, str],
+    backs: Sequence[Sequence[int]],
+    storages: Sequence[Storage],
+) -> bytes:
+    """The bytes of an index.
+
+    Args:
+        entries: the tensors.
+        aliases: further name -> name of the tensor.
+        backs: for each tensor and each of its parts, what `Layout.place` takes.
+        storages: the segments.
+    """
+    names = [check_name(name) for name in (*(entry.name for entry in entries), *aliases)]
+    numbers = {entry.name: number for number, entry in enumerate(entries)}
+    out = [varint(len(entries)), varint(len(aliases))]
+    out += [varint(len(name)) for name in names]
+    out += names
+    out += [varint(numbers[target]) for target in aliases.values()]
+    for entry, back in zip(entries, backs, strict=True):
+        out += [_write_entry(entry), *(varint(number) for number in back)]
+    out += [_write_storage(storage) for storage in storages]
+    return b"".join(out)
+
+
+def _write_entry(entry: Entry) -> bytes:
+    head = [KINDS.index(entry.kind), DTYPES.index(entry.dtype), len(entry.shape)]
+    out = [bytes(head), *(varint(size) for size in entry.shape)]
+    if entry.kind == "raw":
+        out.append(bytes([DTYPES.index(entry.stored_dtype)]))
+    else:
+        out += [varint(entry.group_size), bytes([entry.min_bits])]
+    if entry.kind == "grid":
+        out.append(bytes([(entry.ranges != 1) * _PER_GROUP | entry.constant * _CONSTANT]))
+    return b"".join(out)
+
+
+def _write_storage(storage: Storage) -> bytes:
+    out = varint(storage.size) + storage.crc.to_bytes(4, "little")
+    if storage.coding is None:
+        return out
+    widths = storage.coding.stored_widths
+    used = sum(1 << width for width in widths)
+    stored = bytes([storage.coding.map_width, *widths.values()])
+    return out + varint(storage.payload) + used.to_bytes(2, "little") + stored
+
+
+def read_index(data: bytes | memoryview, budget: int) -> Index:
+    """Inverse of `write_index`.
+
+    Args:
+        data: the bytes of the index.
+        budget: the most bytes that all tensors together may decode to.
+
+    Raises:
+        FormatError: a rule of section 4 is broken, or the tensors exceed the budget.
+    """
+    cursor = Cursor(data, _WHERE)
+    counts = [cursor.varint("the number of names") for _ in range(2)]
+    if sum(counts) > cursor.remaining:
+        rule = f"it can hold at most {cursor.remaining} names"
+        raise damaged(_WHERE, rule, sum(counts))
+    names = _read_names(cursor, sum(counts))
+    tensors, others = names[: counts[0]], names[counts[0] :]
+    aliases = {name: tensors[_read_target(cursor, name, counts[0])] for name in others}
+    layout, entries, left = Layout(), [], budget
+    for name in tensors:
+        entry = _read_entry(cursor, name)
+        left -= entry.decoded_bytes
+        if left < 0:
+            raise FormatError(
+                f"The tensors up to {name!r} decode to {budget - left} bytes, more than the "
+                f"budget of {budget}. If you trust the file, pass a larger budget."
+            )
+        entries.append(entry)
+        _place(cursor, entry, layout)
+    storages = tuple(_read_storage(cursor, segment) for segment in layout.segments)
+    cursor.end()
+    return Index(tuple(entries), aliases, layout, storages)
+
+
+def _read_names(cursor: Cursor, count: int) -> list[str]:
+    sizes = [cursor.varint("the length of a name") for _ in range(count)]
+    names = []
+    for size in sizes:
+        data = bytes(cursor.take(size, "a name"))
+        try:
+            names.append(data.decode())
+            check_name(names[-1])
+        except (UnicodeDecodeError, FormatError) as error:
+            raise damaged(_WHERE, "names must be sound", error) from error
+    if len(set(names)) != count:
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise damaged(_WHERE, "every name must occur once", f"{twice!r} twice")
+    return names
+
+
+def _read_target(cursor: Cursor, name: str, count: int) -> int:
+    number = cursor.varint("the target of an alias")
+    if number >= count:
+        raise damaged(_WHERE, f"the alias {name!r} must name one of {count} tensors", number)
+    return number
+
+
+def _read_entry(cursor: Cursor, name: str) -> Entry:
+    where = f"tensor {name!r}"
+    kind = _choose(KINDS, cursor, "kind", where)
+    dtype = _choose(DTYPES, cursor, "dtype", where)
+    rank = cursor.fixed(1, "a rank")
+    shape = tuple(cursor.varint("a size") for _ in range(rank))
+    stored_dtype, group_size, min_bits = "", 0, 0
+    if kind == "raw":
+        stored_dtype = _choose(DTYPES, cursor, "stored dtype", where)
+    else:
+        group_size = cursor.varint("a group size")
+        min_bits = cursor.fixed(1, "min_bits")
+    flags = cursor.fixed(1, "the flags") if kind == "grid" else 0
+    entry = Entry(name, kind, shape, dtype, stored_dtype, group_size, min_bits)
+    try:
+        entry.check()
+    except FormatError as error:
+        raise FormatError(f"{error} {REMEDY}") from error
+    if kind != "grid":
+        return entry
+    if flags > _PER_GROUP | _CONSTANT:
+        raise damaged(where, "only the flags 1 and 2 are known", flags)
+    ranges = entry.groups if flags & _PER_GROUP else 1
+    if flags & _PER_GROUP and ranges == 1:
+        raise damaged(where, "one group has one range and no flag 1", flags)
+    return replace(entry, ranges=ranges, constant=bool(flags & _CONSTANT))
+
+
+def _choose(known: tuple[str, ...], cursor: Cursor, what: str, where: str) -> str:
+    code = cursor.fixed(1, what)
+    if code >= len(known):
+        raise damaged(where, f"version 1 knows the {what}s 0 to {len(known) - 1}", code)
+    return known[code]
+
+
+def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
+    """Reads where the parts of a tensor are (section 5)."""
+    where = f"tensor {entry.name!r}"
+    parts = list(entry.parts.values())
+    backs = [cursor.varint("a place") for _ in parts]
+    for part, back in zip(parts, backs, strict=True):
+        # Each segment takes at least 6 bytes of the index, so more cannot be described.
+        if not back and part.cut_count() > cursor.remaining:
+            rule = f"the rest of the index describes at most {cursor.remaining} segments"
+            raise damaged(where, rule, part.cut_count())
+    layout.place(parts, backs, where)
+
+
+def _read_storage(cursor: Cursor, segment: Segment) -> Storage:
+    size = cursor.varint("a stored size")
+    crc = cursor.fixed(4, "a checksum")
+    payload, coding = segment.item * segment.count, None
+    if segment.item == LEVELS:
+        payload = cursor.varint("a payload size")
+        coding = _read_coding(cursor)
+        groups = sum(piece.group_count for piece in segment.pieces)
+        most = groups + 2 * segment.count + _MOST_PADDING
+        if payload > most:
+            rule = f"{segment.count} levels in {groups} groups take at most {most} bytes"
+            raise damaged(_WHERE, rule, payload)
+    if not 1 <= size <= payload:
+        raise damaged(_WHERE, f"a segment of {payload} bytes is stored in 1 to as many", size)
+    return Storage(size, crc, payload, coding)
+
+
+def _read_coding(cursor: Cursor) -> Coding:
+    used = cursor.fixed(2, "the bitwidths in use")
+    if not used or used & 1:
+        raise damaged(_WHERE, "a segment of levels uses some of the bitwidths 1 to 15", bin(used))
+    widths = [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width & 1]
+    map_width = _read_width(cursor, (widths[-1] - widths[0]).bit_length())
+    return Coding(map_width, {width: _read_width(cursor, width) for width in widths})
+
+
+def _read_width(cursor: Cursor, needed: int) -> int:
+    """The width at which symbols of `needed` bits are packed (section 6)."""
+    width = cursor.fixed(1, "the width of a stream")
+    if width != needed and not (0 < needed < width and width in WIDER):
+        rule = f"symbols of {needed} bits are packed at {needed} or at wider 2, 4 or 8 bits"
+        raise damaged(_WHERE, rule, width)
+    return width

@@ -1,0 +1,268 @@
+"""Reads files: all of the index at once, tensors when they are asked for."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from itertools import accumulate
+from mmap import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq.errors import ConfigError
+from diffq.format import chunks, elements, entropy, frames
+from diffq.format.decoding import Target
+from diffq.format.entries import Entry
+from diffq.format.index import read_index
+from diffq.format.metadata import read_metadata
+from diffq.format.records import LevelRecord, Record
+from diffq.format.threads import in_threads
+from diffq.format.wire import damaged
+
+#: The bytes of a whole file.
+Buffer = bytes | bytearray | memoryview | mmap
+
+# What a file may decode to unless the caller says otherwise: enough for one bit for eight
+# weights, and for any small file, but no multiple of it from a file of a few bytes.
+_BUDGET_BASE = 8 << 20
+_BUDGET_RATIO = 256
+
+
+# Decompressed segments that are kept when several tensors share them.
+_POOLS_KEPT = 16
+
+
+def default_budget(size: int) -> int:
+    """Bytes that a file of `size` bytes may decode to: 8 MB and 256 times its size."""
+    return _BUDGET_BASE + _BUDGET_RATIO * size
+
+
+class Reader:
+    """A file whose index has been read and checked.
+
+    Names, shapes, kinds and sizes are there at once. Levels and elements are checked
+    and decoded when they are asked for, each tensor alone. Methods can be called from
+    several threads.
+
+    Args:
+        buffer: the whole file; it must stay unchanged as long as the reader is in use.
+        budget: bytes that all tensors together may decode to (4 for a weight); by
+            default 8 MB and 256 times the size of the file. A larger file is refused
+            before any memory is allocated.
+        threads: threads to decode with; by default one for each core.
+
+    Attributes:
+        entries: name -> what the index says about the tensor, in the order of the file.
+        aliases: further name -> name of the tensor, for tied tensors.
+        metadata: the user's JSON object.
+        size: bytes of the file.
+
+    Raises:
+        FormatError: the file is damaged, hostile or of another version, or the tensors
+            exceed the budget.
+    """
+
+    def __init__(
+        self, buffer: Buffer, budget: int | None = None, threads: int | None = None
+    ) -> None:
+        view = memoryview(buffer).cast("B")
+        self.size = len(view)
+        self._threads = threads
+        bodies = chunks.read_chunks(view)
+        index = read_index(
+            chunks.read_text(bodies[chunks.INDEX], "The index"),
+            default_budget(self.size) if budget is None else budget,
+        )
+        text = bodies.get(chunks.METADATA)
+        self.metadata: dict[str, Any] = {}
+        if text is not None:
+            self.metadata = read_metadata(chunks.read_text(text, "The metadata"))
+        self.entries: Mapping[str, Entry] = {entry.name: entry for entry in index.entries}
+        self.aliases: Mapping[str, str] = index.aliases
+        self._layout = index.layout
+        self._storages = index.storages
+        self._entries = index.entries
+        self._numbers = {entry.name: number for number, entry in enumerate(index.entries)}
+        self._data = bodies[chunks.DATA]
+        self._starts = list(accumulate((s.size for s in index.storages), initial=0))
+        if self._starts[-1] != len(self._data):
+            rule = f"the segments of the index take {self._starts[-1]} bytes"
+            raise damaged("Chunk DATA", rule, len(self._data))
+        # Short tensors read one by one must not decompress what they share each time.
+        self._pooled = lru_cache(_POOLS_KEPT)(lambda number: bytes(self._read_payload(number)))
+
+    def record(self, name: str) -> Record:
+        """Decodes one tensor, by its name or an alias.
+
+        Raises:
+            ConfigError: no tensor has this name.
+            FormatError: what is stored of it is damaged.
+        """
+        return self.records([name])[name]
+
+    def records(self, names: Iterable[str] | None = None) -> dict[str, Record]:
+        """Decodes several tensors at once; all, without aliases, by default.
+
+        Raises:
+            ConfigError: no tensor has such a name.
+            FormatError: what is stored of one is damaged.
+        """
+        numbers = {name: self._number(name) for name in self.entries if names is None}
+        numbers |= {name: self._number(name) for name in names or ()}
+        targets = {number: self._target(number, np.uint16) for number in set(numbers.values())}
+        self._decode(targets)
+        return {name: targets[number].record() for name, number in numbers.items()}
+
+    def values(self, name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """What `record(name).values()` gives, bit for bit, without the record in between.
+
+        Args:
+            name: a tensor stored as levels, or an alias of one.
+            out: C-contiguous float32 array of the tensor's shape to write to.
+
+        Raises:
+            ConfigError: no such tensor is stored as levels, or `out` does not fit.
+            FormatError: what is stored of it is damaged.
+        """
+        return self.values_of([name], None if out is None else {name: out})[name]
+
+    def values_of(
+        self,
+        names: Iterable[str] | None = None,
+        out: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """What `values` gives for several tensors at once; by default all stored as levels.
+
+        Takes arrays to write to by name; raises what `values` does.
+        """
+        if names is None:
+            names = [name for name, entry in self.entries.items() if entry.kind != "raw"]
+        numbers = {name: self._number(name) for name in names}
+        targets = {number: self._target(number, np.float32) for number in set(numbers.values())}
+        for name, array in (out or {}).items():
+            target = targets[numbers[name]]
+            target.out = _flat(array, target.entry)
+        self._decode(targets)
+        return {name: targets[number].values() for name, number in numbers.items()}
+
+    def bits(self, name: str) -> NDArray[np.uint8]:
+        """The bitwidth of each group of a tensor stored as levels.
+
+        Raises:
+            ConfigError: no such tensor is stored as levels.
+            FormatError: what is stored of it is damaged.
+        """
+        record = self.record(name)
+        if not isinstance(record, LevelRecord):
+            raise ConfigError(f"Only tensors stored as levels have bitwidths, got {name!r}.")
+        return record.bits
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the file's segments that a tensor takes; those shared, by its number of weights.
+
+        Raises:
+            ConfigError: no tensor has this name.
+        """
+        number, total = self._number(name), 0
+        for segment in self._homes(number):
+            before = 0
+            size = self._storages[segment].size
+            count = self._layout.segments[segment].count
+            for piece in self._layout.segments[segment].pieces:
+                if piece.record == number:
+                    total += size * (before + piece.count) // count - size * before // count
+                before += piece.count
+        return total
+
+    def verify(self) -> None:
+        """Checks every byte of the file, one tensor after the other.
+
+        Raises:
+            FormatError: something is damaged.
+        """
+        for name in self.entries:
+            self.record(name)
+
+    def close(self) -> None:
+        """Lets go of the buffer, so that a memory map can be closed."""
+        self._pooled.cache_clear()
+        self._data.release()
+
+    def _number(self, name: str) -> int:
+        name = self.aliases.get(name, name)
+        if name not in self._numbers:
+            raise ConfigError(f"A tensor or alias of the file must be named, got {name!r}.")
+        return self._numbers[name]
+
+    def _target(self, number: int, dtype: type[np.generic]) -> Target:
+        """Memory for one tensor. The index has been checked against the budget."""
+        entry = self._entries[number]
+        if entry.kind == "raw":
+            if dtype == np.float32:
+                rule = "Only tensors stored as levels have values"
+                raise ConfigError(f"{rule}; read the record of {entry.name!r} instead.")
+            return Target(entry, np.empty(entry.decoded_bytes, np.uint8), np.empty(0, dtype))
+        out = np.zeros(entry.numel, dtype) if entry.constant else np.empty(entry.numel, dtype)
+        return Target(entry, np.empty(4 * entry.parameters, np.uint8), out)
+
+    def _decode(self, targets: Mapping[int, Target]) -> None:
+        """Fills the targets: parameters and raw elements first, then levels."""
+        homes = {segment for number in targets for segment in self._homes(number)}
+        levels = {number for number in homes if self._storages[number].coding}
+        for numbers in (homes - levels, levels):
+            in_threads(lambda n: self._decode_segment(n, targets), sorted(numbers), self._threads)
+            for target in targets.values():
+                target.check_parameters()
+
+    def _homes(self, number: int) -> list[int]:
+        """The segments that hold something of a tensor."""
+        return [segment for home in self._layout.homes[number] for segment in home]
+
+    def _decode_segment(self, number: int, targets: Mapping[int, Target]) -> None:
+        segment = self._layout.segments[number]
+        payload, coding = self._payload(number), self._storages[number].coding
+        if coding:
+            parts = entropy.decode(payload, coding, segment.pieces, self._where(number))
+            for piece, part in zip(segment.pieces, parts, strict=True):
+                if piece.record in targets:
+                    targets[piece.record].add_levels(piece, part)
+            return
+        start, data = 0, np.frombuffer(payload, np.uint8)
+        for piece in segment.pieces:
+            stop = start + piece.count * segment.item
+            if piece.record in targets:
+                targets[piece.record].add_elements(piece, data[start:stop])
+            start = stop
+
+    def _payload(self, number: int) -> bytes | memoryview:
+        shared = len(self._layout.segments[number].pieces) > 1
+        return self._pooled(number) if shared else self._read_payload(number)
+
+    def _read_payload(self, number: int) -> bytes | memoryview:
+        """The checked and decompressed bytes of a segment."""
+        storage, where = self._storages[number], self._where(number)
+        stored = self._data[self._starts[number] : self._starts[number + 1]]
+        if zlib.crc32(stored) != storage.crc:
+            raise damaged(where, "the checksum must match", "another")
+        if storage.coding:
+            return frames.expand(stored, storage.payload, where)
+        item = self._layout.segments[number].item
+        return elements.decode(stored, item, storage.payload, where)
+
+    def _where(self, number: int) -> str:
+        pieces = self._layout.segments[number].pieces
+        first = self._entries[pieces[0].record].name
+        others = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
+        return f"Segment {number} (tensor {first!r}{others})"
+
+
+def _flat(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:
+    if array.dtype != np.float32 or array.shape != entry.shape or not array.flags.c_contiguous:
+        raise ConfigError(
+            f"The values of {entry.name!r} go to a C-contiguous float32 array of shape "
+            f"{entry.shape}, got {array.dtype} {array.shape}."
+        )
+    return array.reshape(-1)

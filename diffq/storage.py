@@ -1,0 +1,121 @@
+"""Models to files and back: `save` and `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffq.errors import ConfigError
+from diffq.file import PathLike, StoredModel, write_atomically
+from diffq.format.container import Codec, encode_parts
+from diffq.quantizers.base import BaseQuantizer
+from diffq.restore import match, unique_targets
+from diffq.state import Header, Snapshot, from_state
+
+
+def save(
+    source: BaseQuantizer | Mapping[str, Any],
+    path: PathLike,
+    codec: Codec = "zstd",
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes a quantized model to one file, atomically.
+
+    The file holds no code and no class names; docs/format.md specifies every byte.
+
+    Args:
+        source: a quantizer, or what its `get_quantized_state` returned.
+        path: where to; an old file stays intact until the new one is whole.
+        codec: "zstd" entropy-codes the levels; "packed" only packs them.
+        metadata: a JSON object to store along, such as the model's configuration.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        WeightError: a weight to quantize or a bitwidth is not finite.
+        StateError: a state is damaged.
+        FormatError: the metadata is no JSON object, or a name is not storable.
+        OSError: the file cannot be written.
+    """
+    snapshot = _snapshot(source)
+    parts = encode_parts(snapshot.records, snapshot.aliases, metadata, codec)
+    return write_atomically(path, parts)
+
+
+def load(
+    path: PathLike, model: nn.Module | None = None, budget: int | None = None
+) -> nn.Module | dict[str, Tensor]:
+    """Reads a file, into a plain model or as a dict of tensors.
+
+    With a model, everything is checked and decoded once before anything is changed.
+
+    Args:
+        path: a file that `save` wrote; it may come from anywhere.
+        model: a plain model of the same architecture; its tensors keep their place.
+        budget: bytes that the tensors may decode to; see `diffq.open`.
+
+    Returns:
+        The model; or, without one, a state dict for `load_state_dict`, in which tied
+        names share one tensor.
+
+    Raises:
+        FormatError: the file is damaged, hostile, or of another version.
+        MismatchError: names, shapes or dtypes of file and model differ.
+        OSError: the file cannot be read.
+    """
+    with StoredModel(path, budget) as stored:
+        return _state_dict(stored) if model is None else _fill(model, stored)
+
+
+def _snapshot(source: BaseQuantizer | Mapping[str, Any]) -> Snapshot:
+    if isinstance(source, BaseQuantizer):
+        return source.snapshot()
+    if isinstance(source, Mapping):
+        return from_state(source)
+    raise ConfigError(
+        f"save needs a quantizer or a state of get_quantized_state(), got {type(source).__name__}."
+    )
+
+
+def _state_dict(stored: StoredModel) -> dict[str, Tensor]:
+    tensors = _decode(stored, {})
+    return {name: tensors[stored.aliases.get(name, name)] for name in stored}
+
+
+def _fill(model: nn.Module, stored: StoredModel) -> nn.Module:
+    header = Header(
+        {name: (entry.shape, entry.dtype) for name, entry in stored.entries.items()},
+        stored.aliases,
+    )
+    targets = match(model, header)
+    stored.reader.verify()
+    unique = unique_targets(targets, header, lambda name: stored[name])
+    # Large tensors are decoded where they belong, without a copy in between.
+    direct = {name: target for name, target in unique if _decodes_into(stored, name, target)}
+    decoded = _decode(stored, {name: target.detach().numpy() for name, target in direct.items()})
+    with torch.no_grad():
+        for name, target in unique:
+            if direct.get(name) is not target:
+                target.copy_(decoded[name])
+    return model
+
+
+def _decodes_into(stored: StoredModel, name: str, target: Tensor) -> bool:
+    levels = stored.entries[name].kind != "raw"
+    plain = target.device.type == "cpu" and target.dtype == torch.float32
+    return levels and plain and target.is_contiguous()
+
+
+def _decode(stored: StoredModel, out: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
+    """Every tensor of a file; those in `out` are written there."""
+    levels = [name for name, entry in stored.entries.items() if entry.kind != "raw"]
+    values = stored.reader.values_of(levels, out)
+    dtypes = {name: getattr(torch, stored.entries[name].dtype) for name in levels}
+    tensors = {name: torch.from_numpy(values[name]).to(dtypes[name]) for name in levels}
+    return {name: tensors[name] if name in tensors else stored[name] for name in stored.entries}

@@ -1,0 +1,157 @@
+"""The quantizer of one tensor: noisy in training, truly quantized in eval."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffq.format.records import Record
+from diffq.noise import straight_through
+from diffq.select import TensorPlan
+
+
+@dataclass
+class ForwardState:
+    """What all weight quantizers of one model share: whether the root's forward runs."""
+
+    depth: int = 0
+
+
+class ModeFollower(Protocol):
+    """Something that is switched together with a weight quantizer's mode."""
+
+    def set_training(self, training: bool) -> None:
+        """Follows `train()` and `eval()`."""
+
+    def remove(self) -> None:
+        """Ends it."""
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """The true quantized weight, and what it was computed from."""
+
+    weight: weakref.ref[Tensor]
+    key: tuple[int, ...]
+    quantized: Tensor
+
+
+class WeightQuantizer(nn.Module, ABC):
+    """Parametrization of one unique tensor: noisy in training, truly quantized in eval.
+
+    Subclasses hold what is learned as parameters, and implement `train_weight`,
+    `eval_weight`, `record` and the sizes.
+
+    Invariants: the weight is never stored nor changed. One noise sample serves a
+    whole forward of the root and its recomputation under activation checkpointing;
+    outside of both, each access draws its own. The quantized weight is computed
+    once, until the weight, what is learned or the mode changes.
+    """
+
+    def __init__(self, plan: TensorPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.group_size = plan.numel
+        self.forward_state = ForwardState()
+        self.mode_followers: list[ModeFollower] = []
+        self.noise: Tensor | None = None
+        self._held: Tensor | None = None
+        self._cached: _Cached | None = None
+
+    def draw(self, weight: Tensor) -> Tensor | None:
+        """The random numbers of one training forward; None if it needs none."""
+        return None
+
+    @abstractmethod
+    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
+        """The weight that a training forward uses; differentiable."""
+
+    @abstractmethod
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """The true quantized weight, in the weight's shape and dtype, without gradient."""
+
+    @abstractmethod
+    def record(self, weight: Tensor) -> Record:
+        """What is stored of the weight: it decodes to `eval_weight` bit for bit."""
+
+    @abstractmethod
+    def size_bits(self) -> Tensor | float:
+        """Bits of the stored weight, differentiable in what is learned."""
+
+    @abstractmethod
+    def stored_bits(self, weight: Tensor) -> int:
+        """Bits of the stored weight as `record` counts them, exactly."""
+
+    def group_bits(self) -> NDArray[np.uint8] | None:
+        """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
+        return None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the model computes with."""
+        if not self.training:
+            return self._quantized(weight)
+        if self._held is not None:
+            return self._held
+        inside = self.forward_state.depth > 0 or _in_backward()
+        noise = self.noise if inside and self.noise is not None else self.draw(weight)
+        return self.train_weight(weight, noise)
+
+    def draw_ahead(self, weight: Tensor) -> None:
+        """Draws the sample of the root forward that is about to run."""
+        self.noise = self.draw(weight)
+
+    def hold(self, weight: Tensor | None) -> None:
+        """Fixes what training forwards return, until `hold(None)`."""
+        self._held = weight
+
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        """Sets the mode; the quantized weight is computed again after it."""
+        self._cached = None
+        for follower in self.mode_followers:
+            follower.set_training(mode)
+        return super().train(mode)
+
+    def _quantized(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            quantized = self.eval_weight(weight.detach())
+        else:
+            quantized = self._from_cache(weight)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return straight_through(weight, quantized)
+        return quantized
+
+    def _from_cache(self, weight: Tensor) -> Tensor:
+        key = _fingerprint(weight, *self.parameters())
+        cached = self._cached
+        current = cached is not None and cached.weight() is weight and cached.key == key
+        if cached is not None and current and key is not None:
+            return cached.quantized
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = self.eval_weight(weight.detach())
+        self._cached = None if key is None else _Cached(weakref.ref(weight), key, quantized)
+        return quantized
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no sample and no quantized weight."""
+        return {**self.__dict__, "noise": None, "_held": None, "_cached": None}
+
+
+def _fingerprint(*tensors: Tensor) -> tuple[int, ...] | None:
+    """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
+    try:
+        return tuple(number for t in tensors for number in (t._version, t.data_ptr()))
+    except RuntimeError:
+        # Tensors made in inference mode count no versions; functorch's have no memory.
+        return None
+
+
+def _in_backward() -> bool:
+    # Activation checkpointing runs forwards inside of the backward.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,128 @@
+"""What the examples share: the training loop, the saved file and the table of results."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import diffq
+
+MEGABYTE = 2**20
+
+console = Console()
+
+Quantizer = diffq.DiffQuantizer | diffq.QATQuantizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: which quantizer to attach (None trains plain float32), and lambda."""
+
+    name: str
+    quantizer: Callable[[nn.Module], Quantizer] | None = None
+    lam: float = 0.0
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of the description, and says each option's default."""
+
+
+def make_parser(
+    description: str, *, steps: int, bits_lr: float, out: Path
+) -> argparse.ArgumentParser:
+    """A parser with the options that all examples have, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps, help="training steps of each method")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=8,
+        help="weights that share a bitwidth: small groups adapt better, but their bitwidths "
+        "take space in the file",
+    )
+    parser.add_argument(
+        "--bits-lr",
+        type=float,
+        default=bits_lr,
+        help="learning rate of the bitwidths: the shorter the training, the higher",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    parser.add_argument("--out", type=Path, default=out, help="folder to write the models to")
+    return parser
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
+    """Linear warm-up, then a cosine to zero; every parameter group follows it."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def train(
+    title: str,
+    task_loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    quantizer: Quantizer | None,
+    *,
+    lam: float,
+    steps: int,
+    warmup: int,
+) -> None:
+    """Minimizes `task_loss() + lam * model size in MB`; `task_loss` draws its own batches."""
+    schedule = warmup_cosine(optimizer, steps, warmup)
+    with _progress() as progress:
+        task = progress.add_task(title, total=steps, status="")
+        for _ in range(steps):
+            loss = task_loss()
+            status = f"loss {loss.item():.3f}"
+            if quantizer is not None:
+                size = quantizer.model_size()
+                status += f"  size {size.item():.3f} MB"
+                loss = loss + lam * size
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(task, advance=1, status=status)
+
+
+def save(model: nn.Module, quantizer: Quantizer | None, path: Path) -> float:
+    """Writes what has to be shipped to use the model; returns the size of the file in MB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(quantizer.get_quantized_state() if quantizer else model.state_dict(), path)
+    return path.stat().st_size / MEGABYTE
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints the results: names to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for column, name in enumerate(header):
+        table.add_column(name, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )

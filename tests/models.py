@@ -1,0 +1,183 @@
+"""Small models that several tests share, and what they do with them."""
+
+import copy
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diffq
+
+#: Every public quantizer, with all tensors selected.
+QUANTIZERS = {
+    "diffq": partial(diffq.DiffQuantizer, min_size=0, group_size=4),
+    "diffq-uniform": partial(diffq.DiffQuantizer, min_size=0, group_size=4, noise="uniform"),
+    "diffq-rounding": partial(diffq.DiffQuantizer, min_size=0, group_size=4, noise="rounding"),
+    "diffq-fixed": partial(diffq.DiffQuantizer, min_size=0, bits=5),
+    "qat": partial(diffq.QATQuantizer, min_size=0, bits=4),
+    "qat-channel": partial(diffq.QATQuantizer, min_size=0, bits=4, per_channel=True),
+    "lsq": partial(diffq.LSQQuantizer, min_size=0, bits=4),
+}
+
+
+def mlp():
+    """16 features to 8."""
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+class TiedHead(nn.Module):
+    """A language model whose head reads the embedding's weight outside of its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(24, 16)
+        self.body = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return F.linear(torch.tanh(self.body(self.embed(tokens))), self.embed.weight)
+
+
+class TiedModules(nn.Module):
+    """An embedding and a head that are two modules with one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(24, 16)
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 24, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.body(self.embed(tokens))))
+
+
+class SharedModule(nn.Module):
+    """One module under two names, used twice in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(16, 16) / 4)
+        self.two = self.one
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.one)), self.two)
+
+
+class ConvNet(nn.Module):
+    """Convolutions up and down with BatchNorm, on 3 x 8 x 8 images."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.up(torch.relu(self.norm(self.down(x)))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between an embedding and a linear head."""
+
+    def __init__(self, kind=nn.LSTM, **options):
+        super().__init__()
+        self.embed = nn.Embedding(24, 12)
+        self.rnn = kind(12, 10, batch_first=True, **options)
+        size = options.get("proj_size") or 10
+        self.head = nn.Linear(size * (2 if options.get("bidirectional") else 1), 24)
+
+    def forward(self, tokens):
+        return self.head(self.rnn(self.embed(tokens))[0])
+
+
+def encoder(norm_first=False):
+    """Two layers of a transformer encoder, width 16."""
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 32, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def tokens(batch=3, length=7):
+    """Tokens for the models with an embedding."""
+    return torch.randint(24, (batch, length))
+
+
+#: Name to a function that makes the model, and one that makes its input.
+MODELS = {
+    "mlp": (mlp, lambda: torch.randn(5, 16)),
+    "tied-head": (TiedHead, tokens),
+    "tied-modules": (TiedModules, tokens),
+    "shared-module": (SharedModule, lambda: torch.randn(5, 16)),
+    "two-names": (TwoNames, lambda: torch.randn(5, 16)),
+    "conv": (ConvNet, lambda: torch.randn(4, 3, 8, 8)),
+    "lstm": (Recurrent, tokens),
+    "lstm-deep": (partial(Recurrent, num_layers=2, bidirectional=True, proj_size=6), tokens),
+    "gru": (partial(Recurrent, nn.GRU, bidirectional=True), tokens),
+    "rnn": (partial(Recurrent, nn.RNN), tokens),
+    "encoder": (encoder, lambda: torch.randn(3, 7, 16)),
+    "encoder-norm-first": (partial(encoder, True), lambda: torch.randn(3, 7, 16)),
+}
+
+
+def seeded(make, seed=0):
+    """What `make` makes with a fixed seed."""
+    torch.manual_seed(seed)
+    return make()
+
+
+def step(model, optimizer, inputs, quantizer=None, lam=0.1):
+    """One training step on a loss that uses every output; returns the loss."""
+    optimizer.zero_grad()
+    loss = model(inputs).square().mean()
+    if quantizer is not None:
+        loss = loss + lam * quantizer.model_size()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def gradients(model):
+    """Name to a copy of the gradient, of all parameters."""
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def snapshot_of(model):
+    """A copy of the state dict."""
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+def same_tensors(one, other):
+    """Whether two dicts hold the same names, in the same order, and bit-equal tensors."""
+    if list(one) != list(other):
+        return False
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def restored(make, quantizer):
+    """A fresh model in eval mode with the values of the quantizer's state.
+
+    Its parameters need no gradient, as the eval weights of a quantizer under no_grad: torch
+    chooses the kernels of nn.RNN by that, and they differ in the last bit.
+    """
+    fresh = diffq.restore_quantized_state(make(), quantizer.get_quantized_state())
+    return fresh.eval().requires_grad_(False)
