@@ -41,6 +41,7 @@ class Attachment:
         self.quantizers = tuple(quantizers)
         self._handles: list[RemovableHandle] = []
         self._orders: dict[str, list[str]] = {}
+        self._classes: dict[str, type[nn.Module]] = {}
         state = ForwardState()
         try:
             for quantizer in self.quantizers:
@@ -106,12 +107,18 @@ class Attachment:
                 _unregister(site.owner(self.model), site.attribute, quantizer)
         for path, order in self._orders.items():
             _reorder(self.model.get_submodule(path), order)
+        for path, shared in self._classes.items():
+            self.model.get_submodule(path).__class__ = shared
         self._orders.clear()
+        self._classes.clear()
 
     def _register(self, site: Site, quantizer: WeightQuantizer) -> None:
         owner = site.owner(self.model)
         if site.module not in self._orders:
             self._orders[site.module] = list(owner._parameters)
+            if parametrize.is_parametrized(owner):
+                self._classes[site.module] = type(owner)
+                owner.__class__ = _own_class(owner)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
             self._handles.append(load_hook)
             if isinstance(owner, nn.RNNBase):
@@ -256,14 +263,20 @@ def _unregister(owner: nn.Module, name: str, quantizer: WeightQuantizer) -> None
     if len(chain) > 1:
         del chain[list(chain).index(quantizer)]
         return
-    # Deep copies of the module share its generated class, and the removal takes the
-    # property off the class: let it be one of the module's own.
-    shared = type(owner)
-    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    owner.__class__ = type(shared.__name__, shared.__bases__, members)
+    owner.__class__ = _own_class(owner)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if isinstance(owner, nn.RNNBase):
         owner._init_flat_weights()
+
+
+def _own_class(owner: nn.Module) -> type[nn.Module]:
+    """A copy of a parametrized module's class, which its deep copies share with it.
+
+    torch adds and removes properties there, and must not do so for other modules.
+    """
+    shared = type(owner)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    return type(shared.__name__, shared.__bases__, members)
 
 
 def _reorder(owner: nn.Module, order: list[str]) -> None:

@@ -85,8 +85,7 @@ def record_tensor(record: Record) -> Tensor:
     dtype: torch.dtype = getattr(torch, record.dtype)
     if isinstance(record, RawRecord):
         stored: torch.dtype = getattr(torch, record.stored_dtype)
-        data = torch.from_numpy(record.data.copy())
-        return data.view(stored).view(record.shape).to(dtype)
+        return _typed_view(record.data.copy(), stored, record.shape).to(dtype)
     return torch.from_numpy(record.values()).to(dtype)
 
 
@@ -154,11 +153,7 @@ def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(record.shape), "dtype": record.dtype}
     if isinstance(record, RawRecord):
         stored: torch.dtype = getattr(torch, record.stored_dtype)
-        return {
-            **entry,
-            "kind": "raw",
-            "data": _tensor(record.data).view(stored).view(record.shape),
-        }
+        return {**entry, "kind": "raw", "data": _typed_view(record.data, stored, record.shape)}
     entry |= {"group_size": record.group_size, "min_bits": record.min_bits, "packed": packed}
     entry |= _pack_levels(record) if packed else _spell_levels(record)
     if isinstance(record, GridRecord):
@@ -336,6 +331,13 @@ def _check_dense(tensor: Tensor, key: str, where: str) -> None:
     # An expanded tensor of few bytes must not be written out at its full size.
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
         raise StateError(f"{where} needs {key!r} as a contiguous tensor, got {_describe(tensor)}.")
+
+
+def _typed_view(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Bytes as a tensor; NumPy's empty arrays have strides that torch cannot view."""
+    if not data.size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

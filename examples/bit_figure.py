@@ -47,7 +47,7 @@ def plot_bits(quantizer: diffq.DiffQuantizer, group_size: int, path: Path) -> No
         ha="right",
         rotation_mode="anchor",
     )
-    title = f"Bits by layer: {quantizer.true_model_size():.3f} MB, {quantizer.mean_bits():.2f} bits per weight"
+    title = f"Bits by layer, {quantizer.mean_bits():.2f} on average"
     axes.set(title=title, ylabel="size (KB, logarithmic)", yscale="log")
     axes.set_ylim(FLOOR, 2 * max(numel[name] for name in bits) * 4 / KILOBYTE)
     axes.spines[["top", "right"]].set_visible(False)

@@ -33,31 +33,41 @@ class Method:
     lam: float = 0.0
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the description, and says each option's default."""
-
-
 def make_parser(
-    description: str, *, steps: int, bits_lr: float, out: Path
+    description: str | None, *, steps: int, bits_lr: float, out: Path
 ) -> argparse.ArgumentParser:
     """A parser with the options that all examples have, with their defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help="training steps of each method")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help="training steps of each method (default: %(default)s)",
+    )
     parser.add_argument(
         "--group-size",
         type=int,
         default=8,
         help="weights that share a bitwidth: small groups adapt better, but their bitwidths "
-        "take space in the file",
+        "take space in the file (default: %(default)s)",
     )
     parser.add_argument(
         "--bits-lr",
         type=float,
         default=bits_lr,
-        help="learning rate of the bitwidths: the shorter the training, the higher",
+        help="learning rate of the bitwidths: high for short trainings (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise")
-    parser.add_argument("--out", type=Path, default=out, help="folder to write the models to")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of weights, batches and noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=out, help="folder to write to (default: %(default)s)"
+    )
     return parser
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import MEGABYTE, Method, make_parser, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
-from common import MEGABYTE, Method, make_parser, print_table, save, train
 
 SYMBOLS = 256
 WIDTH = 128
@@ -51,7 +51,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.project(self.attend(self.attention_norm(x)))
-        return x + self.narrow(F.gelu(self.widen(self.feed_norm(x))))
+        y: Tensor = x + self.narrow(F.gelu(self.widen(self.feed_norm(x))))
+        return y
 
     def attend(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(2, (3, HEADS, -1))  # [batch, time, 3, head, features]
@@ -105,7 +106,9 @@ def bits_per_character(model: nn.Module, text: Tensor) -> float:
     """Over all of `text`, in windows of full context that do not overlap."""
     model.eval()
     windows = text.unfold(0, CONTEXT + 1, CONTEXT)
-    total = sum(nats(model, chunk).item() * len(chunk) for chunk in windows.split(4 * BATCH))
+    total = 0.0
+    for chunk in windows.split(4 * BATCH):
+        total += nats(model, chunk).item() * len(chunk)
     return total / len(windows) / math.log(2)
 
 
@@ -192,20 +195,25 @@ def print_results(results: list[Result]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, steps=1500, bits_lr=3e-2, out=Path("out/language_model"))
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="what to compare"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=METHODS,
+        metavar="METHOD",
+        help=f"which of {', '.join(METHODS)} to compare (default: all)",
     )
     parser.add_argument(
         "--lam",
         nargs="+",
         type=float,
         default=[1.0],
-        help="price of one MB in nats: each DiffQ method is trained once for each value",
+        help="price of one MB in nats; DiffQ is trained once for each value (default: 1)",
     )
     parser.add_argument(
         "--min-bits",
         type=int,
         default=2,
-        help="the fewest bits that a group can get; rounding-1bit always goes down to 1",
+        help="fewest bits of a group; rounding-1bit always has 1 (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return parser.parse_args()

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bit_figure import plot_bits
+from common import Method, Quantizer, make_parser, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
-from bit_figure import plot_bits
-from common import Method, Quantizer, make_parser, print_table, save, train
 
 TRAIN_IMAGES = 4000
 BATCH = 64
@@ -71,7 +71,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.block4(self.block3(self.block2(self.block1(self.stem(images)))))
-        return self.head(x.mean(dim=(2, 3)))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def training_loss(model: nn.Module, data: Digits, generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model answers on the test images: how much is right, and the a digest of the exact outputs."""
+    """What a model answers on the test images: how much is right, and a digest of the outputs."""
 
     accuracy: float
     digest: str
@@ -203,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
         "--lam",
         type=float,
         default=1.0,
-        help="price of one MB in the loss: the one knob between small and accurate",
+        help="price of one MB in the loss: the knob between small and accurate (default: %(default)s)",
     )
     parser.add_argument("--fast", action="store_true", help="30 steps, to see that all works")
     parser.add_argument(

@@ -35,8 +35,10 @@ def blank(model):
 def bits_of(tensor):
     """Dtype, shape and bytes of a tensor: equal only for tensors that are the same bit for bit."""
     # Resolved first: a conjugate view has other bytes than its values.
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return tensor.dtype, tuple(tensor.shape), plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    # Cloned, because even a contiguous tensor may have odd strides where it is empty.
+    data = plain.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), data.numpy().tobytes()
 
 
 def all_bits(model):

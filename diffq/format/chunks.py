@@ -18,6 +18,8 @@ KNOWN = (INDEX, METADATA, DATA, END)
 
 HEADER_BYTES = 16
 MAX_CHUNKS = 64
+#: Bytes of the content of INDX or meta: an index of a million tensors.
+MAX_TEXT = 1 << 26
 
 
 def prologue() -> bytes:
@@ -35,7 +37,16 @@ def chunk_header(tag: bytes, size: int, body: bytes | memoryview = b"") -> bytes
 
 
 def text_body(content: bytes) -> bytes:
-    """Content of INDX or meta, compressed where that is smaller and a reader accepts it."""
+    """Content of INDX or meta, compressed where that is smaller and a reader accepts it.
+
+    Raises:
+        FormatError: the content is longer than any reader accepts.
+    """
+    if len(content) > MAX_TEXT:
+        raise FormatError(
+            f"An index or metadata has at most {MAX_TEXT} bytes, got {len(content)}. "
+            "Split the model into several files."
+        )
     frame = frames.compress([content], frames.SHORT)
     small = len(frame) < len(content) <= _most_content(len(frame))
     return varint(len(content)) + (frame if small else content)
@@ -58,7 +69,7 @@ def read_text(body: memoryview, where: str) -> bytes | memoryview:
 
 def _most_content(stored: int) -> int:
     """Names and JSON take many times their size in memory: a tiny file must not."""
-    return 64 * stored + 4096
+    return min(64 * stored + 4096, MAX_TEXT)
 
 
 def read_chunks(data: memoryview) -> dict[bytes, memoryview]:

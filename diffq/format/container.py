@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, elements, entropy
-from diffq.format.entries import entry_of
+from diffq.format.entries import Entry, entry_of
 from diffq.format.index import Storage, write_index
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
@@ -66,29 +67,16 @@ def encode_parts(
     """
     if codec not in ("zstd", "packed"):
         raise ConfigError(f"The codec is 'zstd' or 'packed', got {codec!r}.")
-    aliases = dict(aliases or {})
-    _check_aliases(records, aliases)
+    compress = codec == "zstd"
+    _check_aliases(records, aliases or {})
     entries = [entry_of(name, record) for name, record in records.items()]
-    pooling = Pooling(codec == "zstd")
-    backs = [
-        pooling.add(entry, record) for entry, record in zip(entries, records.values(), strict=True)
-    ]
-    sources = list(records.values())
-    stored = in_threads(
-        lambda segment: _encode_segment(segment, sources, codec == "zstd"),
-        pooling.layout.segments,
-        threads,
-    )
-    index = write_index(entries, aliases, backs, [storage for storage, _ in stored])
-    bodies = {chunks.INDEX: chunks.text_body(index)}
-    if metadata:
-        bodies[chunks.METADATA] = chunks.text_body(write_metadata(metadata))
-    parts = [chunks.prologue()]
-    for tag, body in bodies.items():
-        parts += [chunks.chunk_header(tag, len(body), body), body]
-    data = [part for _, part in stored]
-    parts += [chunks.chunk_header(chunks.DATA, sum(len(part) for part in data)), *data]
-    return [*parts, chunks.chunk_header(chunks.END, 0)]
+    texts = {chunks.METADATA: write_metadata(metadata)} if metadata else {}
+    pooling, sources = Pooling(compress), list(zip(entries, records.values(), strict=True))
+    backs = [pooling.add(entry, record) for entry, record in sources]
+    work = partial(_encode_segment, sources=sources, compress=compress)
+    segments = in_threads(work, pooling.layout.segments, threads)
+    index = write_index(entries, aliases or {}, backs, [storage for storage, _ in segments])
+    return _assemble({chunks.INDEX: index, **texts}, [stored for _, stored in segments])
 
 
 def decode(
@@ -116,22 +104,35 @@ def _check_aliases(records: Mapping[str, Record], aliases: Mapping[str, str]) ->
             raise FormatError(f"The alias {name!r} must name a stored tensor, got {target!r}.")
 
 
+def _assemble(texts: Mapping[bytes, bytes], segments: Sequence[bytes]) -> list[bytes]:
+    """The chunks of a file (docs/format.md, section 3)."""
+    parts = [chunks.prologue()]
+    for tag, text in texts.items():
+        body = chunks.text_body(text)
+        parts += [chunks.chunk_header(tag, len(body), body), body]
+    size = sum(len(segment) for segment in segments)
+    end = chunks.chunk_header(chunks.END, 0)
+    return [*parts, chunks.chunk_header(chunks.DATA, size), *segments, end]
+
+
 def _encode_segment(
-    segment: Segment, records: Sequence[Record], compress: bool
+    segment: Segment, sources: Sequence[tuple[Entry, Record]], compress: bool
 ) -> tuple[Storage, bytes]:
     if segment.item == LEVELS:
-        pieces = [_levels(piece, records[piece.record]) for piece in segment.pieces]
+        pieces = [_levels(piece, *sources[piece.record]) for piece in segment.pieces]
         coding, payload, stored = entropy.encode(pieces, compress)
         return Storage(len(stored), zlib.crc32(stored), payload, coding), stored
-    data = np.concatenate([_elements(piece, records[piece.record]) for piece in segment.pieces])
+    parts = [_elements(piece, sources[piece.record][1]) for piece in segment.pieces]
+    data = np.concatenate(parts)
     stored = elements.encode(data, segment.item, compress)
     return Storage(len(stored), zlib.crc32(stored), data.size), stored
 
 
-def _levels(piece: Piece, record: Record) -> entropy.LevelPiece:
+def _levels(piece: Piece, entry: Entry, record: Record) -> entropy.LevelPiece:
     assert isinstance(record, LevelRecord)  # only their parts have no whole bytes
     levels = record.levels[piece.start : piece.stop]
-    return entropy.LevelPiece(record.bits[piece.groups], levels, piece.group_size)
+    where = f"tensor {entry.name!r}"
+    return entropy.LevelPiece(where, record.bits[piece.groups], levels, piece.group_size)
 
 
 def _elements(piece: Piece, record: Record) -> NDArray[np.uint8]:

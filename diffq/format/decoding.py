@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,14 +63,13 @@ class Target:
             FormatError: a range is no range, or the index is wrong about a constant.
         """
         if self.entry.kind == "scaled":
-            self._check_scale(1)
+            with _blaming(self.where):
+                check_scale(self.parameters, bits=1)
         if self.entry.kind != "grid":
             return
         ranges = self.parameters
-        try:
+        with _blaming(self.where):
             check_ranges(ranges)
-        except FormatError as error:
-            raise FormatError(f"{self.where}: {error} {REMEDY}") from error
         constant = bool((ranges[:, 0] == ranges[:, 1]).all())
         if constant != self.entry.constant:
             raise damaged(self.where, f"flag 2 must be {int(constant)}", int(not constant))
@@ -100,14 +101,9 @@ class Target:
         elif self.entry.kind == "grid":
             _decode_grid(self.parameters, piece, decoded, out)
         else:
-            self._check_scale(max(decoded.streams))
+            with _blaming(self.where):
+                check_scale(self.parameters, max(decoded.streams))
             _decode_scaled(self.parameters, piece, decoded, out)
-
-    def _check_scale(self, bits: int) -> None:
-        try:
-            check_scale(self.parameters, bits)
-        except FormatError as error:
-            raise FormatError(f"{self.where}: {error} {REMEDY}") from error
 
     def bits(self) -> NDArray[np.uint8]:
         """The bitwidth of each group, [groups]; `min_bits` where no level is stored.
@@ -122,8 +118,9 @@ class Target:
         for start, bits in sorted(self.maps.items()):
             continued = start % self.entry.group_size != 0
             if continued and bits[0] != last:
-                rule = f"the group of weight {start} must have one bitwidth"
-                raise damaged(self.where, rule, f"{last} and {bits[0]}")
+                raise FormatError(
+                    f"The group of weight {start} must have one bitwidth, got {last} and {bits[0]}."
+                )
             joined.append(bits[1:] if continued else bits)
             last = bits[-1]
         return np.concatenate(joined)
@@ -132,15 +129,16 @@ class Target:
         """The tensor as a record.
 
         Raises:
-            FormatError: see `bits`.
+            FormatError: what was decoded contradicts itself.
         """
         entry = self.entry
-        if entry.kind == "raw":
-            return RawRecord(entry.shape, entry.dtype, entry.stored_dtype, self.elements)
-        head = (entry.shape, entry.dtype, entry.group_size, entry.min_bits, self.bits(), self.out)
-        if entry.kind == "grid":
-            return GridRecord(*head, self.parameters)
-        return ScaledRecord(*head, self.parameters)
+        with _blaming(self.where):
+            if entry.kind == "raw":
+                return RawRecord(entry.shape, entry.dtype, entry.stored_dtype, self.elements)
+            head = entry.shape, entry.dtype, entry.group_size, entry.min_bits
+            if entry.kind == "grid":
+                return GridRecord(*head, self.bits(), self.out, self.parameters)
+            return ScaledRecord(*head, self.bits(), self.out, self.parameters)
 
     def values(self) -> NDArray[np.float32]:
         """The decoded weights in the tensor's shape.
@@ -152,8 +150,18 @@ class Target:
             # As everywhere, low is added to level * step, which makes 0.0 of -0.0.
             low = self.parameters[:, 0] + np.float32(0)
             self.out[:] = _per_weight(low, self.entry.group_size, self.out.size)
-        self.bits()
+        with _blaming(self.where):
+            self.bits()
         return self.out.reshape(self.entry.shape)
+
+
+@contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Says which tensor an error is about."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{where}: {error} {REMEDY}") from error
 
 
 def _decode_grid(

@@ -10,6 +10,7 @@ from diffq.errors import FormatError
 from diffq.format import bitpack, layout
 from diffq.format.layout import Part
 from diffq.format.records import (
+    FLOAT_DTYPES,
     ITEM_SIZES,
     GridRecord,
     RawRecord,
@@ -42,8 +43,6 @@ DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
 )
-#: dtypes that a tensor of levels can decode to.
-LEVEL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 #: A kind's code is its place in this list.
 KINDS = ("raw", "grid", "scaled")
@@ -120,11 +119,12 @@ class Entry:
             rule = "the product of all sizes other than 0 is at most 2**48"
             self._refuse(rule, list(self.shape))
         if self.kind == "raw":
-            if self.stored_dtype not in (self.dtype, "float16"):
-                self._refuse(f"{self.dtype} is stored as such or as float16", self.stored_dtype)
+            halved = self.stored_dtype == "float16" and self.dtype in FLOAT_DTYPES
+            if self.stored_dtype != self.dtype and not halved:
+                self._refuse("only floats may be stored as float16", self.stored_dtype)
             return
-        if self.dtype not in LEVEL_DTYPES:
-            self._refuse(f"levels decode to one of {', '.join(LEVEL_DTYPES)}", self.dtype)
+        if self.dtype not in FLOAT_DTYPES:
+            self._refuse(f"levels decode to one of {', '.join(FLOAT_DTYPES)}", self.dtype)
         if not 1 <= self.group_size <= max(self.numel, 1):
             self._refuse(f"a group has from 1 to {max(self.numel, 1)} weights", self.group_size)
         if not 1 <= self.min_bits <= bitpack.MAX_BITS:

@@ -47,18 +47,29 @@ class LevelPiece:
     """Groups of one tensor within a segment.
 
     Attributes:
+        where: the tensor, for errors.
         bits: uint8 [groups].
         levels: [weights] of an unsigned dtype.
         group_size: weights per group; the last may be short.
     """
 
+    where: str
     bits: NDArray[np.uint8]
     levels: NDArray[np.uint16]
     group_size: int
 
     def streams(self) -> dict[int, NDArray[np.uint16]]:
-        """The levels of each bitwidth."""
-        return split_groups(self.levels, self.bits, self.group_size)
+        """The levels of each bitwidth.
+
+        Raises:
+            FormatError: a level does not fit its bitwidth.
+        """
+        streams = split_groups(self.levels, self.bits, self.group_size)
+        for width, levels in streams.items():
+            if int(levels.max()) >> width:
+                rule = f"{self.where}: levels of {width} bits must be below {1 << width}"
+                raise FormatError(f"{rule}, got {levels.max()}.")
+        return streams
 
 
 def entropy_bits(counts: NDArray[np.integer]) -> float:
@@ -145,9 +156,6 @@ def _streams(pieces: Sequence[LevelPiece]) -> list[_Stream]:
     streams = [_Stream(int(offsets.max()).bit_length(), offsets)]
     for width in sorted(by_width):
         streams.append(_Stream(width, np.concatenate(by_width[width])))
-        if int(streams[-1].symbols.max()) >> width:
-            rule = f"Levels of {width} bits must be below {1 << width}"
-            raise FormatError(f"{rule}, got {streams[-1].symbols.max()}.")
     return streams
 
 

@@ -18,7 +18,9 @@ from diffq.format.wire import REMEDY, Cursor, damaged, varint
 
 _WHERE = "The index"
 _PER_GROUP, _CONSTANT = 1, 2
-#: The streams of a segment end on whole bytes: at most 1 + 15 of them, of at most 4 fields.
+# Bytes that the description of a segment takes at least.
+_LEAST_STORAGE = 5
+# The streams of a segment end on whole bytes: at most 1 + 15 of them, of at most 4 fields.
 _MOST_PADDING = 64
 
 
@@ -73,8 +75,7 @@ def write_index(
     names = [check_name(name) for name in (*(entry.name for entry in entries), *aliases)]
     numbers = {entry.name: number for number, entry in enumerate(entries)}
     out = [varint(len(entries)), varint(len(aliases))]
-    out += [varint(len(name)) for name in names]
-    out += names
+    out += [varint(len(name)) + name for name in names]
     out += [varint(numbers[target]) for target in aliases.values()]
     for entry, back in zip(entries, backs, strict=True):
         out += [_write_entry(entry), *(varint(number) for number in back)]
@@ -139,19 +140,18 @@ def read_index(data: bytes | memoryview, budget: int) -> Index:
 
 
 def _read_names(cursor: Cursor, count: int) -> list[str]:
-    sizes = [cursor.varint("the length of a name") for _ in range(count)]
-    names = []
-    for size in sizes:
-        data = bytes(cursor.take(size, "a name"))
+    names: dict[str, None] = {}
+    for _ in range(count):
+        data = bytes(cursor.take(cursor.varint("the length of a name"), "a name"))
         try:
-            names.append(data.decode())
-            check_name(names[-1])
+            name = data.decode()
+            check_name(name)
         except (UnicodeDecodeError, FormatError) as error:
             raise damaged(_WHERE, "names must be sound", error) from error
-    if len(set(names)) != count:
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise damaged(_WHERE, "every name must occur once", f"{twice!r} twice")
-    return names
+        if name in names:
+            raise damaged(_WHERE, "every name must occur once", f"{name!r} twice")
+        names[name] = None
+    return list(names)
 
 
 def _read_target(cursor: Cursor, name: str, count: int) -> int:
@@ -192,7 +192,10 @@ def _read_entry(cursor: Cursor, name: str) -> Entry:
 def _choose(known: tuple[str, ...], cursor: Cursor, what: str, where: str) -> str:
     code = cursor.fixed(1, what)
     if code >= len(known):
-        raise damaged(where, f"version 1 knows the {what}s 0 to {len(known) - 1}", code)
+        raise FormatError(
+            f"{where}: this diffq knows the {what}s 0 to {len(known) - 1}, got {code}. "
+            "A newer diffq may have written this file; upgrade to read it."
+        )
     return known[code]
 
 
@@ -202,9 +205,8 @@ def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
     parts = list(entry.parts.values())
     backs = [cursor.varint("a place") for _ in parts]
     for part, back in zip(parts, backs, strict=True):
-        # Each segment takes at least 6 bytes of the index, so more cannot be described.
-        if not back and part.cut_count() > cursor.remaining:
-            rule = f"the rest of the index describes at most {cursor.remaining} segments"
+        if not back and part.cut_count() > cursor.remaining // _LEAST_STORAGE:
+            rule = f"{cursor.remaining} bytes describe {_LEAST_STORAGE} times fewer segments"
             raise damaged(where, rule, part.cut_count())
     layout.place(parts, backs, where)
 

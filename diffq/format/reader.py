@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from mmap import mmap
 from typing import Any
@@ -212,10 +212,11 @@ class Reader:
         """Fills the targets: parameters and raw elements first, then levels."""
         homes = {segment for number in targets for segment in self._homes(number)}
         levels = {number for number in homes if self._storages[number].coding}
-        for numbers in (homes - levels, levels):
-            in_threads(lambda n: self._decode_segment(n, targets), sorted(numbers), self._threads)
-            for target in targets.values():
-                target.check_parameters()
+        work = partial(self._decode_segment, targets=targets)
+        in_threads(work, sorted(homes - levels), self._threads)
+        for target in targets.values():
+            target.check_parameters()
+        in_threads(work, sorted(levels), self._threads)
 
     def _homes(self, number: int) -> list[int]:
         """The segments that hold something of a tensor."""

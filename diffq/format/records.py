@@ -8,10 +8,8 @@ with `stored_bits()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +78,10 @@ ITEM_SIZES = {
 }
 
 
+#: dtypes that a tensor of levels, or of elements stored as float16, can have.
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
 @dataclass(frozen=True, eq=False)
 class RawRecord:
     """A tensor kept as it is, bit for bit, or as float16.
@@ -91,7 +93,8 @@ class RawRecord:
         data: uint8, the elements in C order, little-endian.
 
     Raises:
-        FormatError: an unknown dtype, or another number of bytes than the shape needs.
+        FormatError: an unknown dtype, another number of bytes than the shape needs, or a
+            bool that is neither 0 nor 1.
     """
 
     shape: tuple[int, ...]
@@ -100,7 +103,8 @@ class RawRecord:
     data: NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_SIZES or self.stored_dtype not in (self.dtype, "float16"):
+        halved = self.stored_dtype == "float16" and self.dtype in FLOAT_DTYPES
+        if self.dtype not in ITEM_SIZES or not (self.stored_dtype == self.dtype or halved):
             raise FormatError(f"Cannot store dtype {self.dtype} as {self.stored_dtype}.")
         needed = math.prod(self.shape) * ITEM_SIZES[self.stored_dtype]
         if self.data.shape != (needed,):
@@ -108,6 +112,8 @@ class RawRecord:
                 f"A {self.stored_dtype} tensor of shape {self.shape} has {needed} bytes, "
                 f"got {self.data.size}."
             )
+        if self.dtype == "bool" and self.data.max(initial=0) > 1:
+            raise FormatError(f"A bool is stored as 0 or 1, got {self.data.max()}.")
 
     def stored_bits(self) -> int:
         """Bits of the stored elements."""

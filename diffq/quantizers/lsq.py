@@ -76,7 +76,7 @@ class LSQWeight(WeightQuantizer):
             min_bits=self.settings.bits,
             bits=self.group_bits(),
             levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
-            scale=self._positive_scale().float().cpu().numpy(),
+            scale=self._positive_scale().float().view(1).cpu().numpy(),
         )
 
     def size_bits(self) -> float:
@@ -92,7 +92,8 @@ class LSQWeight(WeightQuantizer):
         return np.full(1, self.settings.bits, np.uint8)
 
     def _positive_scale(self) -> Tensor:
-        return self.scale.abs().clamp(min=torch.finfo(torch.float32).tiny)
+        """The scale without sign or zero, 0-dim."""
+        return self.scale[0].abs().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _levels(self, weight: Tensor) -> Tensor:
         scale = self._positive_scale().float()
@@ -105,7 +106,8 @@ class LSQWeight(WeightQuantizer):
                 f"got scale {self.scale.item()}. "
                 "Find the step that diverged, or exclude the tensor."
             )
-        return torch.round(ratio.clamp(self.lowest, self.highest))
+        # Adding zero turns -0.0, which no level stands for, into 0.0.
+        return torch.round(ratio.clamp(self.lowest, self.highest)) + 0.0
 
 
 class LSQQuantizer(BaseQuantizer):
