@@ -74,9 +74,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def raw_record(tensor: Tensor, stored: torch.dtype | None = None) -> RawRecord:
     """A tensor bit for bit, or in the dtype `stored`."""
-    kept = tensor.detach().to("cpu", stored or tensor.dtype, copy=True)
-    kept = kept.resolve_conj().resolve_neg().contiguous()
-    data = kept.reshape(-1).view(torch.uint8).numpy()
+    kept = tensor.detach().to("cpu", stored or tensor.dtype).resolve_conj().resolve_neg()
+    # A copy, so that the record does not follow the tensor.
+    flat = kept.reshape(-1).clone(memory_format=torch.contiguous_format)
+    data = flat.view(torch.uint8).numpy()
     return RawRecord(tuple(tensor.shape), dtype_name(tensor.dtype), dtype_name(kept.dtype), data)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -117,6 +118,11 @@ class WeightQuantizer(nn.Module, ABC):
         for follower in self.mode_followers:
             follower.set_training(mode)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
+        # A cast or move may end at the same address, so that the weight looks unchanged.
+        self._cached = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def _quantized(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -204,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
         "--lam",
         type=float,
         default=1.0,
-        help="price of one MB in the loss: the knob between small and accurate (default: %(default)s)",
+        help="price of one MB in the loss: high for small, low for accurate (default: %(default)s)",
     )
     parser.add_argument("--fast", action="store_true", help="30 steps, to see that all works")
     parser.add_argument(

@@ -575,6 +575,54 @@ def test_averaged_model():
         assert torch.equal(restored(mlp, quantizer)(inputs), expected)
 
 
+def test_averaged_model_exports_itself():
+    """quantizer_of() finds the quantizer of an EMA, which stores the average."""
+    model, quantizer, inputs = _trained()
+    ema = AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(3):
+        step(model, optimizer, inputs, quantizer)
+        ema.update_parameters(model)
+    own = diffq.quantizer_of(ema)
+    assert own.model is ema.module
+    assert diffq.quantizer_of(model) is quantizer
+    with torch.no_grad():
+        expected = ema.eval()(inputs)
+        assert torch.equal(restored(mlp, own)(inputs), expected)
+        assert not torch.equal(restored(mlp, quantizer)(inputs), expected)
+    own.detach()
+    assert quantizer.model is model
+
+
+def test_quantizer_of_a_plain_model():
+    """quantizer_of() refuses a model without a quantizer, before and after."""
+    model = mlp()
+    with pytest.raises(diffq.AttachError, match="no quantizer"):
+        diffq.quantizer_of(model)
+    diffq.QATQuantizer(model, min_size=0).detach()
+    with pytest.raises(diffq.AttachError, match="no quantizer"):
+        diffq.quantizer_of(model)
+
+
+def test_quantizer_of_a_part():
+    """quantizer_of() finds the quantizer of a part of the model."""
+    model = mlp()
+    quantizer = diffq.QATQuantizer(model[2], min_size=0)
+    assert diffq.quantizer_of(model) is quantizer
+
+
+def test_copy_made_before_setup_can_be_trained():
+    """A copy made before setup_optimizer is trained through its own quantizer."""
+    model = mlp()
+    diffq.DiffQuantizer(model, min_size=0)
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    diffq.quantizer_of(other).setup_optimizer(optimizer)
+    before = snapshot_of(other)
+    step(other, optimizer, torch.randn(3, 16))
+    assert not same_tensors(snapshot_of(other), before)
+
+
 # Casts
 
 

@@ -57,7 +57,7 @@ def test_straight_through_oscillates(rate):
     """STE's quantized weight jumps between the two neighbours for ever, at any step size."""
     model = OneWeight()
     diffq.QATQuantizer(model, bits=4, min_size=0)
-    quantized = _least_squares(model, 600, rate)
+    quantized = _least_squares(model, 400, rate)
     for window in quantized[100:].split(100):
         near = torch.stack([(window - BELOW).abs(), (window - ABOVE).abs()])
         assert (near.min(0).values < 1e-6).all()
@@ -82,10 +82,10 @@ def test_diffq_gradient_is_unbiased():
     model = OneWeight()
     diffq.DiffQuantizer(model, bits=4, min_size=0)
     original = model.parametrizations.weight.original
-    for _ in range(4000):
+    for _ in range(1500):
         (0.5 * (model(torch.ones(())) - 0.2) ** 2).backward()
-    # Noise of deviation 1/30 in 4000 samples: the mean is known to 0.0005.
-    assert original.grad[1].item() / 4000 == pytest.approx(TARGET - 0.2, abs=0.0025)
+    # Noise of deviation 1/30 in 1500 samples: the mean is known to 0.0009.
+    assert original.grad[1].item() / 1500 == pytest.approx(TARGET - 0.2, abs=0.004)
 
     model = OneWeight()
     diffq.QATQuantizer(model, bits=4, min_size=0)

@@ -94,6 +94,21 @@ def test_buffers_of_every_dtype_are_exact(dtype, shape):
     assert bits_of(fresh.buffer) == wanted
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 3)])
+def test_buffers_of_every_layout_are_exact(shape):
+    """Buffers that are views with gaps come back, empty ones of odd strides included."""
+    values = torch.arange(12.0)[: math.prod(shape)].view(shape)
+    view = torch.stack([values, values + 1], dim=-1)[..., 0]
+    model = Holder({"weight": torch.randn(4, 4)}, {"gaps": view, "turned": view.t()})
+    fresh = Holder(
+        {"weight": torch.randn(4, 4)},
+        {"gaps": torch.full(shape, 9.0), "turned": torch.full(shape[::-1], 9.0)},
+    )
+    diffq.restore_quantized_state(fresh, _state(model))
+    assert torch.equal(fresh.gaps, values)
+    assert torch.equal(fresh.turned, values.t())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_nan_and_infinity_are_exact_in_raw_tensors(dtype):
     """Parameters and buffers that stay raw keep NaN, Inf, -0.0 and denormal numbers."""

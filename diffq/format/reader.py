@@ -59,6 +59,7 @@ class Reader:
         aliases: further name -> name of the tensor, for tied tensors.
         metadata: the user's JSON object.
         size: bytes of the file.
+        overhead: bytes that no tensor takes: signature, index, metadata, chunk headers.
 
     Raises:
         FormatError: the file is damaged, hostile or of another version, or the tensors
@@ -91,6 +92,7 @@ class Reader:
         if self._starts[-1] != len(self._data):
             rule = f"the segments of the index take {self._starts[-1]} bytes"
             raise damaged("Chunk DATA", rule, len(self._data))
+        self.overhead = self.size - len(self._data)
         # Short tensors read one by one must not decompress what they share each time.
         self._pooled = lru_cache(_POOLS_KEPT)(lambda number: bytes(self._read_payload(number)))
 

@@ -326,11 +326,13 @@ def _row(quantizer: WeightQuantizer, size: float) -> tuple[str, ...]:
 
 def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
     """Takes parameters out of an optimizer's groups, and groups out that held no others."""
-    for group in list(optimizer.param_groups):
+    groups = []
+    for group in optimizer.param_groups:
         kept = [p for p in group["params"] if id(p) not in ids]
-        if group["params"] and not kept:
-            optimizer.param_groups.remove(group)
+        if kept or not group["params"]:
+            groups.append(group)
         group["params"] = kept
+    optimizer.param_groups[:] = groups
 
 
 def _level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:

@@ -79,6 +79,8 @@ class GridQuantizer(WeightQuantizer):
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Equation 1 of the DiffQ paper at whole bitwidths."""
         low, high = self._checked_bounds(weight)
+        if not torch.compiler.is_compiling():
+            check_bitwidths(self.whole_bits(), self.plan.name)
         return self.quantize(weight, low, high)
 
     @torch.no_grad()

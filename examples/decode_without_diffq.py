@@ -1,0 +1,308 @@
+"""Reads a .diffq file without diffq: NumPy, zstandard and the standard library suffice.
+
+Written from docs/format.md alone, whose sections the comments name, to show that the
+page says enough. It checks what a file must be to make sense, but takes its sizes on
+trust: for files from anywhere use `diffq.load`.
+
+    python examples/decode_without_diffq.py model.diffq [arrays.npz]
+
+bfloat16 tensors become float32 and keep their values; float8 tensors become their bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+SIGNATURE = b"\x89DFQ\r\n\x1a\n"
+
+# Section 4: the NumPy dtype of each code's bytes.
+INTEGERS = ("?", "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8")
+STORED = (*INTEGERS, "<f2", "<u2", "<f4", "<f8", "<c8", "<c16", "u1", "u1")
+BFLOAT16 = 10
+
+RAW, GRID, SCALED = 0, 1, 2
+PER_GROUP, CONSTANT = 1, 2
+
+
+def decode(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], dict]:
+    """Arrays by name, aliases (further name -> name), metadata."""
+    bodies = read_chunks(data)
+    index = Index(read_text(bodies[b"INDX"]))
+    metadata = json.loads(read_text(bodies[b"meta"])) if b"meta" in bodies else {}
+    offset, contents = 0, []
+    for segment in index.segments:
+        stored = bodies[b"DATA"][offset : offset + segment["size"]]
+        check(zlib.crc32(stored) == segment["crc"], "the checksum of a segment")
+        contents.append(read_segment(segment, stored))
+        offset += segment["size"]
+    check(offset == len(bodies[b"DATA"]), "the size of DATA")
+    arrays = {name: restore(t, contents) for name, t in pairs(index.names, index.tensors)}
+    return arrays, index.aliases, metadata
+
+
+def pairs(first: Sequence, second: Sequence) -> list[tuple]:
+    return list(zip(first, second, strict=True))
+
+
+def check(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"The file is damaged: {what} is wrong.")
+
+
+# Section 3
+
+
+def read_chunks(data: bytes) -> dict[bytes, bytes]:
+    check(data[:8] == SIGNATURE, "the signature")
+    version = struct.unpack_from("<H", data, 8)[0]
+    check(version == 1, f"version {version}, of which this reader knows nothing,")
+    bodies, offset, tag = {}, 10, b""
+    while tag != b"DONE":
+        tag, size, crc = struct.unpack_from("<4sQI", data, offset)
+        body = data[offset + 16 : offset + 16 + size]
+        check(len(body) == size, "the size of a chunk")
+        covered = b"" if tag == b"DATA" else body
+        check(zlib.crc32(data[offset : offset + 12] + covered) == crc, "the checksum of a chunk")
+        check(tag in (b"INDX", b"meta", b"DATA", b"DONE") or tag[:1].islower(), f"chunk {tag}")
+        bodies[tag] = body
+        offset += 16 + size
+    check(offset == len(data), "the end of the file")
+    return bodies
+
+
+def expand(stored: bytes, size: int) -> bytes:
+    if len(stored) == size:
+        return stored
+    check(zstandard.get_frame_parameters(stored).content_size == size, "the size of a frame")
+    return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+
+
+def read_text(body: bytes) -> bytes:
+    cursor = Cursor(body)
+    size = cursor.varint()
+    return expand(body[cursor.offset :], size)
+
+
+# Section 2
+
+
+class Cursor:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.offset = data, 0
+
+    def take(self, size: int) -> bytes:
+        self.offset += size
+        check(self.offset <= len(self.data), "the index")
+        return self.data[self.offset - size : self.offset]
+
+    def unsigned(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def varint(self) -> int:
+        number = shift = 0
+        while True:
+            byte = self.unsigned(1)
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return number
+
+
+# Sections 4 and 5
+
+
+class Index:
+    """Names, tensors and segments. LEVELS stands for the item size of a segment of levels."""
+
+    LEVELS = 0
+
+    def __init__(self, content: bytes) -> None:
+        cursor = Cursor(content)
+        counts = cursor.varint(), cursor.varint()
+        names = [cursor.take(cursor.varint()).decode() for _ in range(sum(counts))]
+        self.names = names[: counts[0]]
+        self.aliases = {name: self.names[cursor.varint()] for name in names[counts[0] :]}
+        self.segments: list[dict] = []
+        self.tensors = [self.read_tensor(cursor) for _ in self.names]
+        for segment in self.segments:
+            self.read_segment(cursor, segment)
+        check(cursor.offset == len(content), "the end of the index")
+
+    def read_tensor(self, cursor: Cursor) -> dict:
+        tensor = {"kind": cursor.unsigned(1), "dtype": cursor.unsigned(1)}
+        check(tensor["kind"] in (RAW, GRID, SCALED), "a kind of tensor")
+        shape = tuple(cursor.varint() for _ in range(cursor.unsigned(1)))
+        numel = math.prod(shape)
+        tensor |= {"shape": shape, "numel": numel}
+        if tensor["kind"] == RAW:
+            tensor["stored"] = cursor.unsigned(1)
+            item = np.dtype(STORED[tensor["stored"]]).itemsize
+            parts = [("elements", item, numel, 1)]
+        else:
+            tensor["group_size"], tensor["min_bits"] = cursor.varint(), cursor.unsigned(1)
+            flags = cursor.unsigned(1) if tensor["kind"] == GRID else 0
+            groups = -(-numel // tensor["group_size"])
+            ranges = groups if flags & PER_GROUP else 1
+            parameters = 2 * ranges if tensor["kind"] == GRID else 1
+            parts = [("parameters", 4, parameters, 1)]
+            if not flags & CONSTANT:
+                parts.append(("levels", self.LEVELS, numel, tensor["group_size"]))
+        for name, item, count, group_size in parts:
+            tensor[name] = self.place(cursor.varint(), item, count, group_size) if count else []
+        return tensor
+
+    def place(self, back: int, item: int, count: int, group_size: int) -> list[tuple[int, int]]:
+        """Where a part is: for each of its pieces, the segment and the piece's number in it."""
+        if back:
+            number = len(self.segments) - back
+            check(number >= 0 and self.segments[number]["item"] == item, "a place")
+            self.segments[number]["pieces"].append((count, min(group_size, count)))
+            return [(number, len(self.segments[number]["pieces"]) - 1)]
+        first = len(self.segments)
+        for piece in cut(item, count, group_size):
+            pieces = [(piece, min(group_size, piece))]
+            self.segments.append({"item": item, "pieces": pieces})
+        return [(number, 0) for number in range(first, len(self.segments))]
+
+    def read_segment(self, cursor: Cursor, segment: dict) -> None:
+        segment |= {"size": cursor.varint(), "crc": cursor.unsigned(4)}
+        if segment["item"] == self.LEVELS:
+            segment["payload"], used = cursor.varint(), cursor.unsigned(2)
+            segment["map_width"] = cursor.unsigned(1)
+            widths = [bits for bits in range(1, 16) if used >> bits & 1]
+            segment["widths"] = {bits: cursor.unsigned(1) for bits in widths}
+
+
+def cut(item: int, count: int, group_size: int) -> list[int]:
+    """Section 5: the sizes of the pieces of a part that opens segments."""
+    limit = (1 << 22) // item if item else 1 << 20
+    if group_size > limit:
+        groups = [min(group_size, count - start) for start in range(0, count, group_size)]
+        return [piece for group in groups for piece in cut(item, group, 1)]
+    step = limit // group_size * group_size
+    return [min(step, count - start) for start in range(0, count, step)]
+
+
+# Section 6
+
+
+def unpack(data: bytes, count: int, width: int) -> tuple[np.ndarray, bytes]:
+    """The packed numbers and the bytes after them."""
+    values, left = np.zeros(count, np.uint16), width
+    for field in (8, 4, 2, 1):
+        if not width & field:
+            continue
+        left -= field
+        size = -(-count * field // 8)
+        bits = np.unpackbits(np.frombuffer(data[:size], np.uint8), bitorder="little")
+        check(len(bits) == 8 * size and not bits[count * field :].any(), "a packed stream")
+        digits = bits[: count * field].reshape(count, field).astype(np.uint16)
+        values += (digits << np.arange(field, dtype=np.uint16)).sum(1, dtype=np.uint16) << left
+        data = data[size:]
+    return values, data
+
+
+# Sections 7 and 8
+
+
+def read_segment(segment: dict, stored: bytes) -> list:
+    """Each piece's bytes, or its bitwidths and levels."""
+    if segment["item"] == Index.LEVELS:
+        return read_levels(segment, expand(stored, segment["payload"]))
+    item, counts = segment["item"], [count for count, _ in segment["pieces"]]
+    payload = expand(stored, item * sum(counts))
+    if len(stored) < len(payload):
+        planes = np.frombuffer(payload, np.uint8).reshape(item, -1)
+        payload = planes.T.tobytes()
+    ends = np.cumsum(counts) * item
+    return [payload[end - item * count : end] for end, count in pairs(ends, counts)]
+
+
+def read_levels(segment: dict, payload: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
+    pieces = segment["pieces"]
+    counts = [-(-count // group_size) for count, group_size in pieces]
+    lowest = min(segment["widths"])
+    bits = np.full(sum(counts), lowest)
+    if segment["map_width"]:
+        offsets, payload = unpack(payload, sum(counts), segment["map_width"])
+        bits = bits + offsets
+    maps = np.split(bits, np.cumsum(counts)[:-1])
+    of_weights = [
+        np.repeat(bits, group_size)[:count] for bits, (count, group_size) in pairs(maps, pieces)
+    ]
+    all_bits = np.concatenate(of_weights)
+    levels = np.zeros(len(all_bits), np.uint16)
+    for width, packed_width in segment["widths"].items():
+        chosen = all_bits == width
+        levels[chosen], payload = unpack(payload, chosen.sum(), packed_width)
+        check((levels[chosen] < 1 << width).all(), "a level")
+    check(not payload and set(all_bits) == set(segment["widths"]), "a segment of levels")
+    return pairs(of_weights, np.split(levels, np.cumsum([len(bits) for bits in of_weights])[:-1]))
+
+
+# Section 10
+
+
+def restore(tensor: dict, contents: list[list]) -> np.ndarray:
+    def pieces(part: str) -> list:
+        return [contents[segment][piece] for segment, piece in tensor.get(part, ())]
+
+    dtype = "<f4" if tensor["dtype"] == BFLOAT16 else STORED[tensor["dtype"]]
+    if tensor["kind"] == RAW:
+        data = np.frombuffer(b"".join(pieces("elements")), STORED[tensor["stored"]])
+        if tensor["stored"] == BFLOAT16:
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        return data.astype(dtype).reshape(tensor["shape"])
+    values = restore_values(tensor, b"".join(pieces("parameters")), pieces("levels"))
+    if tensor["dtype"] == BFLOAT16:
+        values = round_to_bfloat16(values)
+    return values.astype(dtype).reshape(tensor["shape"])
+
+
+def restore_values(tensor: dict, parameters: bytes, pieces: list) -> np.ndarray:
+    numbers, numel = np.frombuffer(parameters, "<f4"), tensor["numel"]
+    bits, levels = np.full(numel, tensor["min_bits"]), np.zeros(numel, np.uint16)
+    if pieces:
+        bits, levels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    check(bool((bits >= tensor["min_bits"]).all()), "a bitwidth")
+    if tensor["kind"] == SCALED:
+        return (levels.astype(np.float32) - (1 << bits >> 1).astype(np.float32)) * numbers
+    low, high = numbers.reshape(-1, 2).T
+    if len(low) > 1:
+        low, high = (np.repeat(side, tensor["group_size"])[:numel] for side in (low, high))
+    step = (high - low) / ((1 << bits) - 1).astype(np.float32)
+    return levels.astype(np.float32) * step + low
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32).astype(np.uint64)
+    bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("arrays", type=Path, nargs="?", help=".npz file to write")
+    args = parser.parse_args()
+    arrays, aliases, metadata = decode(args.file.read_bytes())
+    for name, array in arrays.items():
+        print(f"{name:40} {array.dtype!s:10} {list(array.shape)}")
+    for name, target in aliases.items():
+        print(f"{name:40} = {target}")
+    print(json.dumps(metadata))
+    if args.arrays:
+        np.savez(args.arrays, **arrays)
+
+
+if __name__ == "__main__":
+    main()

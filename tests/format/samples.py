@@ -1,0 +1,151 @@
+"""Records for tests: strategies that draw them, small models, and equality to the bit."""
+
+import math
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from diffq.format.records import (
+    FLOAT_DTYPES,
+    ITEM_SIZES,
+    GridRecord,
+    RawRecord,
+    ScaledRecord,
+    group_count,
+)
+
+SHAPES = st.one_of(
+    st.just(()),
+    hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=7),
+    st.integers(1, 300).map(lambda size: (size,)),
+)
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
+NAMES = st.text(
+    st.characters(min_codepoint=32, codec="utf-8", exclude_characters="\x7f"), min_size=1
+)
+
+
+def random_levels(bits, group_size, numel, seed):
+    """Levels below 2**bits of their group."""
+    limits = 1 << np.repeat(bits.astype(np.int64), group_size)[:numel]
+    return np.random.default_rng(seed).integers(0, limits).astype(np.uint16)
+
+
+@st.composite
+def raw_records(draw):
+    dtype = draw(st.sampled_from(sorted(ITEM_SIZES)))
+    stored = draw(st.sampled_from(["float16", dtype])) if dtype in FLOAT_DTYPES else dtype
+    shape = draw(SHAPES)
+    size = math.prod(shape) * ITEM_SIZES[stored]
+    seed = draw(st.integers(0, 2**32 - 1))
+    most = 2 if dtype == "bool" else draw(st.sampled_from([1, 3, 256]))
+    data = np.random.default_rng(seed).integers(0, most, size, np.uint8)
+    return RawRecord(shape, dtype, stored, data)
+
+
+@st.composite
+def level_fields(draw):
+    shape = draw(SHAPES)
+    numel = math.prod(shape)
+    group_size = draw(st.integers(1, max(numel, 1)))
+    groups = group_count(numel, group_size)
+    min_bits = draw(st.integers(1, 15))
+    max_bits = draw(st.integers(min_bits, 15))
+    seed = draw(st.integers(0, 2**32 - 1))
+    bits = np.random.default_rng(seed).integers(min_bits, max_bits + 1, groups).astype(np.uint8)
+    levels = random_levels(bits, group_size, numel, seed)
+    return shape, draw(st.sampled_from(FLOAT_DTYPES)), group_size, min_bits, bits, levels
+
+
+@st.composite
+def grid_records(draw):
+    fields = draw(level_fields())
+    groups = fields[4].size
+    ranges = draw(st.sampled_from([1, groups]))
+    sides = draw(hnp.arrays(np.float32, (ranges, 2), elements=FLOATS))
+    if draw(st.booleans()):
+        sides[:, 1] = sides[:, 0]
+    return as_stored(GridRecord(*fields, np.sort(sides, axis=1)))
+
+
+@st.composite
+def scaled_records(draw):
+    return ScaledRecord(*draw(level_fields()), np.float32([draw(FLOATS)]))
+
+
+RECORDS = st.one_of(raw_records(), grid_records(), scaled_records())
+
+
+def as_stored(record):
+    """The record with what a constant tensor comes back with: no levels, the fewest bits."""
+    if not record.constant:
+        return record
+    bits, levels = np.full_like(record.bits, record.min_bits), np.zeros_like(record.levels)
+    head = record.shape, record.dtype, record.group_size, record.min_bits
+    return GridRecord(*head, bits, levels, record.ranges)
+
+
+def assert_same(one, other):
+    """Two records are equal in every field, arrays to the bit and in their dtype."""
+    assert type(one) is type(other)
+    for name, value in vars(one).items():
+        copy = getattr(other, name)
+        if isinstance(value, np.ndarray):
+            assert copy.dtype == value.dtype, name
+            assert copy.shape == value.shape, name
+            assert copy.tobytes() == value.tobytes(), name
+        else:
+            assert copy == value, name
+
+
+def grid(numel, group_size=8, bits=(2, 6), seed=0, tail=None, shape=None):
+    """A tensor that looks trained: normal weights, or with a Student tail, and mixed bits."""
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal(numel) if tail is None else random.standard_t(tail, numel)
+    weights = weights.astype(np.float32)
+    mean, (least, most) = sum(bits) / 2 - 0.6, bits
+    drawn = np.round(mean + 0.9 * random.standard_normal(group_count(numel, group_size)))
+    group_bits = np.clip(drawn, least, most).astype(np.uint8)
+    low, high = weights.min(), weights.max()
+    top = (1 << np.repeat(group_bits.astype(np.int64), group_size)[:numel]) - 1
+    span = high - low or 1
+    levels = np.clip(np.round((weights - low) / span * top), 0, top).astype(np.uint16)
+    shape = shape or (numel,)
+    ranges = np.float32([[low, high]])
+    return GridRecord(shape, "float32", group_size, least, group_bits, levels, ranges)
+
+
+def raw(values, dtype="float32"):
+    """A raw tensor of NumPy values."""
+    array = np.asarray(values)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return RawRecord(array.shape, dtype, dtype, data)
+
+
+def small_model():
+    """A bit of everything in a few hundred bytes."""
+    per_group = grid(10, 4, seed=1)
+    ranges = np.float32([[-1, 1], [-2, 0], [0, 0]])
+    return {
+        "embed.weight": grid(50, 8, (1, 5), shape=(5, 10)),
+        "per_group.weight": GridRecord(*list(vars(per_group).values())[:-1], ranges),
+        "scaled.weight": ScaledRecord(
+            (6,), "bfloat16", 6, 3, np.uint8([3]), np.uint16([0, 7, 3, 4, 5, 1]), np.float32([0.25])
+        ),
+        "zero.weight": as_stored(
+            GridRecord(
+                (4,),
+                "float16",
+                2,
+                2,
+                np.uint8([2, 2]),
+                np.zeros(4, np.uint16),
+                np.zeros((1, 2), "f4"),
+            )
+        ),
+        "norm.weight": raw(np.linspace(0.5, 1.5, 9, dtype=np.float32)),
+        "norm.mask": raw(np.eye(3, dtype=bool), "bool"),
+        "norm.steps": raw(np.int64(1500), "int64"),
+        "empty": raw(np.zeros((0, 3), np.float32)),
+    }

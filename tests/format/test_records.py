@@ -1,0 +1,184 @@
+"""Records, and levels sorted by bitwidth."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffq.errors import FormatError
+from diffq.format import records
+from diffq.format.groups import split_groups, stream_counts
+from diffq.format.records import (
+    MAX_RANGE,
+    GridRecord,
+    RawRecord,
+    ScaledRecord,
+    merge_levels,
+    split_levels,
+)
+from tests.format.samples import grid, grid_records, level_fields, random_levels, scaled_records
+
+
+@given(level_fields())
+def test_split_and_merge(fields):
+    """Streams hold the levels of each bitwidth in order, and merge to the same tensor."""
+    shape, _, group_size, _, bits, levels = fields
+    numel = levels.size
+    streams = split_groups(levels, bits, group_size)
+    of_weights = np.repeat(bits, group_size)[:numel]
+    assert list(streams) == sorted(set(of_weights.tolist()))
+    for width, stream in streams.items():
+        assert np.array_equal(stream, levels[of_weights == width])
+    assert stream_counts(bits, group_size, numel) == {w: s.size for w, s in streams.items()}
+    assert np.array_equal(merge_levels(streams, bits, group_size, numel), levels)
+
+
+def test_all_bitwidths_at_once():
+    """All bitwidths from 1 to 15 can stand in one tensor."""
+    bits = np.repeat(np.arange(1, 16), 3).astype(np.uint8)
+    levels = random_levels(bits, 5, bits.size * 5 - 2, seed=0)
+    streams = split_groups(levels, bits, 5)
+    assert list(streams) == list(range(1, 16))
+    assert np.array_equal(merge_levels(streams, bits, 5, levels.size), levels)
+
+
+@given(grid_records())
+def test_grid_values(record):
+    """A grid's value is level * step + low, each operation rounded to float32."""
+    expected = np.empty(record.numel, np.float32)
+    for i, level in enumerate(record.levels):
+        group = i // record.group_size
+        low, high = record.ranges[group if len(record.ranges) > 1 else 0]
+        step = np.float32((high - low) / np.float32(2.0 ** record.bits[group] - 1))
+        expected[i] = np.float32(np.float32(level) * step) + low
+    values = record.values()
+    assert values.dtype == np.float32
+    assert values.shape == record.shape
+    assert np.array_equal(values.reshape(-1), expected)
+    assert np.isfinite(values).all()
+
+
+@given(scaled_records())
+def test_scaled_values(record):
+    """A scaled value is (level - 2**(bits - 1)) * scale."""
+    bits = np.repeat(record.bits.astype(np.int64), record.group_size)[: record.numel]
+    zero = (1 << bits >> 1).astype(np.float32)
+    expected = (record.levels.astype(np.float32) - zero) * record.scale
+    assert np.array_equal(record.values().reshape(-1), expected)
+
+
+def test_extreme_ranges_stay_finite():
+    """At the largest range that is allowed, the highest level is still finite."""
+    top = np.float32(MAX_RANGE)
+    for low, high in ((-top, np.float32(0)), (np.float32(0), top), (-top / 2, top / 2)):
+        for bits in range(1, 16):
+            levels = np.uint16([0, (1 << bits) - 1])
+            record = GridRecord(
+                (2,), "float32", 2, 1, np.uint8([bits]), levels, np.float32([[low, high]])
+            )
+            assert np.isfinite(record.values()).all()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "rule"),
+    [
+        ([[np.nan, 1]], "finite"),
+        ([[0, np.inf]], "finite"),
+        ([[1, 0]], "low at most high"),
+        ([[-3e38, 3e38]], "could overflow"),
+        ([[0, 1], [0, 1]], "1 or 1 ranges"),
+        ([0, 1], "1 or 1 ranges"),
+    ],
+)
+def test_bad_ranges(ranges, rule):
+    """A grid refuses ranges that are not finite, not in order, too large or too many."""
+    with pytest.raises(FormatError, match=rule):
+        GridRecord((2,), "float32", 2, 2, np.uint8([2]), np.zeros(2, np.uint16), np.float32(ranges))
+
+
+@pytest.mark.parametrize("scale", [[np.nan], [np.inf], [1e38], [1, 2]])
+def test_bad_scale(scale):
+    """A scaled tensor refuses a scale that is not one, not finite, or overflows at 15 bits."""
+    fields = (2,), "float32", 2, 2, np.uint8([15]), np.zeros(2, np.uint16)
+    with pytest.raises(FormatError, match="one scale"):
+        ScaledRecord(*fields, np.float32(scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"group_size": 0}, "group size"),
+        ({"group_size": 9}, "group size"),
+        ({"min_bits": 0}, "min_bits"),
+        ({"min_bits": 16}, "min_bits"),
+        ({"min_bits": 6}, "Bitwidths"),
+        ({"bits": np.uint8([2, 16])}, "Bitwidths"),
+        ({"bits": np.uint8([2])}, "bitwidths"),
+        ({"levels": np.zeros(7, np.uint16)}, "levels"),
+    ],
+)
+def test_contradictions(change, rule):
+    """Sizes and bitwidths that contradict each other are refused with the rule."""
+    fields = dict(vars(grid(8, 4, (3, 5)))) | change
+    with pytest.raises(FormatError, match=rule):
+        GridRecord(**fields)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "data", "rule"),
+    [
+        ("quint8", "quint8", [0] * 4, "Cannot store dtype quint8"),
+        ("int32", "float16", [0] * 4, "Cannot store dtype int32 as float16"),
+        ("float32", "bfloat16", [0] * 4, "Cannot store dtype float32 as bfloat16"),
+        ("float32", "float32", [0] * 4, "has 8 bytes, got 4"),
+        ("bool", "bool", [0, 2], "0 or 1, got 2"),
+    ],
+)
+def test_bad_raw(dtype, stored, data, rule):
+    """A raw record refuses unknown dtypes, sizes that do not fit, and bools that are none."""
+    with pytest.raises(FormatError, match=rule):
+        RawRecord((2,), dtype, stored, np.uint8(data))
+
+
+def test_stored_bits_is_equation_12():
+    """Levels at their bitwidth, the map at the width of its largest entry, 64 + 8 bits."""
+    record = GridRecord(
+        (10,),
+        "float32",
+        4,
+        2,
+        np.uint8([2, 6, 3]),
+        np.zeros(10, np.uint16),
+        np.float32([[0, 1]]),
+    )
+    assert record.stored_bits() == 64 + 8 + 3 * 3 + (4 * 2 + 4 * 6 + 2 * 3)
+
+
+def test_constant_has_no_streams():
+    """A constant tensor has no levels to store and counts its parameters alone."""
+    record = GridRecord(
+        (4,), "float32", 2, 2, np.uint8([2, 3]), np.zeros(4, np.uint16), np.float32([[1, 1]])
+    )
+    assert split_levels(record) == {}
+    assert record.stored_bits() == 64 + 8
+    assert merge_levels({}, record.bits, 2, 4).tolist() == [0, 0, 0, 0]
+
+
+@given(st.integers(1, 10), st.integers(1, 15))
+def test_per_weight_repeats(numel, group_size):
+    """A value per group stands for each of its weights; one value stands for all."""
+    group_size = min(group_size, numel)
+    record = grid(numel, group_size)
+    one = np.float32([3])
+    assert record.per_weight(one) is one
+    per_group = np.arange(record.bits.size, dtype=np.float32)
+    if per_group.size > 1:
+        expected = [i // group_size for i in range(numel)]
+        assert record.per_weight(per_group).tolist() == expected
+
+
+def test_item_sizes_cover_the_file_format():
+    """Every dtype that a record knows has a code in files."""
+    from diffq.format.entries import DTYPES
+
+    assert sorted(DTYPES) == sorted(records.ITEM_SIZES)

@@ -1,0 +1,291 @@
+"""The public surface, the direction of imports, and what works without torch."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import diffq
+from diffq import errors
+
+PACKAGE = Path(diffq.__file__).parent
+
+#: The pipeline: each stage imports only from earlier ones.
+STAGES = [
+    "errors",
+    "checks",
+    "format",
+    "size",
+    "grid",
+    "noise",
+    "select",
+    "state",
+    "weight",
+    "attach",
+    "report",
+    "quantizers",
+    "restore",
+    "file",
+    "storage",
+    "legacy",
+    "integrations",
+    "cli",
+    "__main__",
+]
+
+
+def _modules():
+    """Name to parsed source of every module of the package, `diffq` itself left out."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name != "diffq":
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(tree):
+    """The names that a module imports, wherever it does; `from a import b` gives a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _inner_imports(name):
+    """The modules of diffq that a module of diffq imports."""
+    return {found for found in _imports(MODULES[name]) if found in MODULES and found != name}
+
+
+# The surface
+
+
+def test_all_is_what_can_be_imported():
+    """`__all__` lists the lazy names and the errors, and each of them is there."""
+    loaded = {c.__name__ for c in vars(errors).values() if inspect.isclass(c)}
+    assert set(diffq.__all__) == set(diffq._LAZY) | loaded
+    for name in diffq.__all__:
+        assert getattr(diffq, name) is not None
+
+
+def test_all_is_sorted():
+    """`__all__` is sorted and lists each name once."""
+    assert diffq.__all__ == sorted(set(diffq.__all__))
+
+
+def test_dir_shows_the_surface():
+    """`dir(diffq)` shows the names that are loaded on first use too."""
+    assert set(diffq.__all__) <= set(dir(diffq))
+
+
+def test_star_import():
+    """`from diffq import *` gives the public names and no others."""
+    code = "from diffq import *; import diffq; print(sorted(set(dir()) - {'diffq'}))"
+    names = _run(code)
+    given = {name for name in ast.literal_eval(names) if not name.startswith("__")}
+    assert given == set(diffq.__all__)
+
+
+def test_unknown_name():
+    """A name that does not exist is an AttributeError with both names."""
+    with pytest.raises(AttributeError, match=r"'diffq'.*'DiffQuantiser'"):
+        diffq.DiffQuantiser  # noqa: B018
+
+
+def test_version():
+    """The version is a plain string of numbers, the same as the installed package's."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab.]\w+)?", diffq.__version__)
+
+
+def _public_members(owner):
+    """The public functions, methods and properties that a class or module defines itself."""
+    for name, value in vars(owner).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, property | classmethod | staticmethod):
+            yield name, value.fget if isinstance(value, property) else value.__func__
+        elif inspect.isfunction(value) or inspect.isclass(value):
+            if value.__module__.startswith("diffq"):
+                yield name, value
+
+
+@pytest.mark.parametrize("name", diffq.__all__)
+def test_public_names_have_docstrings(name):
+    """Every public name, and every public method and property of it, has a docstring."""
+    value = getattr(diffq, name)
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        for owner in value.__mro__:
+            if owner.__module__.startswith("diffq"):
+                missing = [key for key, member in _public_members(owner) if not member.__doc__]
+                assert missing == []
+
+
+@pytest.mark.parametrize("name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer"])
+def test_every_argument_is_documented(name):
+    """A quantizer's docstring has a line for each of its arguments, and for its errors."""
+    value = getattr(diffq, name)
+    arguments = [p for p in inspect.signature(value.__init__).parameters if p != "self"]
+    documented = re.findall(r"^    (\w+): ", inspect.getdoc(value), re.MULTILINE)
+    assert documented[: len(arguments)] == arguments
+    assert {"AttachError", "ConfigError", "WeightError"} <= set(documented)
+
+
+def test_functions_document_arguments_and_errors():
+    """Public functions and methods with arguments document each of them."""
+    functions = [
+        value for name in diffq.__all__ if inspect.isfunction(value := getattr(diffq, name))
+    ]
+    methods = [
+        member
+        for owner in diffq.DiffQuantizer.__mro__
+        if owner.__module__.startswith("diffq")
+        for _, member in _public_members(owner)
+        if inspect.isfunction(member)
+    ]
+    for function in functions + methods:
+        doc = inspect.getdoc(function)
+        for argument in inspect.signature(function).parameters:
+            # A function with one argument may say what it does with it in its first line.
+            if argument != "self" and "Args:" in doc:
+                assert re.search(rf"\*{{0,2}}{argument}: ", doc), (function, argument)
+
+
+def test_package_is_typed():
+    """The package carries its type marker, and every function of it is annotated."""
+    assert (PACKAGE / "py.typed").is_file()
+    missing = [
+        f"{name}.{node.name}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.returns is None and node.name != "__init__"
+    ]
+    assert missing == []
+
+
+# Imports
+
+
+def _run(code):
+    """The output of a fresh interpreter."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+_NO_TORCH = "import sys; sys.modules['torch'] = None; "
+
+
+def test_diffq_imports_without_torch():
+    """`import diffq` loads neither torch nor a module of diffq that needs it."""
+    loaded = _run("import sys, diffq; print([m for m in sys.modules if m.startswith('torch')])")
+    assert loaded.strip() == "[]"
+    assert "DiffqError" in _run(_NO_TORCH + "import diffq; print(diffq.DiffqError)")
+
+
+def test_format_imports_without_torch():
+    """Every module of diffq.format is imported, and used, where torch cannot be."""
+    import diffq.format
+
+    names = [
+        f"diffq.format.{module.name}" for module in pkgutil.iter_modules(diffq.format.__path__)
+    ]
+    assert "diffq.format.records" in names
+    assert len(names) > 2
+    code = _NO_TORCH + "".join(f"import {name}; " for name in names)
+    code += "import numpy; from diffq.format.bitpack import pack, unpack; "
+    code += "print(unpack(pack(numpy.arange(8, dtype=numpy.uint16), 3), 8, 3).tolist())"
+    assert _run(code).strip() == str(list(range(8)))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("diffq.format")])
+def test_format_never_imports_torch(name):
+    """No module of diffq.format imports torch, not even within a function."""
+    assert not any(found.split(".")[0] == "torch" for found in _imports(MODULES[name]))
+
+
+def test_every_module_has_a_stage():
+    """Every module belongs to a stage of the pipeline."""
+    assert {name.split(".")[1] for name in MODULES} <= set(STAGES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_import_direction(name):
+    """A module imports only modules of earlier stages, or of its own."""
+    stage = name.split(".")[1]
+    later = STAGES[STAGES.index(stage) + 1 :]
+    assert not any(found.split(".")[1] in later for found in _inner_imports(name))
+
+
+def test_no_import_cycles():
+    """No modules of diffq import each other in a circle, within a stage either."""
+    order = list(TopologicalSorter({name: _inner_imports(name) for name in MODULES}).static_order())
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_package_imports_nothing_around_it(name):
+    """The package never imports from tests, examples or benchmarks, nor relatively."""
+    tops = {found.split(".")[0] for found in _imports(MODULES[name])}
+    assert tops.isdisjoint({"tests", "examples", "benchmarks"})
+    relative = [
+        node
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    assert relative == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_assert_statements(name):
+    """The package has no assert statement, which `python -O` would remove."""
+    lines = [node.lineno for node in ast.walk(MODULES[name]) if isinstance(node, ast.Assert)]
+    assert lines == []
+
+
+def test_nothing_unpickles():
+    """No module of the package uses pickle, marshal, eval or exec."""
+    for name, tree in MODULES.items():
+        tops = {found.split(".")[0] for found in _imports(tree)}
+        assert tops.isdisjoint({"pickle", "marshal", "shelve", "dill"}), name
+        calls = {
+            node.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert calls.isdisjoint({"eval", "exec", "compile", "__import__"}), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_say_what_they_do(name):
+    """Every module can be imported on its own, and has a docstring."""
+    assert isinstance(importlib.import_module(name), types.ModuleType)
+    assert ast.get_docstring(MODULES[name])
+
+
+def test_quantizers_share_one_face():
+    """The quantizers differ in their arguments only: each has the same public methods."""
+    classes = [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer]
+    faces = [{name for name in dir(c) if not name.startswith("_")} for c in classes]
+    assert faces[1] == faces[2] == faces[0] - {"freeze_bits"}
+    rules = ["min_size", "include", "exclude", "overrides", "float16"]
+    for one in classes:
+        parameters = inspect.signature(one).parameters
+        assert [name for name in parameters if name in rules] == rules
+        assert all(p.kind is p.KEYWORD_ONLY for n, p in parameters.items() if n != "model")
