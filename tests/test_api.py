@@ -35,6 +35,8 @@ STAGES = [
     "restore",
     "file",
     "storage",
+    "ptq",
+    "budget",
     "legacy",
     "integrations",
     "cli",
@@ -274,9 +276,10 @@ def test_nothing_unpickles():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_say_what_they_do(name):
-    """Every module can be imported on its own, and has a docstring."""
-    assert isinstance(importlib.import_module(name), types.ModuleType)
+    """Every module has a docstring, and can be imported unless it is there to be run."""
     assert ast.get_docstring(MODULES[name])
+    if not name.endswith("__main__"):
+        assert isinstance(importlib.import_module(name), types.ModuleType)
 
 
 def test_quantizers_share_one_face():

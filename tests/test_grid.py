@@ -78,6 +78,8 @@ def test_bounds_pass_nan_on():
 
 @given(_arrays(ANY), BITS)
 @example(np.array([0, 1e-45], np.float32), 15)
+# Four times the smallest number: the step is rounded down so far that it fits four times.
+@example(np.array([0, 4 * 2.0**-149], np.float32), 2)
 @example(np.array([-1e-38, 1e-38, 3e-42], np.float32), 15)
 @example(np.array([-1e38, 1e38, 1e-38], np.float32), 15)
 @example(np.array([1, 1 + 2**-23], np.float32), 15)

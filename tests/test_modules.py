@@ -913,7 +913,15 @@ def _compiler():
 
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "diffq",
+        "diffq-rounding",
+        pytest.param("qat", marks=pytest.mark.slow),
+        pytest.param("lsq", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_model(kind, backend):
     """A compiled model trains, evaluates like eager, and compiles once in each mode."""
     model = seeded(mlp)
@@ -952,18 +960,17 @@ def test_compiled_model_in_one_graph():
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_compiled_lstm_and_ties():
-    """Compiled models with a recurrent layer or ties train and evaluate like eager ones."""
-    for make in (Recurrent, TiedModules):
-        torch._dynamo.reset()
-        model, quantizer = _attached(make)
-        compiled = torch.compile(model, backend="aot_eager")
-        inputs = tokens()
-        (compiled(inputs).square().mean() + quantizer.model_size()).backward()
-        assert all(grad is not None and grad.any() for grad in gradients(model).values())
-        model.eval()
-        with torch.no_grad():
-            assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
+@pytest.mark.parametrize("make", [TiedModules, pytest.param(Recurrent, marks=pytest.mark.slow)])
+def test_compiled_ties_and_recurrent_layers(make):
+    """Compiled models with ties or a recurrent layer train and evaluate like eager ones."""
+    model, quantizer = _attached(make)
+    compiled = torch.compile(model, backend="aot_eager")
+    inputs = tokens()
+    (compiled(inputs).square().mean() + quantizer.model_size()).backward()
+    assert all(grad is not None and grad.any() for grad in gradients(model).values())
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
 
 
 # Distributed

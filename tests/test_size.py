@@ -156,6 +156,16 @@ def test_gradient_of_equation_8_counts_weights(case):
     assert found.tolist() == counts
 
 
+@pytest.mark.parametrize(
+    ("largest", "width"), [(2.0, 0), (2.4, 0), (2.6, 1), (3.4, 1), (3.6, 2), (5.6, 3), (15.0, 4)]
+)
+def test_bit_map_is_that_of_rounded_bits(largest, width):
+    """The map in the differentiable size is as wide as evaluation's, at real bitwidths too."""
+    bits = torch.tensor([2.0, largest, 2.0])
+    size = differentiable_bits(bits, group_size=4, numel=12, min_bits=2)
+    assert size.item() == pytest.approx(4 * bits.sum().item() + 3 * width + 72)
+
+
 def test_rounding_pays_for_whole_bits():
     """With noise="rounding", the size in training is that of the rounded bitwidths."""
     model = Holder({"weight": torch.randn(12)})

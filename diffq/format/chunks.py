@@ -13,7 +13,6 @@ MAGIC = b"\x89DFQ\r\n\x1a\n"
 VERSION = 1
 
 INDEX, METADATA, DATA, END = b"INDX", b"meta", b"DATA", b"DONE"
-#: The chunks of version 1, in their order.
 KNOWN = (INDEX, METADATA, DATA, END)
 
 HEADER_BYTES = 16
@@ -103,7 +102,7 @@ def read_chunks(data: memoryview) -> dict[bytes, memoryview]:
 
 def _check_order(tags: list[bytes], end: int) -> None:
     """Checks that the known chunks come once each, in their order, and the last is empty."""
-    if [tag for tag in tags if tag != METADATA] != [INDEX, DATA, END] or tags[2:3] == [METADATA]:
+    if tags not in ([INDEX, DATA, END], [INDEX, METADATA, DATA, END]):
         rule = "the chunks are INDX, meta if there is metadata, DATA and DONE"
         raise damaged("The file", rule, b", ".join(tags).decode())
     if end:

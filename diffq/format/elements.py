@@ -29,7 +29,8 @@ def encode(data: NDArray[np.uint8], item: int, compress: bool) -> bytes:
     planes = list(np.ascontiguousarray(data.reshape(-1, item).T))
     search = frames.SHORT if data.size <= _SHORT else frames.LONG
     tried = (frames.compress(planes, parameters) for parameters in (frames.LEVELS, search))
-    return min(*tried, plain, key=len)
+    # The first of equals: a frame as long as its content would be taken for it.
+    return min(plain, *tried, key=len)
 
 
 def decode(stored: memoryview, item: int, size: int, where: str) -> bytes | memoryview:

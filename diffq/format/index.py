@@ -205,8 +205,9 @@ def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
     parts = list(entry.parts.values())
     backs = [cursor.varint("a place") for _ in parts]
     for part, back in zip(parts, backs, strict=True):
-        if not back and part.cut_count() > cursor.remaining // _LEAST_STORAGE:
-            rule = f"{cursor.remaining} bytes describe {_LEAST_STORAGE} times fewer segments"
+        most = cursor.remaining // _LEAST_STORAGE
+        if not back and part.cut_count() > most:
+            rule = f"the rest of the index describes at most {most} segments"
             raise damaged(where, rule, part.cut_count())
     layout.place(parts, backs, where)
 

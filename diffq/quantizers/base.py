@@ -15,6 +15,7 @@ from diffq.attach import Attachment, quantizers_in
 from diffq.errors import AttachError, ConfigError, OptimizerError, WeightError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record, group_count, stream_counts
+from diffq.optimizer import add_extras
 from diffq.quantizers.half import HalfQuantizer
 from diffq.report import table
 from diffq.select import Rules, TensorPlan, build_plan
@@ -97,24 +98,7 @@ class BaseQuantizer(ABC):
         Raises:
             OptimizerError: the optimizer holds no parameter of the model.
         """
-        extras = self._extras()
-        if not isinstance(optimizer, Optimizer):
-            raise OptimizerError(
-                f"setup_optimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}."
-            )
-        ids = {id(extra) for extra in extras}
-        ours = {id(parameter) for parameter in self.model.parameters()} - ids
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not ours & held:
-            raise OptimizerError(
-                "setup_optimizer needs the optimizer that trains this quantizer's model, "
-                "but got one that holds none of its parameters. "
-                "Make it with model.parameters(), then call setup_optimizer."
-            )
-        if extras:
-            _remove_parameters(optimizer, ids)
-            decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
-            optimizer.add_param_group({"params": extras, "lr": lr, **decay, **overrides})
+        add_extras(optimizer, self.model, self._extras(), {"lr": lr, **overrides})
         self.no_optimizer()
 
     def no_optimizer(self) -> None:
@@ -322,17 +306,6 @@ def _row(quantizer: WeightQuantizer, size: float) -> tuple[str, ...]:
     groups = group_count(weights, quantizer.group_size)
     shape = "x".join(map(str, plan.shape))
     return " = ".join(plan.names), shape, str(groups), f"{bits / weights:.2f}", f"{size:.4f}"
-
-
-def _remove_parameters(optimizer: Optimizer, ids: set[int]) -> None:
-    """Takes parameters out of an optimizer's groups, and groups out that held no others."""
-    groups = []
-    for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if id(p) not in ids]
-        if kept or not group["params"]:
-            groups.append(group)
-        group["params"] = kept
-    optimizer.param_groups[:] = groups
 
 
 def _level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:

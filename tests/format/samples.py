@@ -20,6 +20,8 @@ SHAPES = st.one_of(
     hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=7),
     st.integers(1, 300).map(lambda size: (size,)),
 )
+#: NumPy's name of dtypes that it does not have, or calls otherwise.
+NUMPY_DTYPES = {"bfloat16": "float32", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 NAMES = st.text(
     st.characters(min_codepoint=32, codec="utf-8", exclude_characters="\x7f"), min_size=1
@@ -34,6 +36,7 @@ def random_levels(bits, group_size, numel, seed):
 
 @st.composite
 def raw_records(draw):
+    """Raw tensors of every dtype."""
     dtype = draw(st.sampled_from(sorted(ITEM_SIZES)))
     stored = draw(st.sampled_from(["float16", dtype])) if dtype in FLOAT_DTYPES else dtype
     shape = draw(SHAPES)
@@ -46,6 +49,7 @@ def raw_records(draw):
 
 @st.composite
 def level_fields(draw):
+    """What grid and scaled records share: from 0-dim and empty tensors upward, all group sizes."""
     shape = draw(SHAPES)
     numel = math.prod(shape)
     group_size = draw(st.integers(1, max(numel, 1)))
@@ -60,6 +64,7 @@ def level_fields(draw):
 
 @st.composite
 def grid_records(draw):
+    """Grids, with a range for all or for each group, some constant."""
     fields = draw(level_fields())
     groups = fields[4].size
     ranges = draw(st.sampled_from([1, groups]))
@@ -71,6 +76,7 @@ def grid_records(draw):
 
 @st.composite
 def scaled_records(draw):
+    """Scaled tensors."""
     return ScaledRecord(*draw(level_fields()), np.float32([draw(FLOATS)]))
 
 
@@ -79,7 +85,7 @@ RECORDS = st.one_of(raw_records(), grid_records(), scaled_records())
 
 def as_stored(record):
     """The record with what a constant tensor comes back with: no levels, the fewest bits."""
-    if not record.constant:
+    if isinstance(record, RawRecord) or not record.constant:
         return record
     bits, levels = np.full_like(record.bits, record.min_bits), np.zeros_like(record.levels)
     head = record.shape, record.dtype, record.group_size, record.min_bits
@@ -149,3 +155,20 @@ def small_model():
         "norm.steps": raw(np.int64(1500), "int64"),
         "empty": raw(np.zeros((0, 3), np.float32)),
     }
+
+
+def expected_array(record):
+    """What a tensor decodes to in NumPy, where bfloat16 is float32 and float8 its byte."""
+    numpy_dtype = NUMPY_DTYPES.get(record.dtype, record.dtype)
+    if isinstance(record, RawRecord):
+        stored = record.data.view(NUMPY_DTYPES.get(record.stored_dtype, record.stored_dtype))
+        if record.stored_dtype == "bfloat16":
+            stored = (record.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(numpy_dtype).reshape(record.shape)
+    values = record.values()
+    if record.dtype == "bfloat16":
+        # Half of the last bit that stays, minus a little to go to even, and cut.
+        bits = values.view(np.uint32)
+        bits = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+        values = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    return values.astype(numpy_dtype)

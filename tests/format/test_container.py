@@ -43,6 +43,7 @@ LARGE = 1 << 40
 
 
 def assert_same_values(one, other):
+    """Two arrays of values are equal to the bit."""
     assert one.dtype == other.dtype == np.float32
     assert one.shape == other.shape
     assert one.tobytes() == other.tobytes()
@@ -264,7 +265,7 @@ def test_values_into_unfit_memory(out):
 
 
 def test_names_that_are_not_there():
-    """A name that the file does not have is an error that says so, as are values of a raw tensor."""
+    """A name that the file does not have is an error, as are values of a raw tensor."""
     reader = Reader(encode({"a": raw(np.zeros(3, np.float32))}))
     for read in (reader.record, reader.values, reader.bits, reader.stored_bytes):
         with pytest.raises(ConfigError, match="got 'b'"):

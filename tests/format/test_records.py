@@ -22,7 +22,7 @@ from tests.format.samples import grid, grid_records, level_fields, random_levels
 @given(level_fields())
 def test_split_and_merge(fields):
     """Streams hold the levels of each bitwidth in order, and merge to the same tensor."""
-    shape, _, group_size, _, bits, levels = fields
+    _, _, group_size, _, bits, levels = fields
     numel = levels.size
     streams = split_groups(levels, bits, group_size)
     of_weights = np.repeat(bits, group_size)[:numel]

@@ -1,0 +1,86 @@
+"""The command line: `diffq COMMAND`, or `python -m diffq COMMAND`.
+
+Each command is a module with `add_parser(subparsers)`, which names the function that
+runs it. NumPy, torch, rich and safetensors are imported when a command needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import diffq
+from diffq.cli import diff, inspect, pack, unpack, verify
+from diffq.errors import DiffqError
+
+#: What `diffq --help` lists, in its order. A command from elsewhere is added here.
+COMMANDS = (
+    inspect.add_parser,
+    verify.add_parser,
+    pack.add_parser,
+    unpack.add_parser,
+    diff.add_parser,
+)
+
+_EPILOG = """\
+exit codes:
+  0  done; what was checked is sound
+  1  damaged, not fitting, not readable, or any other error (one line on stderr)
+  2  the command line itself is wrong
+
+MB is 2**20 bytes. `diffq COMMAND --help` has examples.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    if find_spec("rich") is None:
+        return _fail("The command line needs rich. Install it with: pip install 'diffq[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows a question mark.
+        getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (DiffqError, OSError) as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("The memory does not suffice for this model.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "diffq",
+        description="Looks into model files of diffq, checks, makes, unpacks and compares them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"diffq {diffq.__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add_parser in COMMANDS:
+        add_parser(subparsers)
+    return parser
+
+
+def _fail(message: str) -> int:
+    print("diffq: error:", " ".join(message.split()), file=sys.stderr)
+    return 1

@@ -1,0 +1,161 @@
+"""What the commands share: their parsers, tables, progress bars and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MEGABYTE = 2**20
+
+#: What `parser.add_subparsers` returns.
+Subparsers = Any  # argparse has no public name for it
+#: Told what is being done, the steps done and the steps in all.
+Report = Callable[[str, int, int], None]
+
+# Wide enough that no line is folded for a reader that is a program or a file.
+_PIPE_WIDTH = 10_000
+
+
+def add_command(
+    subparsers: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Adds a command with the options that all commands have.
+
+    Args:
+        subparsers: where to.
+        name: the command's name.
+        run: called with the parsed arguments; returns the exit code.
+        summary: one line for `diffq --help`.
+        description: what the command does, for its own help.
+        examples: command lines, one per line.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="no progress, notes or confirmations"
+    )
+    return parser
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for files that decode to more than is plausible."""
+    parser.add_argument(
+        "--budget-mb",
+        type=positive,
+        metavar="MB",
+        help="memory that the tensors may decode to (default: 8 MB and 256 times the file's size)",
+    )
+
+
+def budget(args: argparse.Namespace) -> int | None:
+    """The bytes of `--budget-mb`."""
+    return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)
+
+
+def positive(text: str) -> float:
+    """Parses a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def printable(text: str) -> str:
+    """Text from a file without what a terminal would obey, such as escape sequences."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB, with as many digits as small models need."""
+    return f"{size / MEGABYTE:.3f} MB"
+
+
+def ratio(value: float | None, unit: str = "", digits: int = 2) -> str:
+    """A number with its unit, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON that any terminal and parser takes."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    footer: Sequence[str] | None = None,
+    left: int = 1,
+) -> None:
+    """Prints rows under a header on stdout; the first `left` columns are aligned to the left."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=footer is not None)
+    for number, title in enumerate(header):
+        table.add_column(
+            title,
+            footer[number] if footer else "",
+            justify="left" if number < left else "right",
+            overflow="fold",
+            no_wrap=number >= left,
+        )
+    for row in rows:
+        # As Text, so that brackets in names are no markup.
+        table.add_row(*map(Text, row))
+    _console().print(table)
+
+
+def say(text: str) -> None:
+    """Prints a line on stdout."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    """Prints a line on stderr, unless `--quiet`."""
+    if not args.quiet:
+        print("diffq: note:", " ".join(text.split()), file=sys.stderr)
+
+
+@contextmanager
+def progress(args: argparse.Namespace) -> Iterator[Report]:
+    """A progress bar on stderr, if that is a terminal and not `--quiet`."""
+    if args.quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        # A total of 0 has no end to show: the bar pulses.
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total or None
+        )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(width=width, emoji=False, highlight=False)

@@ -1,0 +1,203 @@
+"""`diffq inspect`: what a file holds, tensor by tensor. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from diffq.cli.common import (
+    Report,
+    Subparsers,
+    add_budget,
+    add_command,
+    budget,
+    megabytes,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    ratio,
+    say,
+)
+
+if TYPE_CHECKING:
+    from diffq.file import StoredModel
+    from diffq.format.entries import Entry
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "inspect",
+        run,
+        "list what a file holds",
+        "Lists the tensors of a file: shape, bitwidths, bytes, and how near the bytes are to "
+        "the entropy of levels, bit map and raw tensors, which no coder of single symbols can "
+        "beat. The bars show how many weights have each bitwidth.",
+        "diffq inspect model.diffq\n"
+        "diffq inspect --index huge.diffq\n"
+        "diffq inspect --json model.diffq | jq '.tensors[].mean_bits'",
+    )
+    parser.add_argument("file", metavar="FILE", help="a file of diffq")
+    parser.add_argument(
+        "--index",
+        action="store_true",
+        help="read the index only, which takes no time: no bitwidths, no entropy",
+    )
+    add_budget(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from diffq.file import StoredModel
+
+    with StoredModel(args.file, budget(args)) as stored, progress(args) as report:
+        described = describe(stored, not args.index, report)
+    if args.json:
+        print_json(described)
+    else:
+        _print(described)
+    return 0
+
+
+def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any]:
+    """Everything that is printed, as plain JSON.
+
+    Args:
+        stored: the file.
+        decode: decode the levels for bitwidths and entropy.
+        report: told about the progress.
+    """
+    tied: dict[str, list[str]] = {name: [] for name in stored.entries}
+    for alias, name in stored.aliases.items():
+        tied[name].append(alias)
+    tensors = []
+    for number, (name, entry) in enumerate(stored.entries.items()):
+        report("reading levels", number, len(tied) if decode else 0)
+        tensors.append(_describe_tensor(stored, name, entry, tied[name], decode))
+    in_float32 = sum(_float32_bytes(entry) for entry in stored.entries.values())
+    weights = sum(tensor["weights"] for tensor in tensors if tensor["kind"] != "raw")
+    bits = [sum(w * int(b) for b, w in t["bits"].items()) for t in tensors if t["bits"]]
+    return {
+        "file": str(stored.path),
+        "bytes": stored.size,
+        "overhead_bytes": stored.size - sum(tensor["bytes"] for tensor in tensors),
+        "float32_bytes": in_float32,
+        "times_smaller": in_float32 / stored.size,
+        "entropy_bound_bytes": sum(t["entropy_bound_bytes"] for t in tensors) if decode else None,
+        "quantized_weights": weights,
+        "mean_bits": sum(bits) / weights if decode and weights else None,
+        "metadata": dict(stored.metadata),
+        "tensors": tensors,
+    }
+
+
+def _describe_tensor(
+    stored: StoredModel, name: str, entry: Entry, tied: list[str], decode: bool
+) -> dict[str, Any]:
+    size = stored.stored_bytes(name)
+    described = {
+        "name": name,
+        "tied": tied,
+        "shape": list(entry.shape),
+        "weights": entry.numel,
+        "dtype": entry.dtype,
+        "kind": entry.kind,
+        "stored_dtype": entry.stored_dtype or None,
+        "group_size": entry.group_size or None,
+        "groups": entry.groups,
+        "bits": None,
+        "mean_bits": None,
+        "bytes": size,
+        "share": size / stored.size,
+        "entropy_bound_bytes": None,
+    }
+    return described | (_describe_levels(stored, name) if decode else {})
+
+
+def _describe_levels(stored: StoredModel, name: str) -> dict[str, Any]:
+    """What only the decoded levels tell."""
+    from diffq.format.entropy import entropy_bound_bits
+    from diffq.format.records import RawRecord, stream_counts
+
+    record = stored.reader.record(name)
+    described: dict[str, Any] = {"entropy_bound_bytes": entropy_bound_bits(record) / 8}
+    if isinstance(record, RawRecord) or record.constant or not record.numel:
+        return described
+    counts = stream_counts(record.bits, record.group_size, record.numel)
+    mean = sum(width * count for width, count in counts.items()) / record.numel
+    return {**described, "bits": {str(w): count for w, count in counts.items()}, "mean_bits": mean}
+
+
+def _float32_bytes(entry: Entry) -> int:
+    """Bytes of the tensor in a float32 checkpoint; integers and the like as they are."""
+    from diffq.format.records import ITEM_SIZES
+
+    return entry.numel * (4 if "float" in entry.dtype else ITEM_SIZES[entry.dtype])
+
+
+def _print(described: dict[str, Any]) -> None:
+    tensors = described["tensors"]
+    header = ["tensor", "shape", "dtype", "kind", "groups", "bits", "mean", "bytes", "share"]
+    total = [
+        *(f"{len(tensors)} tensors", "", "", "", ""),
+        *("", ratio(described["mean_bits"]), f"{described['bytes']:,}", "100.0%"),
+    ]
+    overhead = described["overhead_bytes"]
+    rest = ["(index, metadata)", "", "", "", "", "", "", f"{overhead:,}", _share(described)]
+    bound = described["entropy_bound_bytes"]
+    lines = [_row(tensor) for tensor in tensors]
+    if bound is not None:
+        header.append("bound")
+        total.append(f"{bound:,.0f}")
+        rest.append("")
+        lines = [
+            [*line, f"{t['entropy_bound_bytes']:,.0f}"]
+            for line, t in zip(lines, tensors, strict=True)
+        ]
+    print_table(header, [*lines, rest], total, left=4)
+    times = described["times_smaller"]
+    size, in_float32 = megabytes(described["bytes"]), megabytes(described["float32_bytes"])
+    say(f"{size}: {times:.2f} times smaller than float32 ({in_float32})")
+    if bound:
+        say(f"{described['bytes'] / bound:.4f} times the entropy bound ({megabytes(bound)})")
+    if described["metadata"]:
+        text = json.dumps(described["metadata"], ensure_ascii=False, sort_keys=True)
+        say(f"metadata: {printable(text)}")
+
+
+def _row(tensor: dict[str, Any]) -> list[str]:
+    levels = tensor["kind"] != "raw"
+    # A raw tensor can be stored in another dtype than it is restored to.
+    stored = "" if levels or tensor["stored_dtype"] == tensor["dtype"] else tensor["stored_dtype"]
+    return [
+        printable(" = ".join([tensor["name"], *tensor["tied"]])),
+        "x".join(map(str, tensor["shape"])) or "()",
+        tensor["dtype"],
+        f"{tensor['kind']} {stored}".rstrip(),
+        str(tensor["groups"]) if levels else "-",
+        histogram(tensor["bits"]) if tensor["bits"] else "-",
+        ratio(tensor["mean_bits"]),
+        f"{tensor['bytes']:,}",
+        f"{tensor['share']:.1%}",
+    ]
+
+
+def _share(described: dict[str, Any]) -> str:
+    return f"{described['overhead_bytes'] / described['bytes']:.1%}"
+
+
+def histogram(bits: Mapping[str, int]) -> str:
+    """Weights at each bitwidth as bars between the lowest and highest in use: `2▂█▅5`."""
+    lowest, highest = min(map(int, bits)), max(map(int, bits))
+    if lowest == highest:
+        return str(lowest)
+    most = max(bits.values())
+    counts = [bits.get(str(width), 0) for width in range(lowest, highest + 1)]
+    bars = (_BARS[count * (len(_BARS) - 1) // most] if count else " " for count in counts)
+    return f"{lowest}{''.join(bars)}{highest}"

@@ -1,0 +1,227 @@
+"""`diffq pack`: a checkpoint to a file, by post-training quantization."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from diffq.cli.common import (
+    MEGABYTE,
+    Report,
+    Subparsers,
+    add_command,
+    megabytes,
+    note,
+    positive,
+    print_json,
+    printable,
+    progress,
+    ratio,
+    say,
+)
+
+if TYPE_CHECKING:
+    from diffq.ptq import Settings
+    from diffq.state import Snapshot
+
+_DESCRIPTION = """\
+Quantizes a trained checkpoint, without data or training, and writes it as one file.
+--bits gives all weights one bitwidth; --target-mb chooses bitwidths for groups of weights
+so that the file just fits and the squared error is small. Training with diffq gives better
+models at the same size; below 4 bits, far better ones.
+
+The checkpoint is a safetensors file, or one of torch.save with a state dict, which is read
+with weights_only=True: no code in it is run. Names that share memory stay tied.
+Tensors that are not quantized are stored as they are.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command."""
+    parser = add_command(
+        subparsers,
+        "pack",
+        run,
+        "quantize a checkpoint into a file",
+        _DESCRIPTION,
+        "diffq pack model.safetensors model.diffq --bits 6\n"
+        "diffq pack checkpoint.pt model.diffq --key model --target-mb 2.5\n"
+        "diffq pack model.pt model.diffq --bits 4 --exclude 'head.*' --float16\n"
+        "diffq pack model.pt model.diffq --bits 8 --metadata classes=10 --metadata name=tiny",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="safetensors or torch")
+    parser.add_argument("out", metavar="OUT", help="the file to write, such as model.diffq")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--bits", type=int, metavar="B", help="bitwidth of all weights, 1 to 15")
+    size.add_argument(
+        "--target-mb", type=positive, metavar="X", help="most MB of the file, everything included"
+    )
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="consecutive weights that share a bitwidth (default: 64 with --target-mb); "
+        "0 for the whole tensor",
+    )
+    grid.add_argument(
+        "--per-channel",
+        action="store_true",
+        help="one range (and bitwidth) for each slice along the first dimension",
+    )
+    parser.add_argument(
+        "--min-size",
+        type=float,
+        default=0.01,
+        metavar="MB",
+        help="quantize tensors of more than this in float32 (default: %(default)s)",
+    )
+    _add_patterns(parser)
+    parser.add_argument(
+        "--float16", action="store_true", help="store floats that are not quantized as float16"
+    )
+    parser.add_argument(
+        "--metadata",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="store along; a VALUE that is JSON is stored as such, else as text (repeatable)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=("zstd", "packed"),
+        default="zstd",
+        help="zstd for the smallest file; packed only packs bits (default: %(default)s)",
+    )
+    parser.add_argument("--key", help="where a torch checkpoint keeps its state dict, if nested")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from diffq.cli.checkpoint import drop_extra_state, read_state
+    from diffq.file import write_atomically
+
+    with progress(args) as report:
+        report(f"reading {printable(args.checkpoint)}", 0, 0)
+        state, extra = drop_extra_state(read_state(args.checkpoint, args.key))
+        snapshot, parts = _quantize(args, state, report)
+        report(f"writing {printable(args.out)}", 0, 0)
+        size = write_atomically(args.out, parts)
+        report("measuring errors", 0, 0)
+        summary = _summary(args, state, snapshot, size)
+    if extra:
+        note(args, f"extra state of modules is not stored: {printable(', '.join(extra))}")
+    if summary["needs_budget_bytes"]:
+        note(
+            args,
+            "this file decodes to so much more than its size that readers ask for a larger "
+            f"budget: diffq.open(path, budget={summary['needs_budget_bytes']})",
+        )
+    if args.json:
+        print_json(summary)
+    elif not args.quiet:
+        _print(summary)
+    return 0
+
+
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
+    for name, effect in (("include", "quantize only these"), ("exclude", "do not quantize these")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help=f"{effect}: shell pattern for the name or its last part, such as 'encoder.*' "
+            "or bias (repeatable)",
+        )
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not key or not found:
+        raise argparse.ArgumentTypeError(f"needs the form KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from diffq.budget import GROUP_SIZE
+    from diffq.ptq import Settings
+    from diffq.select import Rules
+
+    group_size = args.group_size
+    if group_size is None and args.target_mb is not None:
+        group_size = GROUP_SIZE
+    rules = Rules(args.min_size, args.include, args.exclude)
+    return Settings(group_size, args.per_channel, rules, args.float16)
+
+
+def _quantize(
+    args: argparse.Namespace, state: dict[str, Any], report: Report
+) -> tuple[Snapshot, list[bytes]]:
+    from diffq.budget import quantize_to_size
+    from diffq.format.container import encode_parts
+    from diffq.ptq import quantize_state
+
+    settings, metadata = _settings(args), dict(args.metadata)
+    if args.target_mb is not None:
+        most = int(args.target_mb * MEGABYTE)
+        fitted = quantize_to_size(state, most, settings, args.codec, metadata, report)
+        return fitted.snapshot, fitted.parts
+    report("quantizing", 0, 0)
+    snapshot = quantize_state(state, args.bits, settings)
+    return snapshot, encode_parts(snapshot.records, snapshot.aliases, metadata, args.codec)
+
+
+def _summary(
+    args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
+) -> dict[str, Any]:
+    from diffq.format.entries import entry_of
+    from diffq.format.reader import default_budget
+    from diffq.format.records import LevelRecord, level_bits
+    from diffq.state import record_tensor
+
+    weights = bits = decoded = in_float32 = 0
+    error = power = 0.0
+    for name, record in snapshot.records.items():
+        decoded += entry_of(name, record).decoded_bytes
+        tensor = state[name]
+        in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+        if isinstance(record, LevelRecord):
+            weights += record.numel
+            if not record.constant:
+                widths = record.bits, record.group_size, record.numel
+                bits += level_bits(*widths, int(record.bits.max()))
+            error += float((record_tensor(record).double() - tensor.double()).square().sum())
+            power += float(tensor.double().square().sum())
+    return {
+        "file": args.out,
+        "bytes": size,
+        "checkpoint_bytes": os.path.getsize(args.checkpoint),
+        "float32_bytes": in_float32,
+        "times_smaller": in_float32 / size,
+        "quantized_weights": weights,
+        "mean_bits": bits / weights if weights else None,
+        "relative_error": math.sqrt(error / power) if power else None,
+        "snr_db": 10 * math.log10(power / error) if power and error else None,
+        "needs_budget_bytes": decoded if decoded > default_budget(size) else None,
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    size = summary["bytes"]
+    say(
+        f"{printable(summary['file'])}: {megabytes(size)} ({size:,} bytes), "
+        f"{summary['times_smaller']:.2f} times smaller than float32 "
+        f"({megabytes(summary['float32_bytes'])})"
+    )
+    say(
+        f"{summary['quantized_weights']:,} weights at {ratio(summary['mean_bits'])} bits on "
+        f"average, signal to noise {ratio(summary['snr_db'], ' dB', 1)}"
+    )

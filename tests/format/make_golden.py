@@ -1,0 +1,134 @@
+"""Makes golden files of the current version of the format, with the arrays they decode to.
+
+    python -m tests.format.make_golden
+
+A golden file is never made again: readers must read it for ever, whatever writers do. The
+script writes those that are missing and leaves the others alone.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from diffq.format import layout
+from diffq.format.container import encode
+from diffq.format.records import FLOAT_DTYPES, ITEM_SIZES, GridRecord, RawRecord, ScaledRecord
+from tests.format.craft import File, chunk
+from tests.format.samples import expected_array, grid, random_levels, raw, small_model
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def every_bitwidth():
+    """Bitwidths 1 to 15 in one tensor, alone, per group, and around zero."""
+    bits = np.tile(np.arange(1, 16), 6).astype(np.uint8)
+    levels = random_levels(bits, 7, bits.size * 7 - 3, seed=0)
+    head = (levels.size,), "float32", 7, 1, bits, levels
+    sides = np.sort(np.random.default_rng(1).standard_normal((bits.size, 2)), axis=1)
+    records = {
+        "mixed": GridRecord(*head, np.float32([[-0.3, 0.7]])),
+        "per_group": GridRecord(*head, sides.astype(np.float32)),
+        "scaled": ScaledRecord(*head, np.float32([0.01])),
+    }
+    for width in range(1, 16):
+        one = random_levels(np.uint8([width]), 21, 21, seed=width)
+        fields = (3, 7), "float32", 21, width, np.uint8([width]), one
+        records[f"all_{width}"] = GridRecord(*fields, np.float32([[-1, width]]))
+    return records
+
+
+def every_dtype():
+    """Raw tensors of every dtype, floats as float16, and grids of every dtype."""
+    random = np.random.default_rng(0)
+    records = {}
+    for dtype, size in ITEM_SIZES.items():
+        data = random.integers(0, 2 if dtype == "bool" else 200, 6 * size, np.uint8)
+        records[f"raw.{dtype}"] = RawRecord((2, 3), dtype, dtype, data)
+    for dtype in FLOAT_DTYPES:
+        data = random.standard_normal(5).astype(np.float16).view(np.uint8)
+        records[f"half.{dtype}"] = RawRecord((5,), dtype, "float16", data)
+        records[f"grid.{dtype}"] = GridRecord(**{**vars(grid(30, 4)), "dtype": dtype})
+    records["scalar"] = raw(np.float64(np.pi), "float64")
+    records["none"] = RawRecord((3, 0, 2), "int64", "int64", np.zeros(0, np.uint8))
+    records["specials"] = raw(np.float32([np.nan, np.inf, -np.inf, -0.0, 1e-45]))
+    return records
+
+
+def long_tensors():
+    """Tensors cut in several segments, of groups and within groups; levels that compress well."""
+    numel = layout.MAX_WEIGHTS + 1000
+    levels = np.resize(np.arange(4, dtype=np.uint16), numel)
+    records = {}
+    for group_size in (1 << 19, numel):
+        bits = np.full(-(-numel // group_size), 2, np.uint8)
+        fields = (numel,), "float32", group_size, 2, bits, levels
+        records[f"groups.{group_size}"] = GridRecord(*fields, np.float32([[-1, 2]]))
+    records["raw"] = raw(np.resize(np.arange(7, dtype=np.uint8), layout.MAX_BYTES + 10), "uint8")
+    return records
+
+
+def shared_segments():
+    """Short tensors of different statistics that share segments."""
+    sizes = {
+        f"layers.{i}.weight": grid(300 + 40 * i, 8, (2, 6), i, tail=(None, 3)[i % 2])
+        for i in range(10)
+    }
+    biases = {
+        f"layers.{i}.bias": raw(np.random.default_rng(i).standard_normal(8).astype(np.float32))
+        for i in range(10)
+    }
+    return {**sizes, **biases}
+
+
+def example():
+    """The example of docs/format.md."""
+    levels = np.uint16([0, 1, 2, 3, 0, 1, 6, 7, 3, 2, 1, 0])
+    bits, ranges = np.uint8([2, 3, 2]), np.float32([[-1.5, 2]])
+    return {
+        "w": GridRecord((3, 4), "float32", 4, 2, bits, levels, ranges),
+        "b": raw(np.float32([1, -2])),
+    }
+
+
+MODELS = {
+    "example": (example(), {"tied": "w"}, {"by": "me"}, "packed"),
+    "mixed": (
+        small_model(),
+        {"head.weight": "embed.weight", "ünïcode": "norm.steps"},
+        {"epoch": 3, "nested": [{"a": None}, "é", -1.5]},
+        "zstd",
+    ),
+    "mixed_packed": (small_model(), {}, {}, "packed"),
+    "every_bitwidth": (every_bitwidth(), {}, {}, "zstd"),
+    "every_bitwidth_packed": (every_bitwidth(), {}, {}, "packed"),
+    "every_dtype": (every_dtype(), {}, {}, "zstd"),
+    "long": (long_tensors(), {}, {}, "zstd"),
+    "shared": (shared_segments(), {}, {}, "zstd"),
+    "no_tensors": ({}, {}, {}, "zstd"),
+}
+
+
+def write(name, data, records, aliases, metadata):
+    """Writes a golden file and what it decodes to, unless it exists."""
+    path = FOLDER / f"{name}.diffq"
+    if path.exists():
+        return
+    arrays = {f"tensor:{key}": expected_array(record) for key, record in records.items()}
+    text = json.dumps({"aliases": aliases, "metadata": metadata})
+    np.savez_compressed(path.with_suffix(".npz"), text=np.array(text), **arrays)
+    path.write_bytes(data)
+
+
+def main():
+    """Writes the golden files that are missing."""
+    for name, (records, aliases, metadata, codec) in MODELS.items():
+        write(name, encode(records, aliases, metadata, codec), records, aliases, metadata)
+    extra = File(extra=(chunk(b"note", b"skip me"),))
+    levels = np.uint16([0, 1, 2, 3, 3, 2, 1, 0])
+    head = (8,), "float32", 8, 2, np.uint8([2]), levels
+    write("unknown_chunk", extra.build(), {"w": GridRecord(*head, np.float32([[0, 3]]))}, {}, {})
+
+
+if __name__ == "__main__":
+    main()
