@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
@@ -148,14 +148,17 @@ class Attachment:
                 if quantizer.training:
                     quantizer.draw_ahead(self.weight(quantizer))
 
-    def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Another hook may have failed before ours could count the entry.
         self.forward_state.depth = max(0, self.forward_state.depth - 1)
         if torch.compiler.is_compiling():
-            return
+            return output
         samples = {q: q.noise for q in self.quantizers if q.noise is not None}
         if _call_before_backward(output, lambda: _use_samples(samples)):
             _drop_samples(samples)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return _tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
+        return output
 
     def _tie_again(self, module: nn.Module, incompatible_keys: Any) -> None:
         # load_state_dict(assign=True) makes one parameter for each name of a tied one.
@@ -165,6 +168,38 @@ class Attachment:
                 tensor = getattr(self._chain(first, quantizer), name)
                 for site in others:
                     setattr(self._chain(site, quantizer), name, tensor)
+
+
+class _SameOutputs(torch.autograd.Function):
+    """Gives outputs unchanged, and makes them depend on further parameters in name only."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first `count` tensors."""
+        ctx.others = len(tensors) - count
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The outputs' gradients; none for the others."""
+        return (None, *grads, *(None,) * ctx.others)
+
+
+def _tie_to_output(output: Any, extras: list[nn.Parameter]) -> Any:
+    """Makes every learned extra part of the graph of the outputs.
+
+    The size penalty is computed outside of the forward, where DistributedDataParallel
+    does not look: it would take the extras of a layer that is not used, or whose bits
+    are frozen, for parameters that get no gradient, or wait for one in vain.
+    """
+    leaves, spec = tree_flatten(output)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    if not places or not extras:
+        return output
+    tied = _SameOutputs.apply(len(places), *(leaves[i] for i in places), *extras)  # type: ignore[no-untyped-call]
+    for place, leaf in zip(places, tied, strict=True):
+        leaves[place] = leaf
+    return tree_unflatten(leaves, spec)
 
 
 def _call_before_backward(output: Any, call: Callable[[], None]) -> bool:

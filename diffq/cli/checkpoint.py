@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffq.cli.common import level_counts, mean_bits
 from diffq.errors import ConfigError, FormatError
 from diffq.format.chunks import MAGIC
 
@@ -36,16 +37,11 @@ class OpenModel:
 
     def mean_bits(self, name: str) -> float | None:
         """Bits per weight of a tensor that is stored as levels."""
-        from diffq.format.records import LevelRecord, level_bits
-
-        if self.stored is None or self.stored.entries[name].kind == "raw":
-            return None
-        record: LevelRecord = self.stored.reader.record(name)
-        if record.constant or not record.numel:
-            return 0.0
-        widths = record.bits, record.group_size, record.numel
-        # Counted from their maximum, the bitwidths take no map.
-        return level_bits(*widths, int(record.bits.max())) / record.numel
+        return (
+            None
+            if self.stored is None
+            else mean_bits(level_counts(self.stored.reader.record(name)))
+        )
 
 
 @contextmanager

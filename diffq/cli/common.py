@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from diffq.format.records import Record
 
 MEGABYTE = 2**20
 
@@ -21,6 +23,7 @@ Report = Callable[[str, int, int], None]
 
 # Wide enough that no line is folded for a reader that is a program or a file.
 _PIPE_WIDTH = 10_000
+_NAME_WIDTH = 20
 
 
 def add_command(
@@ -72,10 +75,41 @@ def budget(args: argparse.Namespace) -> int | None:
     return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)
 
 
+def level_counts(record: Record) -> dict[int, int]:
+    """Weights at each bitwidth, by rising bitwidth; none where no levels are stored."""
+    from diffq.format.records import RawRecord, stream_counts
+
+    if isinstance(record, RawRecord) or record.constant:
+        return {}
+    return stream_counts(record.bits, record.group_size, record.numel)
+
+
+def mean_bits(counts: Mapping[int, int]) -> float | None:
+    """Bits per weight of what `level_counts` counted; None if it is nothing."""
+    weights = sum(counts.values())
+    return sum(width * count for width, count in counts.items()) / weights if weights else None
+
+
 def positive(text: str) -> float:
     """Parses a number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def nonnegative(text: str) -> float:
+    """Parses a number from 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def whole(text: str) -> int:
+    """Parses a whole number from 0."""
+    value = int(text)
+    if value < 0:
         raise ValueError
     return value
 
@@ -108,22 +142,36 @@ def print_table(
 ) -> None:
     """Prints rows under a header on stdout; the first `left` columns are aligned to the left."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=footer is not None)
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_footer=footer is not None,
+    )
     for number, title in enumerate(header):
+        # Only the names are folded to fit the terminal, and not to less than a few characters.
         table.add_column(
             title,
             footer[number] if footer else "",
             justify="left" if number < left else "right",
             overflow="fold",
-            no_wrap=number >= left,
+            no_wrap=number > 0,
+            min_width=0 if number else _NAME_WIDTH,
         )
     for row in rows:
         # As Text, so that brackets in names are no markup.
         table.add_row(*map(Text, row))
-    _console().print(table)
+    wide = Console(width=_PIPE_WIDTH)
+    least = Measurement.get(wide, wide.options, table).minimum
+    # A terminal narrower than that wraps the lines by itself.
+    console = _console()
+    console.print(table, width=max(console.width, least), crop=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

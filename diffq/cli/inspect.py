@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from diffq.cli.common import (
     add_budget,
     add_command,
     budget,
+    level_counts,
+    mean_bits,
     megabytes,
     print_json,
     print_table,
@@ -81,8 +84,9 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         report("reading levels", number, len(tied) if decode else 0)
         tensors.append(_describe_tensor(stored, name, entry, tied[name], decode))
     in_float32 = sum(_float32_bytes(entry) for entry in stored.entries.values())
-    weights = sum(tensor["weights"] for tensor in tensors if tensor["kind"] != "raw")
-    bits = [sum(w * int(b) for b, w in t["bits"].items()) for t in tensors if t["bits"]]
+    counts: Counter[int] = Counter()
+    for tensor in tensors:
+        counts.update({int(width): count for width, count in (tensor["bits"] or {}).items()})
     return {
         "file": str(stored.path),
         "bytes": stored.size,
@@ -90,8 +94,8 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         "float32_bytes": in_float32,
         "times_smaller": in_float32 / stored.size,
         "entropy_bound_bytes": sum(t["entropy_bound_bytes"] for t in tensors) if decode else None,
-        "quantized_weights": weights,
-        "mean_bits": sum(bits) / weights if decode and weights else None,
+        "quantized_weights": sum(t["weights"] for t in tensors if t["kind"] != "raw"),
+        "mean_bits": mean_bits(counts),
         "metadata": dict(stored.metadata),
         "tensors": tensors,
     }
@@ -123,15 +127,14 @@ def _describe_tensor(
 def _describe_levels(stored: StoredModel, name: str) -> dict[str, Any]:
     """What only the decoded levels tell."""
     from diffq.format.entropy import entropy_bound_bits
-    from diffq.format.records import RawRecord, stream_counts
 
     record = stored.reader.record(name)
-    described: dict[str, Any] = {"entropy_bound_bytes": entropy_bound_bits(record) / 8}
-    if isinstance(record, RawRecord) or record.constant or not record.numel:
-        return described
-    counts = stream_counts(record.bits, record.group_size, record.numel)
-    mean = sum(width * count for width, count in counts.items()) / record.numel
-    return {**described, "bits": {str(w): count for w, count in counts.items()}, "mean_bits": mean}
+    counts = level_counts(record)
+    return {
+        "bits": {str(width): count for width, count in counts.items()} or None,
+        "mean_bits": mean_bits(counts),
+        "entropy_bound_bytes": entropy_bound_bits(record) / 8,
+    }
 
 
 def _float32_bytes(entry: Entry) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
@@ -13,7 +14,10 @@ from diffq.cli.common import (
     Report,
     Subparsers,
     add_command,
+    level_counts,
+    mean_bits,
     megabytes,
+    nonnegative,
     note,
     positive,
     print_json,
@@ -21,6 +25,7 @@ from diffq.cli.common import (
     progress,
     ratio,
     say,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -55,14 +60,20 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="safetensors or torch")
     parser.add_argument("out", metavar="OUT", help="the file to write, such as model.diffq")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--bits", type=int, metavar="B", help="bitwidth of all weights, 1 to 15")
+    size.add_argument(
+        "--bits",
+        type=int,
+        choices=range(1, 16),
+        metavar="B",
+        help="bitwidth of all weights, 1 to 15",
+    )
     size.add_argument(
         "--target-mb", type=positive, metavar="X", help="most MB of the file, everything included"
     )
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument(
         "--group-size",
-        type=int,
+        type=whole,
         metavar="G",
         help="consecutive weights that share a bitwidth (default: 64 with --target-mb); "
         "0 for the whole tensor",
@@ -74,7 +85,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--min-size",
-        type=float,
+        type=nonnegative,
         default=0.01,
         metavar="MB",
         help="quantize tensors of more than this in float32 (default: %(default)s)",
@@ -184,20 +195,19 @@ def _summary(
 ) -> dict[str, Any]:
     from diffq.format.entries import entry_of
     from diffq.format.reader import default_budget
-    from diffq.format.records import LevelRecord, level_bits
+    from diffq.format.records import RawRecord
     from diffq.state import record_tensor
 
-    weights = bits = decoded = in_float32 = 0
+    counts: Counter[int] = Counter()
+    decoded = in_float32 = weights = 0
     error = power = 0.0
     for name, record in snapshot.records.items():
+        tensor = state[name].detach()
         decoded += entry_of(name, record).decoded_bytes
-        tensor = state[name]
         in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-        if isinstance(record, LevelRecord):
+        if not isinstance(record, RawRecord):
             weights += record.numel
-            if not record.constant:
-                widths = record.bits, record.group_size, record.numel
-                bits += level_bits(*widths, int(record.bits.max()))
+            counts.update(level_counts(record))
             error += float((record_tensor(record).double() - tensor.double()).square().sum())
             power += float(tensor.double().square().sum())
     return {
@@ -207,7 +217,7 @@ def _summary(
         "float32_bytes": in_float32,
         "times_smaller": in_float32 / size,
         "quantized_weights": weights,
-        "mean_bits": bits / weights if weights else None,
+        "mean_bits": mean_bits(counts),
         "relative_error": math.sqrt(error / power) if power else None,
         "snr_db": 10 * math.log10(power / error) if power and error else None,
         "needs_budget_bytes": decoded if decoded > default_budget(size) else None,

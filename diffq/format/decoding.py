@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Target:
     Attributes:
         entry: what the index says about it.
         elements: uint8, the bytes of a raw tensor or of the float parameters.
-        out: flat, receives the levels (uint16) or the values (float32).
+        out: flat, receives the levels (uint16) or the values (float32); empty to check alone.
         maps: first weight of a piece -> the bitwidths of its groups.
     """
 
@@ -88,21 +89,20 @@ class Target:
         if min(decoded.streams) < self.entry.min_bits:
             rule = f"bitwidths are at least {self.entry.min_bits}"
             raise damaged(self.where, rule, min(decoded.streams))
+        if self.entry.kind == "scaled":
+            with _blaming(self.where):
+                check_scale(self.parameters, max(decoded.streams))
         self.maps[piece.start] = decoded.bits
-        out = self.out[piece.start : piece.stop]
+        if self.out.size:
+            self._decode(piece, decoded, self.out[piece.start : piece.stop])
+
+    def _decode(self, piece: Piece, decoded: DecodedPiece, out: NDArray[Any]) -> None:
         if out.dtype != np.float32:
-            merge_groups(
-                decoded.bits,
-                decoded.counts,
-                piece.group_size,
-                out,
-                lambda width, part: np.copyto(part, decoded.streams[width]),
-            )
+            fill = partial(_copy_levels, decoded)
+            merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
         elif self.entry.kind == "grid":
             _decode_grid(self.parameters, piece, decoded, out)
         else:
-            with _blaming(self.where):
-                check_scale(self.parameters, max(decoded.streams))
             _decode_scaled(self.parameters, piece, decoded, out)
 
     def bits(self) -> NDArray[np.uint8]:
@@ -144,15 +144,19 @@ class Target:
         """The decoded weights in the tensor's shape.
 
         Raises:
-            FormatError: see `bits`.
+            FormatError: segments that share a group disagree about it.
         """
         if self.entry.constant:
             # As everywhere, low is added to level * step, which makes 0.0 of -0.0.
             low = self.parameters[:, 0] + np.float32(0)
             self.out[:] = _per_weight(low, self.entry.group_size, self.out.size)
+        self.check_bits()
+        return self.out.reshape(self.entry.shape)
+
+    def check_bits(self) -> None:
+        """Raises FormatError if segments that share a group disagree about its bitwidth."""
         with _blaming(self.where):
             self.bits()
-        return self.out.reshape(self.entry.shape)
 
 
 @contextmanager
@@ -162,6 +166,10 @@ def _blaming(where: str) -> Iterator[None]:
         yield
     except FormatError as error:
         raise FormatError(f"{where}: {error} {REMEDY}") from error
+
+
+def _copy_levels(decoded: DecodedPiece, width: int, part: NDArray[np.uint16]) -> None:
+    part[:] = decoded.streams[width]
 
 
 def _decode_grid(

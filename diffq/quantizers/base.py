@@ -158,12 +158,12 @@ class BaseQuantizer(ABC):
         Raises:
             WeightError: the bitwidths are not finite.
         """
-        widths = {name: quantizer.group_bits() for name, quantizer in self._by_name.items()}
+        widths = {q.plan.name: q.group_bits() for q in self._attachment.quantizers}
         return {name: torch.from_numpy(bits) for name, bits in widths.items() if bits is not None}
 
     def mean_bits(self) -> float:
         """Average bitwidth of the quantized weights; NaN if there are none."""
-        totals = [_level_totals(q) for q in self._by_name.values()]
+        totals = [_level_totals(q) for q in self._attachment.quantizers]
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 

@@ -64,7 +64,7 @@ class DiffQWeight(GridQuantizer):
     to bitwidths by Equation 11. With it, nothing is learned.
     """
 
-    fixed_bits: Tensor
+    frozen_bits: Tensor | None
 
     def __init__(self, plan: TensorPlan, settings: DiffQSettings, device: torch.device) -> None:
         fixed = settings.bits
@@ -73,22 +73,21 @@ class DiffQWeight(GridQuantizer):
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
+        self.register_buffer("frozen_bits", None, persistent=False)
         if fixed is None:
             init = grid.logit_of_bits(settings.init_bits, settings.min_bits, settings.max_bits)
             self.logits = nn.Parameter(torch.full((self.groups,), init, device=device))
         else:
-            self.register_buffer(
-                "fixed_bits", torch.full((1,), float(fixed), device=device), persistent=False
-            )
+            self.frozen_bits = torch.full((1,), float(fixed), device=device)
 
     def bits(self) -> Tensor:
         """Bitwidths that training uses, [groups]; real and differentiable while learned."""
-        if self.settings.bits is not None:
-            return self.fixed_bits.float()
+        if self.frozen_bits is not None:
+            return self.frozen_bits.float()
         bits = grid.bits_of_logits(
             self.logits.float(), self.settings.min_bits, self.settings.max_bits
         )
-        if self.stage is Stage.LEARNED and self.settings.noise != "rounding":
+        if self.settings.noise != "rounding":
             return bits
         # Straight-through: whole bits forward, the real ones' gradient backward.
         return bits + (torch.round(bits) - bits).detach()
@@ -119,26 +118,33 @@ class DiffQWeight(GridQuantizer):
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        self._set_stage(Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+        self._freeze_at(self.whole_bits(), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
 
     @property
     def _noise_kind(self) -> Noise:
         return "rounding" if self.stage is Stage.FROZEN_ROUNDING else self.settings.noise
 
-    def _set_stage(self, stage: Stage) -> None:
-        self.stage = stage
-        if self.settings.bits is None:
-            self.logits.requires_grad_(stage is Stage.LEARNED)
-            # Some optimizers move a parameter as long as it has a gradient, even zero.
-            self.logits.grad = None
+    def _freeze_at(self, bits: Tensor, stage: Stage) -> None:
+        # Optimizers may move logits on by momentum, so the bits are kept apart from them.
+        self.stage, self.frozen_bits = stage, bits
+        for logits in self.parameters():
+            logits.grad = None
 
     def get_extra_state(self) -> Tensor:
-        """The stage, so that a resumed training goes on in it."""
-        return torch.tensor(int(self.stage), dtype=torch.uint8)
+        """The stage and the frozen bits, so that a resumed training goes on with them."""
+        stage = torch.tensor([int(self.stage)], dtype=torch.uint8)
+        if self.frozen_bits is None:
+            return stage
+        return torch.cat([stage, self.frozen_bits.to("cpu", torch.uint8)])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes up the stage of a state dict."""
-        self._set_stage(Stage(int(state)))
+        stage, bits = Stage(int(state[0])), state[1:].float()
+        if bits.numel():
+            device = next((t.device for t in (*self.parameters(), *self.buffers())), bits.device)
+            self._freeze_at(bits.to(device), stage)
+        else:
+            self.stage, self.frozen_bits = stage, None
 
 
 class DiffQuantizer(BaseQuantizer):

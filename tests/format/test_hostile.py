@@ -17,11 +17,12 @@ MOST_MEMORY = 16_000_000
 def read_everything(data):
     """Reads a file in every way that there is."""
     reader = Reader(data)
-    reader.verify()
-    reader.values_of()
     for name in reader.entries:
         reader.stored_bytes(name)
-    return decode(data)
+    decoded = decode(data)
+    reader.verify()
+    reader.values_of()
+    return decoded
 
 
 def read_values(data):
@@ -43,6 +44,14 @@ def test_attack(case):
     finally:
         tracemalloc.stop()
     assert peak < MOST_MEMORY
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verify_meets_the_same_checks(case):
+    """verify, which keeps nothing of what it decodes, refuses what reading refuses."""
+    data, rule = CASES[case]
+    with pytest.raises(FormatError, match=f"(?s){rule}"):
+        Reader(data).verify()
 
 
 @pytest.mark.parametrize("case", CASES)
