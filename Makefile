@@ -4,6 +4,9 @@ PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
+# Threads that wait must not spin: on a busy machine that costs more than it saves.
+export OMP_WAIT_POLICY ?= passive
+
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq

@@ -37,6 +37,8 @@ _SAME = 1.0001
 # The search ends after so many files, or with one that fills this much of the size.
 _MOST_FILES = 16
 _FILLED = 0.999
+# How near the expected size of the next file comes to what is wanted.
+_CLOSE = 0.9998
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
             error = grid.from_levels(levels, low, high, bits).sub_(part).div_(unit)
             error.view(-1)[real:] = 0
             errors[rows, column] = error.square_().sum(dim=1).numpy()
-            symbols = levels.view(-1)[:real].to(torch.int32).numpy()
+            symbols = levels.view(-1)[:real].to(torch.int64).numpy()
             counts[column, : 1 << width] += np.bincount(symbols, minlength=1 << width)
     weights = np.full(tensor.count, tensor.size, np.float32)
     weights[-1] -= tensor.count * tensor.size - numel
@@ -220,14 +222,17 @@ class _Search:
         return sum(choice.best(price)[1] for choice in self._choices.values()) / 8
 
     def _solve(self, size: float) -> float:
-        """The lowest price at which levels and bit maps are expected to have `size` bytes."""
+        """A low price at which levels and bit maps are expected to have at most `size` bytes."""
         low, high = _LOWEST, _HIGHEST
         if self._expected(low) <= size:
             return low
         while high > low * _SAME:
             price = (low * high) ** 0.5
-            if self._expected(price) <= size:
-                high = price
-            else:
+            expected = self._expected(price)
+            if expected > size:
                 low = price
+                continue
+            high = price
+            if expected > _CLOSE * size:
+                break
         return high

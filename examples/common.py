@@ -110,10 +110,19 @@ def train(
             progress.update(task, advance=1, status=status)
 
 
-def save(model: nn.Module, quantizer: Quantizer | None, path: Path) -> float:
-    """Writes what has to be shipped to use the model; returns the size of the file in MB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(quantizer.get_quantized_state() if quantizer else model.state_dict(), path)
+def save(model: nn.Module, quantizer: Quantizer | None, folder: Path, name: str) -> Path:
+    """Writes what has to be shipped to use the model; returns the path of the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.lower().replace(' ', '_')}.{'diffq' if quantizer else 'pt'}"
+    if quantizer is None:
+        torch.save(model.state_dict(), path)
+    else:
+        diffq.save(quantizer, path)
+    return path
+
+
+def megabytes(path: Path) -> float:
+    """Size of a file."""
     return path.stat().st_size / MEGABYTE
 
 

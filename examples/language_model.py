@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import MEGABYTE, Method, make_parser, print_table, save, train
+from common import MEGABYTE, Method, make_parser, megabytes, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
@@ -145,13 +145,14 @@ def run(method: Method, train_text: Tensor, valid_text: Tensor, args: argparse.N
         warmup=100,
     )
     seconds = time.perf_counter() - start
+    file_mb = megabytes(save(model, quantizer, args.out, method.name))
     stored_mb = quantizer.true_model_size() if quantizer else float_mb
     return Result(
         method=method.name,
         bits_per_character=bits_per_character(model, valid_text),
-        file_mb=save(model, quantizer, args.out / f"{method.name.replace(' ', '_')}.th"),
+        file_mb=file_mb,
         stored_mb=stored_mb,
-        times_smaller=float_mb / stored_mb,
+        times_smaller=float_mb / file_mb,
         mean_bits=quantizer.mean_bits() if quantizer else 32,
         seconds=seconds,
     )

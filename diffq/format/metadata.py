@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from diffq.errors import FormatError
 from diffq.format.wire import damaged
@@ -44,7 +45,10 @@ def read_metadata(data: bytes | memoryview) -> dict[str, Any]:
         raise damaged(_WHERE, f"it has at most {MAX_BYTES} bytes", len(data))
     try:
         metadata = json.loads(
-            bytes(data).decode(), parse_constant=_refuse, object_pairs_hook=_object
+            bytes(data).decode(),
+            parse_constant=_finite,
+            parse_float=_finite,
+            object_pairs_hook=_object,
         )
     except (ValueError, RecursionError) as error:
         raise damaged(_WHERE, "it must be JSON", error) from error
@@ -68,8 +72,11 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"the number {constant}")
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {number}")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

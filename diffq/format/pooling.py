@@ -24,8 +24,8 @@ _LONGEST = 1 << 18
 # Open segments of levels that a tensor can choose from, the latest ones.
 _CHOICE = 16
 
-# Costs are integers in 1/1024 bit, so that all machines choose alike: log2 of no count
-# up to 2**20 is so close to a half that the last digits of a float could matter.
+# Costs are whole numbers of 1/1024 bit, so that all machines choose alike: the last digits
+# of a float, which differ between them, do not change how log2 of a count is rounded.
 _UNIT = 1024
 _SEGMENT_COST = 20 * 8 * _UNIT
 _STREAM_COST = 8 * 8 * _UNIT
@@ -45,7 +45,11 @@ class Pooling:
     """Decides where each record's parts go.
 
     Args:
-        compress: whether segments will be compressed; otherwise all can share one.
+        compress: whether segments will be compressed; otherwise only the width of their
+            bit maps tells tensors apart.
+
+    Attributes:
+        layout: the segments so far.
     """
 
     compress: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from mmap import mmap
 from typing import Any
@@ -25,14 +25,13 @@ from diffq.format.wire import damaged
 #: The bytes of a whole file.
 Buffer = bytes | bytearray | memoryview | mmap
 
-# What a file may decode to unless the caller says otherwise: enough for one bit for eight
-# weights, and for any small file, but no multiple of it from a file of a few bytes.
+# What a file may decode to unless the caller says otherwise: enough for an average of one
+# bit for eight weights, and for any small model, whatever the file says.
 _BUDGET_BASE = 8 << 20
 _BUDGET_RATIO = 256
 
-
-# Decompressed segments that are kept when several tensors share them.
-_POOLS_KEPT = 16
+# Decompressed segments that are kept because several tensors share them.
+_MOST_SHARED = 16
 
 
 def default_budget(size: int) -> int:
@@ -93,8 +92,7 @@ class Reader:
             rule = f"the segments of the index take {self._starts[-1]} bytes"
             raise damaged("Chunk DATA", rule, len(self._data))
         self.overhead = self.size - len(self._data)
-        # Short tensors read one by one must not decompress what they share each time.
-        self._pooled = lru_cache(_POOLS_KEPT)(lambda number: bytes(self._read_payload(number)))
+        self._shared: dict[int, bytes] = {}
 
     def record(self, name: str) -> Record:
         """Decodes one tensor, by its name or an alias.
@@ -112,8 +110,8 @@ class Reader:
             ConfigError: no tensor has such a name.
             FormatError: what is stored of one is damaged.
         """
-        numbers = {name: self._number(name) for name in self.entries if names is None}
-        numbers |= {name: self._number(name) for name in names or ()}
+        chosen = self.entries if names is None else names
+        numbers = {name: self._number(name) for name in chosen}
         targets = {number: self._target(number, np.uint16) for number in set(numbers.values())}
         self._decode(targets)
         return {name: targets[number].record() for name, number in numbers.items()}
@@ -199,7 +197,7 @@ class Reader:
 
     def close(self) -> None:
         """Lets go of the buffer, so that a memory map can be closed."""
-        self._pooled.cache_clear()
+        self._shared.clear()
         self._data.release()
 
     def _number(self, name: str) -> int:
@@ -250,8 +248,15 @@ class Reader:
             start = stop
 
     def _payload(self, number: int) -> bytes | memoryview:
-        shared = len(self._layout.segments[number].pieces) > 1
-        return self._pooled(number) if shared else self._read_payload(number)
+        if len(self._layout.segments[number].pieces) == 1:
+            return self._read_payload(number)
+        # Short tensors read one by one must not decompress what they share each time.
+        payload = self._shared.get(number)
+        if payload is None:
+            if len(self._shared) >= _MOST_SHARED:
+                self._shared.clear()
+            payload = self._shared[number] = bytes(self._read_payload(number))
+        return payload
 
     def _read_payload(self, number: int) -> bytes | memoryview:
         """The checked and decompressed bytes of a segment."""

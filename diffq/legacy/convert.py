@@ -176,11 +176,11 @@ def make_model(spec: str) -> nn.Module:
         factory: Any = import_module(module_name)
         for attribute in path.split("."):
             factory = getattr(factory, attribute)
-        model = factory() if callable(factory) else factory
+        model = factory if isinstance(factory, nn.Module) else factory()
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"--model {spec} must be a function or class that makes the model without "
-            f"arguments, but: {error}."
+            f"arguments, but: {error}"
         ) from error
     finally:
         sys.path.remove(here)

@@ -189,9 +189,8 @@ def _unpack_bits(
             f"{where} has {numel} weights, which do not divide into groups of {group_size}. "
             "Make the model as it was when it was stored."
         )
-    words = _words(state, stored, where)
-    unpack = unpack_shorts if state.torch_pack else unpack_words
-    bits = unpack(words, numel // group_size) + np.uint16(state.settings.min_bits)
+    offsets = _unpack_planes(state, _words(state, stored, where), numel // group_size, where)
+    bits = offsets + np.uint16(state.settings.min_bits)
     checked: NDArray[np.uint8] = np.minimum(bits, 255).astype(np.uint8)
     return checked
 
@@ -236,7 +235,19 @@ def _unpack(
     planes = words.shape[0 if state.torch_pack else 1]
     if planes != bits:
         raise StateError(f"{where} has {planes} planes of levels for {bits} bits.")
-    return (unpack_shorts if state.torch_pack else unpack_words)(words, count)
+    return _unpack_planes(state, words, count, where)
+
+
+def _unpack_planes(
+    state: LegacyState, words: NDArray[Any], count: int, where: str
+) -> NDArray[np.uint16]:
+    try:
+        return (unpack_shorts if state.torch_pack else unpack_words)(words, count)
+    except FormatError as error:
+        raise MismatchError(
+            f"{where} is of another size in the model, or damaged: {error} "
+            "Make the model as it was when it was stored."
+        ) from error
 
 
 def _words(state: LegacyState, stored: Any, where: str) -> NDArray[Any]:

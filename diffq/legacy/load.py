@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from diffq.attach import quantizers_in
 from diffq.errors import MismatchError, StateError
+from diffq.file import PathLike
 from diffq.format.records import Record
 from diffq.legacy.entries import LevelEntry, is_dense, read_entry
 from diffq.legacy.layout import LegacyState, Settings, describe, read_state
@@ -21,7 +21,7 @@ from diffq.legacy.unpickle import read_file
 from diffq.select import QUANTIZABLE, named_tensors
 from diffq.state import Snapshot, dtype_name, raw_record
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
+Source = PathLike | Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def unpack_words(words: NDArray[Any], count: int) -> NDArray[np.uint16]:
         count: number of elements.
 
     Raises:
-        FormatError: another shape than `count` elements need.
+        FormatError: another shape than `count` elements need, or more elements.
     """
     lines = -(-count // LINE)
     if words.ndim != 3 or words.shape[0] != lines or words.shape[2] != WORDS:
@@ -41,7 +41,7 @@ def unpack_words(words: NDArray[Any], count: int) -> NDArray[np.uint16]:
         data = np.ascontiguousarray(words[:, plane]).astype("<u8", copy=False).view(np.uint8)
         bits = np.unpackbits(data.reshape(lines, WORDS, 8), axis=2, bitorder="little")
         values |= bits.transpose(0, 2, 1).astype(np.uint16) << np.uint16(plane)
-    return values.reshape(-1)[:count]
+    return _without_padding(values.reshape(-1), count)
 
 
 def unpack_shorts(words: NDArray[Any], count: int) -> NDArray[np.uint16]:
@@ -54,7 +54,7 @@ def unpack_shorts(words: NDArray[Any], count: int) -> NDArray[np.uint16]:
         count: number of elements.
 
     Raises:
-        FormatError: another shape than `count` elements need.
+        FormatError: another shape than `count` elements need, or more elements.
     """
     width = -(-count // 16)
     if words.ndim != 2 or words.shape[1] != width:
@@ -67,7 +67,13 @@ def unpack_shorts(words: NDArray[Any], count: int) -> NDArray[np.uint16]:
         data = np.ascontiguousarray(words[plane]).astype("<i2", copy=False).view(np.uint8)
         bits = np.unpackbits(data.reshape(width, 2), axis=1, bitorder="little")
         values |= bits.T.astype(np.uint16) << np.uint16(plane)
-    return values.reshape(-1)[:count]
+    return _without_padding(values.reshape(-1), count)
+
+
+def _without_padding(values: NDArray[np.uint16], count: int) -> NDArray[np.uint16]:
+    if values[count:].any():
+        raise FormatError(f"There are more packed elements than {count}.")
+    return values[:count]
 
 
 def _planes(count: int) -> int:

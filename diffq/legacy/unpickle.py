@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, StateError
+from diffq.file import PathLike
 
 #: Globals in the files of the earlier package and of the training packages that used it.
 #: They stand for themselves only: a stand-in does nothing and keeps nothing.
@@ -33,6 +35,8 @@ KNOWN = (
 
 #: Where NumPy of any version says that its arrays are made.
 NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+
+_LIST_IN_USE = threading.Lock()
 
 
 class StandIn:
@@ -87,7 +91,7 @@ class StandInArray:
         return self.state
 
 
-def read_file(path: str | os.PathLike[str], stand_ins: Iterable[str] = ()) -> Any:
+def read_file(path: PathLike, stand_ins: Iterable[str] = ()) -> Any:
     """The objects in a file that `torch.save` wrote, of any age.
 
     Args:
@@ -101,30 +105,42 @@ def read_file(path: str | os.PathLike[str], stand_ins: Iterable[str] = ()) -> An
         OSError: the file cannot be read.
     """
     allowed = _allowed(stand_ins)
-    _check_archive(path)
+    with open(path, "rb") as file:
+        return _load(file, path, allowed)
+
+
+def _load(file: BinaryIO, path: PathLike, allowed: list[Any]) -> Any:
+    _check_archive(file, path)
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        # torch has one list of safe globals for all threads.
+        with _LIST_IN_USE, torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises of every kind for what is damaged
-        reason = str(error).partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
-        if reason:
-            raise StateError(
-                f"{path} names {reason!r}, which legacy files do not need, so it was not read. "
-                f"If it is a class that was saved along, pass stand_ins=[{reason!r}]: it is "
-                "replaced by an empty one, and nothing of the file is run."
-            ) from error
-        raise StateError(
-            f"{path} cannot be read as a file that torch.save wrote: {error!s:.300}"
-        ) from error
+        raise StateError(_explain(error, path)) from error
+
+
+def _explain(error: Exception, path: PathLike) -> str:
+    name = str(error).partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
+    if name:
+        # torch leaves the module of builtins out.
+        name = name if "." in name else f"builtins.{name}"
+        return (
+            f"{path} names {name!r}, which legacy files do not need, so it was not read. "
+            f"If it is a class that was saved along, pass stand_ins=[{name!r}]: it is "
+            "replaced by an empty one, and nothing of the file is run."
+        )
+    # torch's reason without its advice, which is to turn the protection off.
+    lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+    reasons = [line for line in lines if line and "eights" not in line]
+    reason = reasons[0] if reasons else type(error).__name__
+    return f"{path} cannot be read as a file that torch.save wrote: {reason:.300}"
 
 
 def _allowed(stand_ins: Iterable[str]) -> list[Any]:
     allowed: list[Any] = [
         _named("numpy.dtype", StandInDtype),
         _named("numpy.ndarray", StandInArray),
-        _named("_codecs.encode", _Encode),
+        _named("builtins.bytes", _NoBytes),
         StandInArray,
         *(_named(f"{module}._reconstruct", _Reconstruct) for module in NUMPY),
     ]
@@ -150,23 +166,26 @@ class _Reconstruct:
         return StandInArray()
 
 
-class _Encode:
-    """Takes the place of `_codecs.encode`, by which pickles of protocol 2 hold bytes."""
+class _NoBytes:
+    """Takes the place of `bytes`, which pickles of protocol 2 call for empty bytes only."""
 
-    def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
-        return str(text).encode("latin1")
+    def __new__(cls, *args: Any) -> Any:
+        return b""
 
 
-def _check_archive(path: str | os.PathLike[str]) -> None:
+def _check_archive(file: BinaryIO, path: PathLike) -> None:
     """Raises StateError for an archive that unpacks to more bytes than it has."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except Exception as error:  # so does zipfile
         raise StateError(f"{path} is a damaged archive: {error}") from error
-    if unpacked > os.path.getsize(path):
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if unpacked > size:
         raise StateError(
             f"{path} would unpack to {unpacked} bytes, more than the file has. "
             "torch.save stores tensors as they are."

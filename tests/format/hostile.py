@@ -412,6 +412,7 @@ METADATA = {
     "two values": (meta("{}{}"), "must be JSON"),
     "NaN": (meta('{"a":NaN}'), "must be JSON"),
     "Infinity": (meta('{"a":-Infinity}'), "must be JSON"),
+    "a number beyond float64": (meta('{"a":1e999}'), "must be JSON, got the number 1e999"),
     "a key twice": (meta('{"a":1,"a":2}'), "a key that occurs twice"),
     "no UTF-8": (meta(b'{"a":"\xff"}'), "must be JSON"),
     "UTF-16": (meta('{"a":1}'.encode("utf-16")), "must be JSON"),

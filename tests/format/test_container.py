@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffq.errors import ConfigError, FormatError
 from diffq.format import layout
+from diffq.format import reader as reader_module
 from diffq.format.container import decode, encode, encode_parts
 from diffq.format.reader import Reader, default_budget
 from diffq.format.records import ITEM_SIZES, GridRecord, RawRecord, ScaledRecord, group_count
@@ -283,6 +284,16 @@ def test_reader_closes():
     reader.verify()
     reader.close()
     buffer.clear()
+
+
+def test_more_shared_segments_than_are_kept(monkeypatch):
+    """Tensors come back one by one if not all segments that they share stay in memory."""
+    monkeypatch.setattr(reader_module, "_MOST_SHARED", 1)
+    records = model_of_many_sizes()
+    reader = Reader(encode(records))
+    for _ in range(2):
+        for name, record in records.items():
+            assert_same(reader.record(name), as_stored(record))
 
 
 def test_read_only_buffers_of_any_kind():

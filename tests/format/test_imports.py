@@ -1,10 +1,15 @@
 """diffq.format stands alone: NumPy, zstandard and the standard library."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import diffq.format
 from diffq.format.container import encode
 from tests.format.samples import small_model
+
+FOLDER = Path(diffq.format.__file__).parent
 
 CODE = """
 import sys
@@ -25,3 +30,15 @@ def test_files_are_read_without_torch(tmp_path):
     path = tmp_path / "model.diffq"
     path.write_bytes(encode(small_model()))
     subprocess.run([sys.executable, "-c", CODE, str(path)], check=True)
+
+
+def test_modules_import_only_from_those_above():
+    """The order of modules in the package's docstring is the order of its imports."""
+    order = re.findall(r"^    ([a-z]+) ", diffq.format.__doc__, re.MULTILINE)
+    assert sorted(order) == sorted(p.stem for p in FOLDER.glob("[a-z]*.py"))
+    for place, module in enumerate(order):
+        source = (FOLDER / f"{module}.py").read_text()
+        imported = set(re.findall(r"^from diffq\.format\.([a-z]+) import", source, re.MULTILINE))
+        for line in re.findall(r"^from diffq\.format import (.*)$", source, re.MULTILINE):
+            imported |= {name.split(" as ")[0].strip() for name in line.split(",")}
+        assert imported <= set(order[:place]), module

@@ -1,0 +1,170 @@
+"""Code that was written for the earlier package: its names, arguments and calls."""
+
+import pytest
+import torch
+from torch import nn
+
+import diffq
+from diffq.attach import quantizers_in
+from diffq.errors import AttachError, ConfigError
+from diffq.quantizers.compat import LSQ, UniformQuantizer
+from diffq.quantizers.differentiable import DiffQuantizer
+from diffq.quantizers.switch import QuantizeSwitch
+from tests.holder import Holder, reloaded
+from tests.models import TiedModules, mlp, same_tensors, seeded, snapshot_of, step, tokens
+
+
+class Switched(DiffQuantizer, QuantizeSwitch):
+    """DiffQuantizer with the three calls, whether or not its base class has them already."""
+
+
+QUANTIZERS = {
+    "diffq": lambda model: Switched(model, min_size=0.0002, group_size=8),
+    "uniform": lambda model: UniformQuantizer(model, bits=4, min_size=0.0002),
+    "uniform-qat": lambda model: UniformQuantizer(model, bits=4, min_size=0.0002, qat=True),
+    "lsq": lambda model: LSQ(model, bits=4, min_size=0.0002),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_trainer_runs_unchanged(kind):
+    """A loop as trainers of the earlier package have it trains, evaluates, saves and restores."""
+    model = seeded(mlp)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer)
+    before = snapshot_of(model)
+    for _ in range(2):
+        model.train()
+        step(model, optimizer, torch.randn(4, 16), quantizer, lam=1e-3)
+        best = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+        model.eval()
+        outputs = model(torch.ones(1, 16))
+        assert quantizer.true_model_size() > 0
+        assert quantizer.compressed_model_size() > 0
+    assert not same_tensors(before, best)
+    model.load_state_dict(best)
+    state = quantizer.get_quantized_state()
+    state["__quantized"] = True
+    fresh = mlp()
+    diffq.restore_quantized_state(fresh, reloaded(state))
+    assert torch.equal(fresh(torch.ones(1, 16)), outputs)
+    quantizer.detach()
+    assert list(model.state_dict()) == list(mlp().state_dict())
+
+
+def test_positions_of_arguments():
+    """Arguments may be given by position, in the earlier order."""
+    make = {"w": torch.randn(40, 40), "v": torch.randn(40, 40), "b": torch.randn(3)}
+    model = Holder(make)
+    quantizer = UniformQuantizer(model, 5, 0.001, True, True, ["v"], True)
+    assert quantizer.bits()["w"].tolist() == [5]
+    assert [plan.name for plan in quantizer.plan if plan.quantized] == ["w"]
+    assert quantizer.get_quantized_state()["tensors"]["b"]["data"].dtype == torch.float16
+    assert not torch.equal(model.w, make["w"])
+    quantizer = LSQ(Holder(make), 5, 0.001, True, ["v"], True)
+    assert quantizer.bits()["w"].tolist() == [5]
+    assert [plan.name for plan in quantizer.plan if plan.quantized] == ["w"]
+    assert quantizer.get_quantized_state()["tensors"]["b"]["data"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", [UniformQuantizer, LSQ])
+def test_defaults_and_checks_of_arguments(kind):
+    """Bits are 8 by default and may be a whole float; ties cannot be left unfound."""
+    for options in ({}, {"bits": 8.0}):
+        quantizer = kind(Holder({"w": torch.randn(40, 80)}), **options)
+        assert quantizer.bits()["w"].tolist() == [8]
+    assert kind(Holder({"w": torch.randn(2621)})).bits() == {}
+    for options in ({"bits": 3.5}, {"bits": 16}, {"bits": True}, {"detect_bound": False}):
+        with pytest.raises(ConfigError):
+            kind(Holder({"w": torch.randn(40, 80)}), **options)
+
+
+def test_uniform_trains_in_full_precision_by_default():
+    """Without qat, weights are quantized in eval mode only."""
+    weight = torch.randn(40, 40)
+    model = Holder({"w": weight.clone()})
+    UniformQuantizer(model, bits=3, min_size=0)
+    assert torch.equal(model.w, weight)
+    assert not torch.equal(model.eval().w, weight)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_quantize_and_unquantize(kind):
+    """quantize() gives a training model the weights of eval mode; unquantize() ends it."""
+    model = seeded(TiedModules)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.no_optimizer()
+    inputs = tokens()
+    with torch.no_grad():
+        expected = model.eval().head.weight.clone(), model(inputs)
+        model.train()
+        stored = snapshot_of(model)
+        quantizer.quantize()
+        quantizer.quantize()
+        assert model.training
+        assert torch.equal(model.embed.weight, expected[0])
+        assert torch.equal(model(inputs), expected[1])
+        quantizer.unquantize()
+    assert same_tensors(stored, snapshot_of(model))
+    assert all(q.training for q in quantizers_in(model))
+    assert (kind in ("diffq", "uniform")) == (not torch.equal(model.embed.weight, expected[0]))
+
+
+def test_unquantize_follows_each_module():
+    """After unquantize(), a part of the model that is in eval mode stays quantized."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    quantizer = QUANTIZERS["diffq"](model)
+    model[1].eval()
+    quantizer.quantize()
+    quantizer.unquantize()
+    assert [q.training for q in quantizers_in(model)] == [True, False]
+    model.eval()
+    with quantizer.enter_quantize():
+        pass
+    assert [q.training for q in quantizers_in(model)] == [False, False]
+
+
+def test_enter_quantize():
+    """The block quantizes, may be nested, and ends when it raises, in the model's mode."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    modes = []
+
+    def _see():
+        modes.append(quantizers_in(model)[0].training)
+
+    with quantizer.enter_quantize():
+        _see()
+        with quantizer.enter_quantize():
+            _see()
+        _see()
+    _see()
+    with pytest.raises(KeyError), quantizer.enter_quantize():
+        raise KeyError
+    _see()
+    with quantizer.enter_quantize():
+        model.eval()
+    _see()
+    assert modes == [False, False, False, True, True, False]
+
+
+def test_gradients_pass_while_quantized():
+    """In a quantized training forward, gradients reach the weights."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.no_optimizer()
+    with quantizer.enter_quantize():
+        model(torch.randn(3, 16)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad.any()
+
+
+@pytest.mark.parametrize("call", ["quantize", "unquantize"])
+def test_calls_after_detach(call):
+    """A detached quantizer says so."""
+    quantizer = QUANTIZERS["uniform"](mlp())
+    quantizer.detach()
+    with pytest.raises(AttachError):
+        getattr(quantizer, call)()
+    with pytest.raises(AttachError), quantizer.enter_quantize():
+        pass
