@@ -58,21 +58,23 @@ class Meter:
 
 def run_diffq(codec: str, millions: int, path: Path, meter: Meter) -> None:
     import diffq
+    from diffq.state import from_state
+
+    _, quantizer = attach(millions)
+    state = quantizer.get_quantized_state(packed=False)
+    measure_codec(codec, from_state(state).records, meter)
+    meter.measure("save", lambda: diffq.save(state, path, codec=codec))
+    fresh = make_model(millions)
+    meter.measure("load", lambda: diffq.load(path, fresh))
+
+
+def measure_codec(codec: str, records: dict[str, Any], meter: Meter) -> None:
     from diffq.format.container import encode_parts
     from diffq.format.reader import Reader
 
-    model, quantizer = attach(millions)
-    state = quantizer.get_quantized_state(packed=False)
-    snapshot = quantizer.snapshot()
-    parts = meter.measure("pack", lambda: encode_parts(snapshot.records, codec=codec))
-    buffer = b"".join(parts)
-    meter.measure("unpack", lambda: Reader(buffer).values_of())
-    del parts, buffer, snapshot, model, quantizer
-    meter.measure("save", lambda: diffq.save(state, path, codec=codec))
-    del state
-    fresh = make_model(millions)
-    diffq.load(path, fresh)
-    meter.measure("load", lambda: diffq.load(path, fresh))
+    parts = meter.measure("pack", lambda: encode_parts(records, codec=codec))
+    reader = Reader(b"".join(parts))
+    meter.measure("unpack", reader.values_of)
 
 
 def run_earlier(millions: int, path: Path, meter: Meter) -> None:

@@ -26,7 +26,9 @@ from diffq.errors import (
 if TYPE_CHECKING:
     from diffq.file import open_file as open
     from diffq.file import verify
+    from diffq.legacy.load import load_legacy
     from diffq.quantizers.base import quantizer_of
+    from diffq.quantizers.compat import LSQ, UniformQuantizer
     from diffq.quantizers.differentiable import DiffQuantizer
     from diffq.quantizers.lsq import LSQQuantizer
     from diffq.quantizers.qat import QATQuantizer
@@ -41,13 +43,16 @@ __all__ = [
     "DiffQuantizer",
     "DiffqError",
     "FormatError",
+    "LSQ",
     "LSQQuantizer",
     "MismatchError",
     "OptimizerError",
     "QATQuantizer",
     "StateError",
+    "UniformQuantizer",
     "WeightError",
     "load",
+    "load_legacy",
     "open",
     "quantizer_of",
     "restore_quantized_state",
@@ -58,9 +63,12 @@ __all__ = [
 # Imported on first use, so that reading a file needs no torch: name to module and attribute.
 _LAZY = {
     "DiffQuantizer": ("diffq.quantizers.differentiable", "DiffQuantizer"),
+    "LSQ": ("diffq.quantizers.compat", "LSQ"),
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
     "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
+    "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),
     "load": ("diffq.storage", "load"),
+    "load_legacy": ("diffq.legacy.load", "load_legacy"),
     "open": ("diffq.file", "open_file"),
     "quantizer_of": ("diffq.quantizers.base", "quantizer_of"),
     "restore_quantized_state": ("diffq.restore", "restore_quantized_state"),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffq.errors import MismatchError
+from diffq.legacy.layout import is_legacy
+from diffq.legacy.load import load_legacy
 from diffq.select import named_tensors
 from diffq.state import Header, dtype_name, from_state, read_header, record_tensor
 
@@ -23,7 +25,8 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
     Args:
         model: a model of the same architecture, without a quantizer. Parameters
             may be on any device; each keeps its place and its dtype.
-        state: what `get_quantized_state` returned, as `torch.load` gives it back.
+        state: what `get_quantized_state` returned, as `torch.load` gives it back; states
+            of the earlier package are recognised, see `load_legacy`.
 
     Returns:
         The same model.
@@ -33,6 +36,8 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
         MismatchError: names, shapes or dtypes differ between state and model, or
             the model ties tensors that have different values in the state.
     """
+    if is_legacy(state):
+        return load_legacy(state, model)
     header = read_header(state)
     targets = match(model, header)
     records = from_state(state).records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from diffq.errors import ConfigError
 from diffq.file import PathLike, StoredModel, write_atomically
 from diffq.format.container import Codec, encode_parts
+from diffq.format.reader import default_budget
 from diffq.quantizers.base import BaseQuantizer
 from diffq.restore import match, unique_targets
+from diffq.select import named_tensors
 from diffq.state import Header, Snapshot, from_state
 
 
@@ -58,7 +61,8 @@ def load(
     Args:
         path: a file that `save` wrote; it may come from anywhere.
         model: a plain model of the same architecture; its tensors keep their place.
-        budget: bytes that the tensors may decode to; see `diffq.open`.
+        budget: bytes that the tensors may decode to; see `diffq.open`. With a model,
+            its own size is allowed in any case.
 
     Returns:
         The model; or, without one, a state dict for `load_state_dict`, in which tied
@@ -69,6 +73,9 @@ def load(
         MismatchError: names, shapes or dtypes of file and model differ.
         OSError: the file cannot be read.
     """
+    if model is not None and budget is None:
+        sizes = (4 * tensor.numel() for _, tensor in named_tensors(model))
+        budget = default_budget(os.path.getsize(path)) + 2 * sum(sizes)
     with StoredModel(path, budget) as stored:
         return _state_dict(stored) if model is None else _fill(model, stored)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import MEGABYTE, Method, make_parser, megabytes, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
+from common import MEGABYTE, Method, make_parser, megabytes, print_table, save, train
 
 SYMBOLS = 256
 WIDTH = 128

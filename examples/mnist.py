@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bit_figure import plot_bits
-from common import Method, Quantizer, make_parser, megabytes, print_table, save, train
 from torch import Tensor, nn
 
 import diffq
+from bit_figure import plot_bits
+from common import Method, Quantizer, make_parser, megabytes, print_table, save, train
 
 TRAIN_IMAGES = 4000
 BATCH = 64

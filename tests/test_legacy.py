@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
+from diffq.cli.convert import add_parser, convert, make_model
 from diffq.errors import ConfigError, DiffqError, FormatError, MismatchError, StateError
 from diffq.format.records import GridRecord
-from diffq.legacy.convert import add_parser, convert, make_model
 from diffq.legacy.entries import GridEntry
 from diffq.legacy.layout import is_legacy
 from diffq.legacy.load import legacy_snapshot, load_legacy

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import diffq
-from diffq.cli import diff, inspect, pack, unpack, verify
+from diffq.cli.convert import add_parser as add_convert
+from diffq.cli.diff import add_parser as add_diff
+from diffq.cli.inspect import add_parser as add_inspect
+from diffq.cli.pack import add_parser as add_pack
+from diffq.cli.unpack import add_parser as add_unpack
+from diffq.cli.verify import add_parser as add_verify
 from diffq.errors import DiffqError
 
 #: What `diffq --help` lists, in its order. A command from elsewhere is added here.
-COMMANDS = (
-    inspect.add_parser,
-    verify.add_parser,
-    pack.add_parser,
-    unpack.add_parser,
-    diff.add_parser,
-)
+COMMANDS = (add_inspect, add_verify, add_pack, add_unpack, add_diff, add_convert)
 
 _EPILOG = """\
 exit codes:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Quantizes a trained checkpoint, without data or training, and writes it as one file.
 --bits gives all weights one bitwidth; --target-mb chooses bitwidths for groups of weights
-so that the file just fits and the squared error is small. Training with diffq gives better
-models at the same size; below 4 bits, far better ones.
+so that the file just fits and the squared error is small. At few bits, train with diffq
+instead: rounding alone costs too much there.
 
 The checkpoint is a safetensors file, or one of torch.save with a state dict, which is read
 with weights_only=True: no code in it is run. Names that share memory stay tied.

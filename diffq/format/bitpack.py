@@ -119,11 +119,10 @@ def unpack_into(packed: NDArray[np.uint8], values: NDArray[Any], bits: int) -> N
             part = values[start : start + _BLOCK]
             field = _spread(squeezed, width)[: part.size]
             # NumPy multiplies bytes several times faster than it shifts them.
-            place_value = part.dtype.type(1 << shift)
             if index:
-                part |= field * place_value
+                part |= np.multiply(field, 1 << shift, dtype=part.dtype)
             else:
-                np.multiply(field, place_value, out=part)
+                np.multiply(field, 1 << shift, out=part, dtype=part.dtype)
         offset += size
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,10 +129,11 @@ def _encode_segment(
 
 
 def _levels(piece: Piece, entry: Entry, record: Record) -> entropy.LevelPiece:
-    assert isinstance(record, LevelRecord)  # only their parts have no whole bytes
-    levels = record.levels[piece.start : piece.stop]
+    # Only tensors of levels have parts that are not whole bytes.
+    source = cast(LevelRecord, record)
+    levels = source.levels[piece.start : piece.stop]
     where = f"tensor {entry.name!r}"
-    return entropy.LevelPiece(where, record.bits[piece.groups], levels, piece.group_size)
+    return entropy.LevelPiece(where, source.bits[piece.groups], levels, piece.group_size)
 
 
 def _elements(piece: Piece, record: Record) -> NDArray[np.uint8]:

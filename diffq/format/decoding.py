@@ -182,7 +182,7 @@ def _decode_grid(
     def fill(width: int, part: NDArray[np.float32]) -> None:
         if shared:
             step = (high - low) / np.float32((1 << width) - 1)
-            np.multiply(decoded.streams[width], step, out=part)
+            np.multiply(decoded.streams[width], step, out=part, dtype=np.float32)
             part += low
         else:
             part[:] = decoded.streams[width]
@@ -200,7 +200,7 @@ def _decode_scaled(
     """What `ScaledRecord.values` computes, with the levels of each bitwidth at a time."""
 
     def fill(width: int, part: NDArray[np.float32]) -> None:
-        np.subtract(decoded.streams[width], np.float32(1 << (width - 1)), out=part)
+        np.subtract(decoded.streams[width], 1 << (width - 1), out=part, dtype=np.float32)
         part *= scale
 
     merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)

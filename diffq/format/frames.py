@@ -18,6 +18,8 @@ import zstandard
 
 from diffq.format.wire import damaged
 
+_FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
+
 #: The largest window that a reader must provide (docs/format.md, section 3).
 MAX_WINDOW = 1 << 23
 
@@ -87,6 +89,9 @@ def expand(stored: memoryview, size: int, where: str) -> bytes | memoryview:
         return stored
     if len(stored) > size:
         raise damaged(where, f"{size} bytes must be stored in as many or fewer", len(stored))
+    if stored[:4] != _FRAME_MAGIC:
+        # Skippable frames among others, which some versions of zstandard read as empty.
+        raise damaged(where, "a zstd frame must start with 28 b5 2f fd", stored[:4].hex(" "))
     try:
         _check_frame(zstandard.get_frame_parameters(stored), size, where)
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)

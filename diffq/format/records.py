@@ -282,9 +282,10 @@ def check_ranges(ranges: NDArray[np.float32]) -> None:
     Raises:
         FormatError: low above high, or a number that is not finite or too large.
     """
-    low, high = ranges[..., 0].astype(np.float64), ranges[..., 1].astype(np.float64)
-    if not (np.isfinite(ranges).all() and (low <= high).all()):
+    # Before any arithmetic: NumPy warns when it converts a signaling NaN.
+    if not np.isfinite(ranges).all() or (ranges[..., 0] > ranges[..., 1]).any():
         raise FormatError("A grid's ranges must be finite, with low at most high.")
+    low, high = ranges[..., 0].astype(np.float64), ranges[..., 1].astype(np.float64)
     largest = np.maximum(high - low, np.maximum(abs(low), abs(high))).max(initial=0)
     if largest > MAX_RANGE:
         raise FormatError(

@@ -13,11 +13,10 @@ from torch.nn.utils import parametrize
 
 from diffq.attach import quantizers_in
 from diffq.errors import MismatchError, StateError
-from diffq.file import PathLike
 from diffq.format.records import Record
 from diffq.legacy.entries import LevelEntry, is_dense, read_entry
 from diffq.legacy.layout import LegacyState, Settings, describe, read_state
-from diffq.legacy.unpickle import read_file
+from diffq.legacy.unpickle import PathLike, read_file
 from diffq.select import QUANTIZABLE, named_tensors
 from diffq.state import Snapshot, dtype_name, raw_record
 

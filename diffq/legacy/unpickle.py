@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, StateError
-from diffq.file import PathLike
+
+PathLike = str | os.PathLike[str]
 
 #: Globals in the files of the earlier package and of the training packages that used it.
 #: They stand for themselves only: a stand-in does nothing and keeps nothing.

@@ -17,6 +17,7 @@ from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record, group_count, stream_counts
 from diffq.optimizer import add_extras
 from diffq.quantizers.half import HalfQuantizer
+from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import table
 from diffq.select import Rules, TensorPlan, build_plan
 from diffq.size import MEGABYTE, MEGABYTE_BITS
@@ -31,7 +32,7 @@ _WRAPPERS = (
 )
 
 
-class BaseQuantizer(ABC):
+class BaseQuantizer(QuantizeSwitch, ABC):
     """Quantizes the selected tensors of a model, in place, until `detach()`.
 
     In training mode the model computes with perturbed weights, in eval mode with

@@ -10,10 +10,9 @@ from torch import nn
 from diffq.errors import ConfigError
 from diffq.quantizers.lsq import LSQQuantizer
 from diffq.quantizers.qat import QATQuantizer
-from diffq.quantizers.switch import QuantizeSwitch
 
 
-class UniformQuantizer(QATQuantizer, QuantizeSwitch):
+class UniformQuantizer(QATQuantizer):
     """`QATQuantizer` with the arguments of the earlier package, for code that uses them.
 
     Args:
@@ -52,7 +51,7 @@ class UniformQuantizer(QATQuantizer, QuantizeSwitch):
         )
 
 
-class LSQ(LSQQuantizer, QuantizeSwitch):
+class LSQ(LSQQuantizer):
     """`LSQQuantizer` with the arguments of the earlier package, for code that uses them.
 
     Args:

@@ -175,7 +175,7 @@ TEXT = {
     "index bomb": (index_body(leb(1 << 20) + frame(bytes(1 << 20))), "hold at most"),
     "index of 65 MiB": (index_body(leb(65 << 20) + bytes(2 << 20)), "hold at most 67108864"),
     "index shorter than its bytes": (index_body(leb(2) + b"abc"), "stored in as many or fewer"),
-    "index that is no frame": (index_body(leb(100) + b"\x01" * 50), "one zstd frame"),
+    "index that is no frame": (index_body(leb(100) + b"\x01" * 50), "start with 28 b5 2f fd"),
     "metadata bomb": (
         File(meta=leb(1 << 20) + frame(b"[" * (1 << 20))).build(),
         "hold at most",
@@ -303,7 +303,8 @@ FRAMES = {
         r"Segment 0 \(tensor 'w'\): the checksum",
     ),
     "checksum of levels": (levels(crc=1), r"Segment 1 \(tensor 'w'\): the checksum"),
-    "no frame": (framed(b"\x01" * 50), "one zstd frame"),
+    "no frame": (framed(b"\x01" * 50), "start with 28 b5 2f fd, got 01 01 01 01"),
+    "frame of an old version": (framed(b"\x27\xb5\x2f\xfd" + bytes(50)), "start with 28 b5 2f fd"),
     "frame without content size": (framed(unsized_frame(ZEROS)), "announce 1000 bytes"),
     "frame that announces more": (framed(frame(bytes(1001))), "announce 1000 bytes, got 1001"),
     "frame that announces less": (framed(frame(bytes(999))), "announce 1000 bytes, got 999"),
@@ -314,8 +315,12 @@ FRAMES = {
     "bomb of 1 GiB": (framed(frame(bytes(1 << 20)) + b""), "announce 1000 bytes, got 1048576"),
     "two frames": (framed(frame(ZEROS) * 2), "one zstd frame"),
     "bytes after the frame": (framed(frame(ZEROS) + b"x"), "one zstd frame"),
-    "skippable frame": (framed(SKIPPABLE), "announce 1000 bytes"),
-    "skippable frame of the size": (framed(SKIPPABLE[:4] + b"\xe8\x03\0\0x"), "one zstd frame"),
+    "skippable frame": (framed(SKIPPABLE), "start with 28 b5 2f fd"),
+    "skippable frame of the size": (
+        framed(SKIPPABLE[:4] + b"\xe8\x03\0\0x"),
+        "start with 28 b5 2f fd",
+    ),
+    "skippable frame before the frame": (framed(SKIPPABLE + frame(ZEROS)), "start with 28 b5"),
     "skippable frame after the frame": (framed(frame(ZEROS) + SKIPPABLE), "one zstd frame"),
     "frame cut short": (framed(frame(ZEROS)[:-1]), "one zstd frame"),
     "window of 1 GiB": (framed(window_frame(1000)), "window may have 8388608 bytes"),
@@ -324,11 +329,20 @@ FRAMES = {
         framed(frame(ZEROS, write_checksum=True)[:-1] + b"\x00"),
         "one zstd frame",
     ),
-    "levels in a broken frame": (levels(b"\x01", payload=2), "one zstd frame"),
+    "levels in a broken frame": (levels(b"\x01", payload=2), "start with 28 b5 2f fd, got 01"),
+    "start of a frame alone": (framed(b"\x28\xb5\x2f\xfd"), "one zstd frame"),
 }
 
 CONTENT = {
     "range of NaN": (levels(parameters=Elements(floats(np.nan, 1))), "finite"),
+    "range of a signaling NaN": (
+        levels(parameters=Elements(b"\x01\x00\xa0\x7f" + floats(1))),
+        "finite",
+    ),
+    "scale of a signaling NaN": (
+        one(scaled(), Elements(b"\x01\x00\xa0\x7f"), LEVELS),
+        "one scale",
+    ),
     "range to infinity": (levels(parameters=Elements(floats(0, np.inf))), "finite"),
     "range upside down": (levels(parameters=Elements(floats(1, 0))), "low at most high"),
     "range that overflows": (levels(parameters=Elements(floats(-3e38, 3e38))), "overflow"),

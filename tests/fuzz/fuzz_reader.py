@@ -8,6 +8,7 @@ and is kept as crash-*. The corpus starts from the golden files, whole and taken
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import atheris
@@ -42,6 +43,8 @@ def plant(folder):
 
 
 if __name__ == "__main__":
+    # A warning of NumPy would reach the user.
+    warnings.simplefilter("error")
     folders = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     if folders:
         plant(Path(folders[0]))

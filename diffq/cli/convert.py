@@ -1,7 +1,4 @@
-"""`diffq convert`: a file of the earlier package to a file of ours.
-
-torch is imported when the command runs, as for all commands.
-"""
+"""`diffq convert`: a file of the earlier package to one of this."""
 
 from __future__ import annotations
 
@@ -13,6 +10,16 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from diffq.cli.common import (
+    Subparsers,
+    add_command,
+    megabytes,
+    note,
+    print_json,
+    printable,
+    progress,
+    say,
+)
 from diffq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,10 +36,8 @@ no buffers either: those are stored as the factory makes them.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds the command."""
-    from diffq.cli.common import add_command
-
     parser = add_command(
         subparsers,
         "convert",
@@ -79,8 +84,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.cli.common import megabytes, note, print_json, printable, progress, say
-
     with progress(args) as report:
         report(f"making {printable(args.model)}", 0, 0)
         model = make_model(args.model)
