@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -160,6 +159,8 @@ def write_atomically(path: PathLike, parts: Iterable[bytes]) -> int:
     Raises:
         OSError: the disk is full, or the folder cannot be written; the old file is intact.
     """
+    import tempfile  # needed by few readers, who would wait for it
+
     target = Path(path)
     prefix = f".{target.name}."
     handle, temporary = tempfile.mkstemp(".tmp", prefix, target.parent)

@@ -222,7 +222,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    torch.set_num_threads(2)
     train_text, valid_text = load_text()
     results = [run(method, train_text, valid_text, args) for method in methods(args)]
     print_results(results)

@@ -220,7 +220,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    torch.set_num_threads(2)
     train_set, test_set = load_digits(args.seed)
     if args.evaluate:
         print(evaluate_file(args.evaluate, test_set))

@@ -1,0 +1,224 @@
+"""Models to files and back: bit for bit, and the same bytes each time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import diffq
+from diffq.format import threads
+from tests.holder import Holder, all_bits, bits_of, blank, reloaded, weight_quantizers
+from tests.models import MODELS, QUANTIZERS, ConvNet, TiedModules, mlp, seeded
+
+CODECS = ["zstd", "packed"]
+EVERY_PAIR = pytest.mark.parametrize(
+    ("model", "method"), [(model, method) for model in MODELS for method in QUANTIZERS]
+)
+ROOT = Path(__file__).parent.parent
+
+
+def _attached(make, method="diffq"):
+    """A model that has seen data in training, with many bitwidths, and its quantizer."""
+    model = seeded(make)
+    quantizer = QUANTIZERS[method](model)
+    quantizer.no_optimizer()
+    for weight_quantizer in weight_quantizers(model).values():
+        if hasattr(weight_quantizer, "logits"):
+            nn.init.normal_(weight_quantizer.logits, std=2)
+    return model, quantizer
+
+
+def _qat(model, **options):
+    return diffq.QATQuantizer(model, min_size=0, **options)
+
+
+def _saved(model, path, **options):
+    """The file of a model that is quantized with QAT."""
+    diffq.save(_qat(model, **options), path)
+    return path
+
+
+# --- There and back ---
+
+
+@EVERY_PAIR
+def test_loaded_models_compute_the_same(model, method, tmp_path):
+    """A plain model that a file was loaded into computes the eval outputs, bit for bit."""
+    make, inputs = MODELS[model]
+    attached, quantizer = _attached(make, method)
+    x = seeded(inputs)
+    attached(x)
+    diffq.save(quantizer, tmp_path / "m.diffq")
+    fresh = blank(make())
+    assert diffq.load(tmp_path / "m.diffq", fresh) is fresh
+    # nn.RNN takes another kernel for weights that need a gradient.
+    fresh.eval().requires_grad_(False)
+    with torch.no_grad():
+        assert bits_of(fresh(x)) == bits_of(attached.eval()(x))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_codecs_load_the_same(method, codec, tmp_path):
+    """With either codec, the file holds the values of the quantized state."""
+    _, quantizer = _attached(ConvNet, method)
+    diffq.save(quantizer, tmp_path / "m.diffq", codec)
+    restored = diffq.restore_quantized_state(ConvNet(), quantizer.get_quantized_state())
+    assert all_bits(diffq.load(tmp_path / "m.diffq", ConvNet())) == all_bits(restored)
+
+
+def test_packed_is_packed(tmp_path):
+    """Codec "zstd" makes the smaller file of levels that repeat; it is the default."""
+    layer = nn.Linear(64, 64)
+    nn.init.normal_(layer.weight)
+    quantizer = _qat(layer, bits=5)
+    sizes = {codec: diffq.save(quantizer, tmp_path / codec, codec) for codec in CODECS}
+    assert sizes["zstd"] < sizes["packed"]
+    diffq.save(quantizer, tmp_path / "default")
+    assert (tmp_path / "default").read_bytes() == (tmp_path / "zstd").read_bytes()
+
+
+def test_load_keeps_the_parameters(tmp_path):
+    """Parameters stay the same objects with their flags; the mode of the model stays too."""
+    model = mlp().train()
+    model[0].weight.requires_grad_(False)
+    before = dict(model.named_parameters())
+    diffq.load(_saved(mlp(), tmp_path / "m.diffq"), model)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert [p.requires_grad for p in before.values()] == [False, True, True, True]
+    assert model.training
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_load_without_a_model(model, tmp_path):
+    """Without a model, a dict comes back that load_state_dict takes, with the same values."""
+    make = MODELS[model][0]
+    path = _saved(make(), tmp_path / "m.diffq")
+    state = diffq.load(path)
+    fresh = make()
+    fresh.load_state_dict(state)
+    assert all_bits(fresh) == all_bits(diffq.load(path, make()))
+
+
+def test_ties_share_a_tensor(tmp_path):
+    """In the dict, tied names share one tensor object; other names do not."""
+    state = diffq.load(_saved(TiedModules(), tmp_path / "m.diffq"))
+    assert state["head.weight"] is state["embed.weight"]
+    assert len({id(tensor) for tensor in state.values()}) == len(state) - 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_save_of_a_state(method, packed, tmp_path):
+    """A quantized state, fresh or from torch.load, is saved to the bytes of its quantizer."""
+    _, quantizer = _attached(TiedModules, method)
+    size = diffq.save(quantizer, tmp_path / "quantizer", metadata={"a": 1})
+    state = quantizer.get_quantized_state(packed)
+    for name, source in {"fresh": state, "loaded": reloaded(state)}.items():
+        assert diffq.save(source, tmp_path / name, metadata={"a": 1}) == size
+        assert (tmp_path / name).read_bytes() == (tmp_path / "quantizer").read_bytes()
+
+
+@pytest.mark.parametrize("make", [dict, mlp, lambda: mlp().state_dict(), lambda: "model", list])
+def test_save_of_something_else(make, tmp_path):
+    """What is neither a quantizer nor a quantized state is refused, and no file is made."""
+    with pytest.raises((diffq.ConfigError, diffq.StateError), match="get_quantized_state"):
+        diffq.save(make(), tmp_path / "m.diffq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_codec(tmp_path):
+    """A codec that does not exist is refused, and the old file stays."""
+    path = _saved(mlp(), tmp_path / "m.diffq")
+    before = path.read_bytes()
+    with pytest.raises(diffq.ConfigError, match="lz4"):
+        diffq.save(_qat(mlp()), path, codec="lz4")
+    assert path.read_bytes() == before
+
+
+# --- Sizes and bytes ---
+
+
+@EVERY_PAIR
+def test_sizes_of_files(model, method, tmp_path):
+    """The file has exactly the bytes foretold, and 1 kB more than true_model_size at most."""
+    _, quantizer = _attached(MODELS[model][0], method)
+    for codec in CODECS:
+        size = diffq.save(quantizer, tmp_path / codec, codec)
+        assert os.path.getsize(tmp_path / codec) == size
+        assert quantizer.compressed_model_size(codec) * 2**20 == size
+        assert size <= quantizer.true_model_size() * 2**20 + 1000
+    assert quantizer.compressed_model_size() == quantizer.compressed_model_size("zstd")
+
+
+_OTHER_PROCESS = """
+import sys, torch, diffq
+state = torch.load(sys.argv[1], weights_only=True)
+for codec in ("zstd", "packed"):
+    diffq.save(state, sys.argv[2] + codec, codec, {"b": [1, 2], "a": {"z": 1, "y": 2}})
+"""
+
+
+def test_the_same_bytes_each_time(tmp_path, monkeypatch):
+    """One state gives the same bytes with 1 and 7 threads, and under other hash seeds."""
+    metadata = {"a": {"y": 2, "z": 1}, "b": [1, 2]}
+    _, quantizer = _attached(ConvNet)
+    torch.save(quantizer.get_quantized_state(), tmp_path / "state")
+    expected = {}
+    for codec in CODECS:
+        for count in (1, 7, 7):
+            monkeypatch.setattr(threads, "_cores", lambda count=count: count)
+            diffq.save(quantizer, tmp_path / codec, codec, metadata)
+            data = (tmp_path / codec).read_bytes()
+            assert expected.setdefault(codec, data) == data
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        names = [str(tmp_path / "state"), str(tmp_path / seed)]
+        command = [sys.executable, "-c", _OTHER_PROCESS, *names]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120)
+        for codec in CODECS:
+            assert (tmp_path / f"{seed}{codec}").read_bytes() == expected[codec]
+
+
+# --- Metadata ---
+
+
+def test_metadata_comes_back(tmp_path):
+    """A JSON object comes back equal, types included, and does not touch the tensors."""
+    metadata = {"s": "é\n\u2028🙂", "i": 2**80, "f": 0.1, "n": None, "l": [True, {"": []}], "o": {}}
+    model = mlp()
+    quantizer = _qat(model)
+    plain = diffq.save(quantizer, tmp_path / "plain")
+    assert diffq.save(quantizer, tmp_path / "m.diffq", metadata=metadata) > plain
+    with diffq.open(tmp_path / "m.diffq") as stored, diffq.open(tmp_path / "plain") as other:
+        assert stored.metadata == metadata
+        assert type(stored.metadata["i"]) is int
+        assert other.metadata == {}
+    one, other = (diffq.load(tmp_path / name, mlp()) for name in ("plain", "m.diffq"))
+    assert all_bits(one) == all_bits(other)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [1], "text", 5, {"a": float("nan")}, {"a": -float("inf")}, {"a": b"x"}, {"a": {1, 2}},
+        {"a": torch.zeros(1)}, {"a": "x" * (1 << 20)}, {(1, 2): 3},
+        # No dict, though just as false as an empty one.
+        [], "", 0,
+        # Keys that json.dumps would turn to text, so that another dict comes back.
+        {1: "a"}, {True: "a"}, {None: "a"}, {"a": [{1.5: "a"}]},
+    ],
+    ids=lambda metadata: repr(metadata)[:30],
+)  # fmt: skip
+def test_wrong_metadata(metadata, tmp_path):
+    """What is no JSON object is refused as metadata, and the old file stays as it was."""
+    path = _saved(mlp(), tmp_path / "m.diffq")
+    before = path.read_bytes()
+    with pytest.raises(diffq.FormatError, match="metadata"):
+        diffq.save(_qat(mlp()), path, metadata=metadata)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
