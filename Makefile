@@ -3,6 +3,7 @@
 PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+FUZZ_SECONDS ?= 600
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format wheel clean
+.PHONY: help demo test test-slow fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -28,6 +29,10 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+fuzz: $(VENV)/.installed-dev  ## fuzz the reader of files for FUZZ_SECONDS with atheris
+	$(PIP) install 'atheris>=2.3'
+	$(PY) -m tests.fuzz.fuzz_reader -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=3000 out/corpus
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(PY) -m ruff check .

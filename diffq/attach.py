@@ -170,19 +170,20 @@ class Attachment:
                     setattr(self._chain(site, quantizer), name, tensor)
 
 
-class _SameOutputs(torch.autograd.Function):
-    """Gives outputs unchanged, and makes them depend on further parameters in name only."""
+class _Zero(torch.autograd.Function):
+    """A zero that depends on tensors in name only."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The first `count` tensors."""
-        ctx.others = len(tensors) - count
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+    def forward(ctx: Any, like: Tensor, *tensors: Tensor) -> Tensor:
+        """0-dim zero of the dtype and device of `like`."""
+        ctx.count = len(tensors)
+        return like.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The outputs' gradients; none for the others."""
-        return (None, *grads, *(None,) * ctx.others)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        """No gradient for any."""
+        count: int = ctx.count
+        return (None,) * (1 + count)
 
 
 def _tie_to_output(output: Any, extras: list[nn.Parameter]) -> Any:
@@ -193,13 +194,11 @@ def _tie_to_output(output: Any, extras: list[nn.Parameter]) -> Any:
     are frozen, for parameters that get no gradient, or wait for one in vain.
     """
     leaves, spec = tree_flatten(output)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-    if not places or not extras:
-        return output
-    tied = _SameOutputs.apply(len(places), *(leaves[i] for i in places), *extras)  # type: ignore[no-untyped-call]
-    for place, leaf in zip(places, tied, strict=True):
-        leaves[place] = leaf
-    return tree_unflatten(leaves, spec)
+    for place, leaf in enumerate(leaves):
+        if extras and isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[place] = leaf + _Zero.apply(leaf.detach(), *extras)  # type: ignore[no-untyped-call]
+            return tree_unflatten(leaves, spec)
+    return output
 
 
 def _call_before_backward(output: Any, call: Callable[[], None]) -> bool:
@@ -211,7 +210,8 @@ def _call_before_backward(output: Any, call: Callable[[], None]) -> bool:
     """
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     for leaf in leaves:
-        if leaf.requires_grad:
+        # Parameters among the outputs outlive this forward, and so would a hook on them.
+        if leaf.requires_grad and not leaf.is_leaf:
             leaf.register_hook(lambda grad: call())  # type: ignore[no-untyped-call]
     return bool(leaves)
 

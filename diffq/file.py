@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,7 @@ class StoredModel(Mapping[str, "Tensor"]):
         self, path: PathLike, budget: int | None = None, threads: int | None = None
     ) -> None:
         self.path = Path(path)
+        self._closed = False
         self._buffer = _map(self.path)
         try:
             self.reader = Reader(self._buffer, budget, threads)
@@ -77,6 +79,7 @@ class StoredModel(Mapping[str, "Tensor"]):
 
     def bits(self, name: str) -> NDArray[np.uint8]:
         """Bitwidth of each group of a quantized tensor, uint8 [groups]."""
+        self._check_open()
         return self.reader.bits(name)
 
     def stored_bytes(self, name: str) -> int:
@@ -85,13 +88,19 @@ class StoredModel(Mapping[str, "Tensor"]):
 
     def close(self) -> None:
         """Closes the file; tensors that were decoded stay."""
+        self._closed = True
         self.reader.close()
         _unmap(self._buffer)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self.path} is closed; read its tensors before.")
 
     def __getitem__(self, name: str) -> Tensor:
         """Decodes one tensor: on the CPU, in the dtype of the model."""
         if name not in self:
             raise KeyError(name)
+        self._check_open()
         from diffq.state import record_tensor
 
         return record_tensor(self.reader.record(name))
@@ -159,18 +168,18 @@ def write_atomically(path: PathLike, parts: Iterable[bytes]) -> int:
     Raises:
         OSError: the disk is full, or the folder cannot be written; the old file is intact.
     """
-    import tempfile  # needed by few readers, who would wait for it
-
-    target = Path(path)
-    prefix = f".{target.name}."
-    handle, temporary = tempfile.mkstemp(".tmp", prefix, target.parent)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    handle = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        os.chmod(temporary, _mode(target))
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
@@ -178,15 +187,6 @@ def write_atomically(path: PathLike, parts: Iterable[bytes]) -> int:
         raise
     _sync_folder(target.parent)
     return size
-
-
-def _mode(target: Path) -> int:
-    """Permissions of the old file, or what `open` would give a new one."""
-    with suppress(OSError):
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

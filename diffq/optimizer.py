@@ -43,6 +43,11 @@ def add_extras(
             "but got one that holds none of its parameters. "
             "Make it with model.parameters(), then call setup_optimizer."
         )
+    if any("initial_lr" in group for group in optimizer.param_groups) and ids - held:
+        raise OptimizerError(
+            "The optimizer has a learning rate scheduler, which would not know the new parameter "
+            "group. Call setup_optimizer first, then make the scheduler."
+        )
     if extras:
         _remove(optimizer, ids)
         decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}

@@ -20,8 +20,8 @@ from diffq.checks import check_bits, check_group_size
 from diffq.errors import ConfigError, WeightError
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.quantizers.grids import check_range
-from diffq.select import Rules
-from diffq.state import Snapshot, dtype_name, raw_record
+from diffq.select import Rules, dtype_name
+from diffq.state import Snapshot, raw_record
 
 #: The running statistics of BatchNorm: never quantized nor rounded to float16. A state
 #: dict does not tell buffers from parameters; these are the ones that rounding would harm.

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffq.errors import MismatchError
 from diffq.legacy.layout import is_legacy
 from diffq.legacy.load import load_legacy
-from diffq.select import named_tensors
-from diffq.state import Header, dtype_name, from_state, read_header, record_tensor
+from diffq.select import dtype_name, named_tensors
+from diffq.state import Header, from_state, read_header, record_tensor
 
 
 def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
@@ -111,20 +112,31 @@ def _problems(targets: Mapping[str, Tensor], header: Header) -> list[str]:
     problems = [f"not stored: {name}" for name in targets if name not in sources]
     problems += [f"not in the model: {name}" for name in sources if name not in targets]
     for name in targets.keys() & sources.keys():
-        shape, dtype = header.tensors[sources[name]]
-        target = targets[name]
-        if tuple(target.shape) != shape:
-            problems.append(
-                f"{name}: shape {list(target.shape)} in the model, {list(shape)} stored"
-            )
-        elif dtype_name(target.dtype) != dtype:
-            problems.append(
-                f"{name}: {dtype_name(target.dtype)} in the model, {dtype} stored; "
-                "convert the model with .to(dtype)"
-            )
-        elif target.is_meta:
-            problems.append(f"{name}: on the meta device; call model.to_empty(device=...) first")
+        problem = _problem(targets[name], *header.tensors[sources[name]])
+        if problem:
+            problems.append(f"{name}: {problem}")
     return problems
+
+
+def _problem(target: Tensor, shape: tuple[int, ...], dtype: str) -> str | None:
+    """Why a stored tensor cannot be written to one of the model, if so."""
+    if is_lazy(target):
+        return "no shape in the model yet; run one forward of the lazy module first"
+    if tuple(target.shape) != shape:
+        return f"shape {list(target.shape)} in the model, {list(shape)} stored"
+    if dtype_name(target.dtype) != dtype:
+        stored = f"{dtype_name(target.dtype)} in the model, {dtype} stored"
+        return f"{stored}; convert the model with .to(dtype)"
+    if target.is_meta:
+        return "on the meta device; call model.to_empty(device=...) first"
+    expanded = any(
+        stride == 0 < size - 1 for stride, size in zip(target.stride(), shape, strict=True)
+    )
+    if expanded and target.numel():
+        return "expanded from fewer elements in the model; make it contiguous"
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return "made in inference mode, where it cannot be written to; make the model outside"
+    return None
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,14 @@ from torch.nn.utils import parametrize
 
 from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
+from diffq.format.records import ITEM_SIZES
 from diffq.size import MEGABYTE
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` to "float32"."""
+    return str(dtype).removeprefix("torch.")
+
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -157,6 +164,11 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
                 f"{site.name} must be a dense tensor to be stored, got {tensor.layout}. "
                 "Register it with persistent=False, or make it dense."
             )
+        if dtype_name(tensor.dtype) not in ITEM_SIZES:
+            raise AttachError(
+                f"{site.name} has dtype {dtype_name(tensor.dtype)}, which cannot be stored. "
+                "Register it with persistent=False, or convert it."
+            )
         tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
     plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
     rules.check_patterns([name for plan in plans if plan.learned for name in plan.names])
@@ -183,20 +195,28 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
     """Every parameter and persistent buffer under every name, as the model's code reads it."""
-    seen: dict[tuple[int, str], Tensor] = {}
+    read: dict[tuple[int, str], Tensor] = {}
+    for site, owner in named_sites(model):
+        key = id(owner), site.attribute
+        if key not in read:
+            read[key] = getattr(owner, site.attribute)
+        yield site, read[key]
+
+
+def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
+    """The place of every parameter and persistent buffer, with the submodule that holds it."""
     inner: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
         if f"{path}.".startswith(inner):
             continue
+        names: list[str] = []
         if parametrize.is_parametrized(module):
             inner += (f"{path}.parametrizations.".lstrip("."),)
-        for name in module.parametrizations if parametrize.is_parametrized(module) else ():
-            yield Site(path, name), seen.setdefault((id(module), name), getattr(module, name))
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield Site(path, name), parameter
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
-                yield Site(path, name), buffer
+            names += module.parametrizations
+        names += (name for name, tensor in module._parameters.items() if tensor is not None)
+        skipped = module._non_persistent_buffers_set
+        names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
+        yield from ((Site(path, name), module) for name in names)
 
 
 def _match_any(patterns: Sequence[str], names: Sequence[str]) -> bool:

@@ -33,6 +33,7 @@ from diffq.format.records import (
     split_levels,
     stream_counts,
 )
+from diffq.select import dtype_name
 
 FORMAT = "diffq.state"
 VERSION = 1
@@ -65,11 +66,6 @@ class Snapshot:
 
     records: Mapping[str, Record]
     aliases: Mapping[str, str]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` to "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def raw_record(tensor: Tensor, stored: torch.dtype | None = None) -> RawRecord:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from diffq.errors import ConfigError
 from diffq.file import PathLike, StoredModel, write_atomically
@@ -73,11 +74,18 @@ def load(
         MismatchError: names, shapes or dtypes of file and model differ.
         OSError: the file cannot be read.
     """
-    if model is not None and budget is None:
-        sizes = (4 * tensor.numel() for _, tensor in named_tensors(model))
-        budget = default_budget(os.path.getsize(path)) + 2 * sum(sizes)
+    if model is not None:
+        given = default_budget(os.path.getsize(path)) if budget is None else budget
+        budget = max(given, _decoded_size(model))
     with StoredModel(path, budget) as stored:
         return _state_dict(stored) if model is None else _fill(model, stored)
+
+
+def _decoded_size(model: nn.Module) -> int:
+    """The most bytes that an honest file of a model can need in memory."""
+    # At worst each weight is its own group: a value, a range and a bitwidth.
+    tensors = (tensor for _, tensor in named_tensors(model) if not is_lazy(tensor))
+    return sum(max(4 + 8 + 1, tensor.element_size()) * tensor.numel() for tensor in tensors)
 
 
 def _snapshot(source: BaseQuantizer | Mapping[str, Any]) -> Snapshot:

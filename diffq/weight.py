@@ -42,6 +42,7 @@ class _Cached:
     weight: weakref.ref[Tensor]
     key: tuple[int, ...]
     quantized: Tensor
+    version: int
 
 
 class WeightQuantizer(nn.Module, ABC):
@@ -125,23 +126,36 @@ class WeightQuantizer(nn.Module, ABC):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def _quantized(self, weight: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            quantized = self.eval_weight(weight.detach())
-        else:
-            quantized = self._from_cache(weight)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return straight_through(weight, quantized)
-        return quantized
+        compiling = torch.compiler.is_compiling()
+        quantized = self._evaluate(weight) if compiling else self._from_cache(weight)
+        if not torch.is_grad_enabled() or not weight.requires_grad:
+            return quantized
+        passed = straight_through(weight, quantized)
+        if not compiling:
+            # After a backward comes a step, and fused optimizers leave no trace of theirs.
+            passed.register_hook(self._forget)  # type: ignore[no-untyped-call]
+        return passed
+
+    def _forget(self, grad: Tensor) -> None:
+        self._cached = None
+
+    def _evaluate(self, weight: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.eval_weight(weight.detach())
 
     def _from_cache(self, weight: Tensor) -> Tensor:
-        key = _fingerprint(weight, *self.parameters())
-        cached = self._cached
-        current = cached is not None and cached.weight() is weight and cached.key == key
-        if cached is not None and current and key is not None:
+        key, cached = _fingerprint(weight, *self.parameters()), self._cached
+        if (
+            cached is not None
+            and key is not None
+            and cached.key == key
+            and cached.weight() is weight
+            and cached.quantized._version == cached.version
+        ):
             return cached.quantized
-        with torch.inference_mode(False), torch.no_grad():
-            quantized = self.eval_weight(weight.detach())
-        self._cached = None if key is None else _Cached(weakref.ref(weight), key, quantized)
+        quantized = self._evaluate(weight)
+        if key is not None:
+            self._cached = _Cached(weakref.ref(weight), key, quantized, quantized._version)
         return quantized
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,11 +7,9 @@ import random
 import select
 import signal
 import stat
-import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -328,59 +326,3 @@ def test_two_threads_at_once(states, files, tmp_path):
     assert errors == []
     assert path.read_bytes() in files
     assert list(tmp_path.iterdir()) == [path]
-
-
-# --- Permissions ---
-
-
-@pytest.mark.parametrize("mode", [0o600, 0o644, 0o640, 0o755, 0o444])
-def test_permissions_stay(mode, states, saved, files):
-    """A file that is saved over keeps its permissions."""
-    saved.chmod(mode)
-    diffq.save(states[1], saved)
-    assert stat.S_IMODE(saved.stat().st_mode) == mode
-    assert _untouched(saved, files[1])
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_permissions_of_new_files(mask, states, tmp_path):
-    """A new file gets the permissions that `open` would give it."""
-    old = os.umask(mask)
-    try:
-        diffq.save(states[0], tmp_path / "m.diffq")
-        (tmp_path / "other").touch()
-    finally:
-        assert os.umask(old) == mask
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert modes["m.diffq"] == modes["other"] == 0o666 & ~mask
-
-
-def test_the_umask_stays(states, tmp_path, monkeypatch):
-    """A save never changes the umask, not even for a moment: all threads share it."""
-    seen, umask = [], os.umask
-    monkeypatch.setattr(os, "umask", lambda mask: seen.append(mask) or umask(mask))
-    diffq.save(states[0], tmp_path / "m.diffq")
-    assert seen == []
-
-
-def test_a_read_only_folder(states):
-    """In a folder that cannot be written, a save is a PermissionError, and the file stays."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m.diffq"
-        diffq.save(states[0], path)
-        path.chmod(0o666)
-        before = path.read_bytes()
-        os.chmod(folder, 0o555)
-        # Root may write everywhere.
-        root = hasattr(os, "geteuid") and os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(PermissionError, match=r"m\.diffq"):
-                diffq.save(states[1], path)
-            diffq.verify(path)
-        finally:
-            if root:
-                os.seteuid(0)
-            os.chmod(folder, 0o755)
-        assert _untouched(path, before)

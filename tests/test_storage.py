@@ -1,8 +1,10 @@
 """Models to files and back: bit for bit, and the same bytes each time."""
 
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 import diffq
 from diffq.format import threads
-from tests.holder import Holder, all_bits, bits_of, blank, reloaded, weight_quantizers
+from tests.holder import all_bits, bits_of, blank, reloaded, weight_quantizers
 from tests.models import MODELS, QUANTIZERS, ConvNet, TiedModules, mlp, seeded
 
 CODECS = ["zstd", "packed"]
@@ -222,3 +224,60 @@ def test_wrong_metadata(metadata, tmp_path):
         diffq.save(_qat(mlp()), path, metadata=metadata)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Permissions ---
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o640, 0o755, 0o444])
+def test_permissions_stay(mode, tmp_path):
+    """A file that is saved over keeps its permissions."""
+    path = _saved(mlp(), tmp_path / "m.diffq")
+    path.chmod(mode)
+    diffq.save(_qat(ConvNet()), path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    diffq.load(path, ConvNet())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_of_new_files(mask, tmp_path):
+    """A new file gets the permissions that `open` would give it."""
+    old = os.umask(mask)
+    try:
+        _saved(mlp(), tmp_path / "m.diffq")
+        (tmp_path / "other").touch()
+    finally:
+        assert os.umask(old) == mask
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes["m.diffq"] == modes["other"] == 0o666 & ~mask
+
+
+def test_the_umask_stays(tmp_path, monkeypatch):
+    """A save never changes the umask, not even for a moment: all threads share it."""
+    seen, umask = [], os.umask
+    monkeypatch.setattr(os, "umask", lambda mask: seen.append(mask) or umask(mask))
+    _saved(mlp(), tmp_path / "m.diffq")
+    assert seen == []
+
+
+def test_a_read_only_folder():
+    """In a folder that cannot be written, a save is a PermissionError, and the file stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _saved(mlp(), Path(folder) / "m.diffq")
+        path.chmod(0o666)
+        before = path.read_bytes()
+        os.chmod(folder, 0o555)
+        # Root may write everywhere.
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=r"m\.diffq"):
+                _saved(ConvNet(), path)
+            diffq.verify(path)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     if find_spec("rich") is None:
-        return _fail("The command line needs rich. Install it with: pip install 'diffq[cli]'")
+        return _fail("The command line needs rich. Install it with: pip install rich safetensors")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a question mark.
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")

@@ -125,7 +125,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install 'diffq[cli]'.") from error
+        raise ConfigError("This needs safetensors: pip install safetensors.") from error
     try:
         return dict(load_file(path))
     except SafetensorError as error:

@@ -90,7 +90,7 @@ def _safetensors(
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install 'diffq[cli]'.") from error
+        raise ConfigError("This needs safetensors: pip install safetensors.") from error
     header = {"format": "pt"}
     header |= {"diffq.aliases": json.dumps(aliases)} if aliases else {}
     header |= {"diffq.metadata": json.dumps(metadata)} if metadata else {}

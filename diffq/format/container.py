@@ -70,7 +70,9 @@ def encode_parts(
     compress = codec == "zstd"
     _check_aliases(records, aliases or {})
     entries = [entry_of(name, record) for name, record in records.items()]
-    texts = {chunks.METADATA: write_metadata(metadata)} if metadata else {}
+    texts = {}
+    if metadata is not None and metadata != {}:
+        texts[chunks.METADATA] = write_metadata(metadata)
     pooling, sources = Pooling(compress), list(zip(entries, records.values(), strict=True))
     backs = [pooling.add(entry, record) for entry, record in sources]
     work = partial(_encode_segment, sources=sources, compress=compress)

@@ -25,6 +25,7 @@ def write_metadata(metadata: Mapping[str, Any]) -> bytes:
     if not isinstance(metadata, Mapping):
         raise FormatError(f"The metadata is a dict, got {type(metadata).__name__}.")
     try:
+        _check_keys(metadata)
         text = json.dumps(dict(metadata), sort_keys=True, separators=(",", ":"), allow_nan=False)
         read_metadata(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
@@ -56,6 +57,18 @@ def read_metadata(data: bytes | memoryview) -> dict[str, Any]:
         raise damaged(_WHERE, "it must be a JSON object", type(metadata).__name__)
     _check_depth(metadata)
     return metadata
+
+
+def _check_keys(value: Any) -> None:
+    # json.dumps would turn other keys into strings.
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r}")
+    children = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | list | tuple):
+        for child in children:
+            _check_keys(child)
 
 
 def _check_depth(metadata: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from diffq.format.records import Record
 from diffq.legacy.entries import LevelEntry, is_dense, read_entry
 from diffq.legacy.layout import LegacyState, Settings, describe, read_state
 from diffq.legacy.unpickle import PathLike, read_file
-from diffq.select import QUANTIZABLE, named_tensors
-from diffq.state import Snapshot, dtype_name, raw_record
+from diffq.select import QUANTIZABLE, dtype_name, named_tensors
+from diffq.state import Snapshot, raw_record
 
 Source = PathLike | Mapping[str, Any]
 

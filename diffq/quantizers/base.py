@@ -12,14 +12,14 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from diffq.attach import Attachment, quantizers_in
-from diffq.errors import AttachError, ConfigError, OptimizerError, WeightError
+from diffq.errors import AttachError, ConfigError, DiffqError, OptimizerError, WeightError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record, group_count, stream_counts
 from diffq.optimizer import add_extras
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import table
-from diffq.select import Rules, TensorPlan, build_plan
+from diffq.select import Rules, TensorPlan, build_plan, named_sites
 from diffq.size import MEGABYTE, MEGABYTE_BITS
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
@@ -176,6 +176,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             AttachError: tied tensors were untied, or the model was changed otherwise.
         """
         attachment = self._attachment
+        self._check_names()
         records: dict[str, Record] = {}
         aliases: dict[str, str] = {}
         for plan in self._plans:
@@ -235,6 +236,12 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """A table: tensor, shape, groups, mean bits, MB."""
         if self._attached is None:
             return f"{type(self).__name__}(detached)"
+        try:
+            return self._table()
+        except DiffqError as error:
+            return f"{type(self).__name__}({error})"
+
+    def _table(self) -> str:
         sized = [
             (q, q.stored_bits(self._attachment.weight(q)) / MEGABYTE_BITS)
             for q in self._by_name.values()
@@ -254,10 +261,21 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             raise AttachError("This quantizer was detached from its model. Make a new one.")
         return self._attached
 
+    def _check_names(self) -> None:
+        planned = {name for plan in self._plans for name in plan.names}
+        present = {site.name for site, _ in named_sites(self.model)}
+        changed = sorted(planned ^ present)
+        if changed:
+            raise AttachError(
+                "The model must have the tensors that it had when the quantizer was made, but "
+                f"{', '.join(changed[:5])} came or went since. detach() and make a new quantizer."
+            )
+
     def _choose(
         self, plan: TensorPlan, settings: Any, float16: bool, model: nn.Module
     ) -> WeightQuantizer | None:
         if plan.quantized:
+            _check_owners(plan, model)
             weight = plan.sites[0].read(model)
             _check_finite(plan.name, weight)
             return self._make_quantizer(plan, settings, weight)
@@ -333,6 +351,19 @@ def _check_model(model: nn.Module) -> None:
             "The model has a quantizer already. Call detach() on that one first; "
             "to quantize parts in different ways, use overrides, include and exclude."
         )
+
+
+def _check_owners(plan: TensorPlan, model: nn.Module) -> None:
+    for site in plan.sites:
+        owner = site.owner(model)
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            writes = getattr(owner, "max_norm", None) is not None
+            if owner.sparse or writes:
+                setting = "sparse=True" if owner.sparse else "max_norm"
+                raise AttachError(
+                    f"{site.name} belongs to an embedding with {setting}, which works on the "
+                    f"stored weight alone. Make it without, or pass exclude=[{site.name!r}]."
+                )
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

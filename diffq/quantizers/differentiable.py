@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffq import grid, noise
 from diffq.checks import MAX_BITS, check_bits, check_group_size, check_number
-from diffq.errors import ConfigError
+from diffq.errors import ConfigError, MismatchError
 from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
@@ -140,6 +140,16 @@ class DiffQWeight(GridQuantizer):
     def set_extra_state(self, state: Tensor) -> None:
         """Takes up the stage of a state dict."""
         stage, bits = Stage(int(state[0])), state[1:].float()
+        fixed = self.settings.bits
+        fits = bits.numel() in (1, self.groups) and bool((bits >= self.min_bits).all())
+        if (fixed is not None and not torch.equal(bits, bits.new_tensor([fixed]))) or (
+            bits.numel() and not fits
+        ):
+            raise MismatchError(
+                f"The state dict was made with other bitwidths for {self.plan.name}: got "
+                f"{sorted(set(bits.int().tolist())) or 'learned ones'}. "
+                "Make the quantizer with the same arguments."
+            )
         if bits.numel():
             device = next((t.device for t in (*self.parameters(), *self.buffers())), bits.device)
             self._freeze_at(bits.to(device), stage)

@@ -19,8 +19,7 @@ from diffq.format.records import (
     group_count,
     level_bits,
 )
-from diffq.select import TensorPlan
-from diffq.state import dtype_name
+from diffq.select import TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
 
 

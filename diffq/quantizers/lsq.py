@@ -17,8 +17,7 @@ from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.noise import compute_dtype
 from diffq.quantizers.base import BaseQuantizer
-from diffq.select import Overrides, Rules, TensorPlan
-from diffq.state import dtype_name
+from diffq.select import Overrides, Rules, TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
 
 

@@ -105,7 +105,7 @@ def test_damage_in_one_tensor_leaves_the_others():
 
 
 def test_nothing_asserts_about_input():
-    """The one assert of diffq.format is about its own code, not about what it is given."""
+    """No assert checks anything in diffq.format: `python -O` would remove it."""
     folder = Path(diffq.format.__file__).parent
     asserts = [
         (path.name, line.strip())
@@ -113,4 +113,4 @@ def test_nothing_asserts_about_input():
         for line in path.read_text().splitlines()
         if re.match(r"\s*assert\b", line)
     ]
-    assert [name for name, _ in asserts] == ["container.py"]
+    assert asserts == []

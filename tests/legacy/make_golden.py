@@ -1,9 +1,9 @@
 """Makes the golden files with the earlier diffq package, as a black box.
 
 It was run once, with diffq 0.2.4 from PyPI, torch 2.13.0 and NumPy 2.4.6 on Python 3.11, in an
-environment of its own (`benchmarks/earlier_package.sh /tmp/venv-old` makes one):
+environment of its own (`benchmarks/earlier_package.sh` makes one), from a folder without a `diffq` in it:
 
-    cd /tmp && /tmp/venv-old/bin/python CHECKOUT/tests/legacy/make_golden.py
+    cd tests/legacy && ../../.venv-earlier/bin/python make_golden.py
 
 For each case it writes `CASE.th`, what torch.save makes of the quantized state, and
 `expected.npz`, which holds under `CASE/NAME` what the earlier package restores from
