@@ -8,16 +8,16 @@ object stays the same, so that an optimizer made before still owns it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
+from diffq.graph import call_before_backward, drop_samples, tie_to_output, use_samples
 from diffq.select import Site, TensorPlan
 from diffq.weight import ForwardState, WeightQuantizer
 
@@ -154,10 +154,10 @@ class Attachment:
         if torch.compiler.is_compiling():
             return output
         samples = {q: q.noise for q in self.quantizers if q.noise is not None}
-        if _call_before_backward(output, lambda: _use_samples(samples)):
-            _drop_samples(samples)
+        if call_before_backward(output, lambda: use_samples(samples)):
+            drop_samples(samples)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return _tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
+            return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
         return output
 
     def _tie_again(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -168,64 +168,6 @@ class Attachment:
                 tensor = getattr(self._chain(first, quantizer), name)
                 for site in others:
                     setattr(self._chain(site, quantizer), name, tensor)
-
-
-class _Zero(torch.autograd.Function):
-    """A zero that depends on tensors in name only."""
-
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, *tensors: Tensor) -> Tensor:
-        """0-dim zero of the dtype and device of `like`."""
-        ctx.count = len(tensors)
-        return like.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        """No gradient for any."""
-        count: int = ctx.count
-        return (None,) * (1 + count)
-
-
-def _tie_to_output(output: Any, extras: list[nn.Parameter]) -> Any:
-    """Makes every learned extra part of the graph of the outputs.
-
-    The size penalty is computed outside of the forward, where DistributedDataParallel
-    does not look: it would take the extras of a layer that is not used, or whose bits
-    are frozen, for parameters that get no gradient, or wait for one in vain.
-    """
-    leaves, spec = tree_flatten(output)
-    for place, leaf in enumerate(leaves):
-        if extras and isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaves[place] = leaf + _Zero.apply(leaf.detach(), *extras)  # type: ignore[no-untyped-call]
-            return tree_unflatten(leaves, spec)
-    return output
-
-
-def _call_before_backward(output: Any, call: Callable[[], None]) -> bool:
-    """Calls back when a backward starts at an output; False if it holds no tensor to tell.
-
-    Activation checkpointing runs parts of the forward again in its backward. Another
-    forward may have come in between: the backward of each starts at its own output, and
-    is over before that of an earlier one begins.
-    """
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    for leaf in leaves:
-        # Parameters among the outputs outlive this forward, and so would a hook on them.
-        if leaf.requires_grad and not leaf.is_leaf:
-            leaf.register_hook(lambda grad: call())  # type: ignore[no-untyped-call]
-    return bool(leaves)
-
-
-def _use_samples(samples: Mapping[WeightQuantizer, Tensor | None]) -> None:
-    for quantizer, sample in samples.items():
-        quantizer.noise = sample
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: _drop_samples(samples))
-
-
-def _drop_samples(quantizers: Iterable[WeightQuantizer]) -> None:
-    for quantizer in quantizers:
-        quantizer.noise = None
 
 
 class _TrainingHold:

@@ -29,6 +29,7 @@ STAGES = [
     "select",
     "state",
     "weight",
+    "graph",
     "attach",
     "optimizer",
     "report",

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from diffq.attach import Attachment, quantizers_in
 from diffq.errors import AttachError, ConfigError, DiffqError, OptimizerError, WeightError
 from diffq.format.container import Codec, encode_parts
-from diffq.format.records import Record, group_count, stream_counts
+from diffq.format.records import Record
 from diffq.optimizer import add_extras
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
-from diffq.report import table
+from diffq.report import level_totals, size_table
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
 from diffq.size import MEGABYTE, MEGABYTE_BITS
 from diffq.state import Snapshot, raw_record, to_state
@@ -164,7 +164,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
     def mean_bits(self) -> float:
         """Average bitwidth of the quantized weights; NaN if there are none."""
-        totals = [_level_totals(q) for q in self._attachment.quantizers]
+        totals = [level_totals(q) for q in self._attachment.quantizers]
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 
@@ -242,18 +242,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             return f"{type(self).__name__}({error})"
 
     def _table(self) -> str:
-        sized = [
-            (q, q.stored_bits(self._attachment.weight(q)) / MEGABYTE_BITS)
-            for q in self._by_name.values()
-            if q.group_bits() is not None
-        ]
-        total = self.true_model_size()
-        rest = total - sum(size for _, size in sized)
-        rows = [_row(quantizer, size) for quantizer, size in sized]
-        rows.append((f"{len(self._plans) - len(rows)} without levels", "", "", "", f"{rest:.4f}"))
-        rows.append(("total", "", "", f"{self.mean_bits():.2f}", f"{total:.4f}"))
-        header = ("tensor", "shape", "groups", "bits", "MB")
-        return f"{type(self).__name__}\n{table(header, rows, left=2)}"
+        attachment = self._attachment
+        sized = [(q, q.stored_bits(attachment.weight(q))) for q in attachment.quantizers]
+        return f"{type(self).__name__}\n{size_table(sized, self._raw_bits(), len(self._plans))}"
 
     @property
     def _attachment(self) -> Attachment:
@@ -317,23 +308,6 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
             if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
                 return attachment.face
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
-
-
-def _row(quantizer: WeightQuantizer, size: float) -> tuple[str, ...]:
-    plan = quantizer.plan
-    bits, weights = _level_totals(quantizer)
-    groups = group_count(weights, quantizer.group_size)
-    shape = "x".join(map(str, plan.shape))
-    return " = ".join(plan.names), shape, str(groups), f"{bits / weights:.2f}", f"{size:.4f}"
-
-
-def _level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:
-    """Bits of all levels of a tensor, and the number of its levels."""
-    bits = quantizer.group_bits()
-    if bits is None:
-        return 0, 0
-    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
-    return sum(width * count for width, count in counts.items()), quantizer.plan.numel
 
 
 def _check_model(model: nn.Module) -> None:
