@@ -1,7 +1,8 @@
 """Makes the golden files with the earlier diffq package, as a black box.
 
 It was run once, with diffq 0.2.4 from PyPI, torch 2.13.0 and NumPy 2.4.6 on Python 3.11, in an
-environment of its own (`benchmarks/earlier_package.sh` makes one), from a folder without a `diffq` in it:
+environment of its own (`benchmarks/earlier_package.sh` makes one), from a folder without a
+`diffq` in it:
 
     cd tests/legacy && ../../.venv-earlier/bin/python make_golden.py
 
