@@ -142,7 +142,7 @@ class Attachment:
         return chain
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        self.forward_state.depth += 1
+        self.forward_state.running.append(True)
         with torch.no_grad():
             for quantizer in self.quantizers:
                 if quantizer.training:
@@ -150,7 +150,8 @@ class Attachment:
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Another hook may have failed before ours could count the entry.
-        self.forward_state.depth = max(0, self.forward_state.depth - 1)
+        if self.forward_state.running:
+            self.forward_state.running.pop()
         if torch.compiler.is_compiling():
             return output
         samples = {q: q.noise for q in self.quantizers if q.noise is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,9 +20,17 @@ from diffq.select import TensorPlan
 
 @dataclass
 class ForwardState:
-    """What all weight quantizers of one model share: whether the root's forward runs."""
+    """What all weight quantizers of one model share: the forwards of the root that run.
 
-    depth: int = 0
+    A list, because threads may evaluate at once: `append` and `pop` lose no count.
+    """
+
+    running: list[bool] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        """How many forwards of the root run."""
+        return len(self.running)
 
 
 class ModeFollower(Protocol):
