@@ -141,10 +141,11 @@ class WeightQuantizer(nn.Module, ABC):
         passed = straight_through(weight, quantized)
         if not compiling:
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
-            passed.register_hook(self._forget)  # type: ignore[no-untyped-call]
+            passed.register_hook(self.forget)  # type: ignore[no-untyped-call]
         return passed
 
-    def _forget(self, grad: Tensor) -> None:
+    def forget(self, grad: Tensor | None = None) -> None:
+        """Has the quantized weight computed again; takes a gradient to serve as a hook."""
         self._cached = None
 
     def _evaluate(self, weight: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class DiffQWeight(GridQuantizer):
 
     def _freeze_at(self, bits: Tensor, stage: Stage) -> None:
         # Optimizers may move logits on by momentum, so the bits are kept apart from them.
-        self.stage, self.frozen_bits = stage, bits
+        self._set_bits(stage, bits)
         for logits in self.parameters():
             logits.grad = None
 
@@ -154,7 +154,11 @@ class DiffQWeight(GridQuantizer):
             device = next((t.device for t in (*self.parameters(), *self.buffers())), bits.device)
             self._freeze_at(bits.to(device), stage)
         else:
-            self.stage, self.frozen_bits = stage, None
+            self._set_bits(stage, None)
+
+    def _set_bits(self, stage: Stage, frozen: Tensor | None) -> None:
+        self.stage, self.frozen_bits = stage, frozen
+        self.forget()
 
 
 class DiffQuantizer(BaseQuantizer):
