@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow fuzz lint format wheel clean
+.PHONY: help demo test test-slow coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+coverage: $(VENV)/.installed-dev  ## check that the tests reach every branch of diffq.format
+	$(PY) -m pytest -q tests/format tests/fuzz --cov=diffq.format --cov-branch --cov-fail-under=100
 
 fuzz: $(VENV)/.installed-dev  ## fuzz the reader of files for FUZZ_SECONDS with atheris
 	$(PIP) install 'atheris>=2.3'
