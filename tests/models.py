@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
+from diffq import attach
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
@@ -181,3 +182,64 @@ def restored(make, quantizer):
     """
     fresh = diffq.restore_quantized_state(make(), quantizer.get_quantized_state())
     return fresh.eval().requires_grad_(False)
+
+
+class First(nn.Module):
+    """The output of a recurrent layer without its state."""
+
+    def forward(self, pair):
+        return pair[0]
+
+
+def attached(make, kind="diffq", **options):
+    """A seeded model and its quantizer, which may train without an optimizer."""
+    model = seeded(make)
+    quantizer = QUANTIZERS[kind](model, **options)
+    quantizer.no_optimizer()
+    return model, quantizer
+
+
+def same_gradients(one, other):
+    """Whether two dicts of `gradients` are bit-equal."""
+    return one.keys() == other.keys() and all(
+        (a is None and b is None) or torch.equal(a, b)
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def nothing_held(model):
+    """Whether no forward is counted and no weight is fixed."""
+    quantizers = attach.quantizers_in(model)
+    return bool(quantizers) and all(
+        q._held is None and q.forward_state.depth == 0 for q in quantizers
+    )
+
+
+def fingerprint(model):
+    """All that a quantizer could leave behind: classes, attributes, hooks, parameters."""
+    return [
+        (
+            path,
+            type(module),
+            sorted(module.__dict__),
+            [(name, id(p)) for name, p in module._parameters.items()],
+            [(name, id(b)) for name, b in module._buffers.items()],
+            list(module._modules),
+            {key: len(value) for key, value in module.__dict__.items() if "hooks" in key},
+            [id(weight) for weight in getattr(module, "_flat_weights", ())],
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def after_steps(name="mlp", quantizer="diffq", steps=2, **options):
+    """A model after some steps, its quantizer and an input."""
+    make, make_input = MODELS[name]
+    model = seeded(make)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    quantizer = QUANTIZERS[quantizer](model, **options)
+    quantizer.setup_optimizer(optimizer, lr=0.2)
+    inputs = make_input()
+    for _ in range(steps):
+        step(model, optimizer, inputs, quantizer)
+    return model, quantizer, inputs
