@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -243,3 +244,37 @@ def after_steps(name="mlp", quantizer="diffq", steps=2, **options):
     for _ in range(steps):
         step(model, optimizer, inputs, quantizer)
     return model, quantizer, inputs
+
+
+def _hooks(model):
+    return {
+        (path, key): len(value)
+        for path, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if "hooks" in key
+    }
+
+
+def state_of(model):
+    """What an operation that failed must have left as it was."""
+    return (
+        [(path, type(module)) for path, module in model.named_modules()],
+        {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
+        _hooks(model),
+    )
+
+
+def refused(model, error, make, *words):
+    """Checks that `make(model)` raises `error` with all words, and changes nothing."""
+    before, values = state_of(model), snapshot_of(model)
+    with pytest.raises(error) as caught:
+        make(model)
+    assert isinstance(caught.value, diffq.DiffqError)
+    message = str(caught.value)
+    assert all(str(word) in message for word in words), message
+    assert message.endswith((".", ")", "'")) or "\n" in message
+    assert state_of(model) == before
+    assert same_tensors(snapshot_of(model), values) or any(
+        not value.isfinite().all() for value in values.values()
+    )
+    return message
