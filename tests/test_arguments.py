@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 
 import diffq
+from tests.holder import reloaded
 from tests.models import (
     QUANTIZERS,
     mlp,
@@ -163,3 +165,95 @@ def test_unknown_argument():
     with pytest.raises(TypeError, match="groupsize"):
         diffq.DiffQuantizer(model, groupsize=8)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
+@pytest.mark.parametrize("field", ["include", "overrides"])
+def test_pattern_of_small_parameters_only(field, kind):
+    """A pattern that matches only parameters at or below min_size is refused with the remedy."""
+    value = {"bias": {"bits": 4}} if field == "overrides" else ["bias"]
+    refused(
+        mlp(),
+        diffq.ConfigError,
+        lambda m: QUANTIZERS[kind](m, min_size=100 * 4 / 2**20, **{field: value}),
+        "'bias'",
+        "0.bias, 2.bias",
+        "Lower min_size",
+    )
+
+
+def test_exclude_of_small_parameters_only():
+    """A pattern of exclude may match small parameters: they are left alone either way."""
+    assert diffq.DiffQuantizer(mlp(), exclude=["bias"]).bits() == {}
+
+
+# Flags and NumPy's numbers
+
+
+@pytest.mark.parametrize("value", ["no", "", 0, 1, 1.0, None, [True]])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m, v: diffq.QATQuantizer(m, min_size=0, per_channel=v), "per_channel"),
+        (lambda m, v: diffq.QATQuantizer(m, min_size=0, training=v), "training"),
+        (lambda m, v: diffq.UniformQuantizer(m, min_size=0, qat=v), "qat"),
+        (lambda m, v: diffq.DiffQuantizer(m, min_size=0, float16=v), "float16"),
+        (lambda m, v: diffq.LSQQuantizer(m, min_size=0, float16=v), "float16"),
+        (
+            lambda m, v: diffq.QATQuantizer(
+                m, min_size=0, overrides={"weight": {"per_channel": v}}
+            ),
+            "per_channel",
+        ),
+    ],
+)
+def test_flags_that_are_no_flags(call, name, value):
+    """A flag that is neither True nor False is refused, whatever Python would take it for."""
+    refused(mlp(), diffq.ConfigError, lambda m: call(m, value), name, "True or False", repr(value))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda q: q.freeze_bits(rounding="no"), "rounding"),
+        (lambda q: q.get_quantized_state(packed=1), "packed"),
+        (lambda q: q.detach(quantized="no"), "quantized"),
+    ],
+)
+def test_flags_of_calls(call, name):
+    """A flag of a call is refused likewise, and the quantizer is as it was."""
+    model = mlp()
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    refused(model, diffq.ConfigError, lambda _: call(quantizer), name, "True or False")
+    assert quantizer.model is model
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.int32])
+@pytest.mark.parametrize("overriding", [False, True])
+def test_numbers_of_numpy(number, overriding):
+    """NumPy's numbers are taken for Python's, and leave nothing of theirs in a state."""
+    options = {"group_size": number(4), "min_bits": number(3), "max_bits": number(9)}
+    options |= {"init_bits": np.float32(6)}
+    given = {"overrides": {"*": options}} if overriding else options
+    quantizer = diffq.DiffQuantizer(mlp(), min_size=np.float32(0), **given)
+    expected = diffq.DiffQuantizer(
+        mlp(), min_size=0, group_size=4, min_bits=3, max_bits=9, init_bits=6
+    )
+    assert quantizer.true_model_size() == expected.true_model_size()
+    state = reloaded(quantizer.get_quantized_state())
+    diffq.restore_quantized_state(mlp(), state)
+    assert type(state["tensors"]["0.weight"]["group_size"]) is int
+
+
+@pytest.mark.parametrize("make", [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer])
+def test_bits_of_numpy(make):
+    """A bitwidth may be a number of NumPy, and a flag a boolean of NumPy."""
+    quantizer = make(mlp(), bits=np.int64(4), min_size=0, float16=np.True_)
+    assert {int(width) for bits in quantizer.bits().values() for width in bits} == {4}
+    diffq.restore_quantized_state(mlp(), reloaded(quantizer.get_quantized_state()))
+
+
+@pytest.mark.parametrize("bits", [np.True_, np.float32(4), np.int64(16), np.array([4])])
+def test_numbers_of_numpy_that_are_no_bitwidths(bits):
+    """NumPy's booleans, floats and arrays are no bitwidths."""
+    refused(mlp(), diffq.ConfigError, lambda m: diffq.QATQuantizer(m, bits=bits), "bits", "15")
