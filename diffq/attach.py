@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
+from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
 from diffq.weight import ForwardState, WeightQuantizer
 
@@ -129,6 +130,7 @@ class Attachment:
         unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
         _chains(owner)[site.attribute].unsafe = unsafe
+        shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:

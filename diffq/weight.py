@@ -134,8 +134,12 @@ class WeightQuantizer(nn.Module, ABC):
     def size_bits(self) -> Tensor | float:
         """Bits of the stored weight, 0-dim; those that are learned are left to `learned_size`."""
 
-    def learned_size(self) -> tuple[Grouping, Tensor] | None:
-        """What learned bits depend on: the groups and their logits; None if there are none."""
+    def learned_size(self, used_only: bool = False) -> tuple[Grouping, Tensor] | None:
+        """What learned bits depend on: the groups and their logits; None if there are none.
+
+        Args:
+            used_only: without gradient if the last training forward did not read the weight.
+        """
         return None
 
     @abstractmethod
@@ -198,6 +202,18 @@ class WeightQuantizer(nn.Module, ABC):
         self._cached = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
+    def at_hand(self, weight: Tensor) -> Tensor | None:
+        """What `forward` would return, where nothing is left to compute; otherwise None."""
+        if self.training:
+            current = self.current
+            if current is None or current.weight is not weight or self.forward_state.depth == 0:
+                return None
+            self.used = True
+            return current.connected if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return None
+        return self._cached_for(weight, self._fingerprint(weight))
+
     def _quantized(self, weight: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         quantized = self._evaluate(weight) if compiling else self._from_cache(weight)
@@ -218,32 +234,36 @@ class WeightQuantizer(nn.Module, ABC):
             return self.eval_weight(weight.detach())
 
     def _from_cache(self, weight: Tensor) -> Tensor:
-        key, cached = _fingerprint(weight, *self.parameters()), self._cached
-        if (
-            cached is not None
-            and key is not None
-            and cached.key == key
-            and cached.weight() is weight
-            and cached.quantized._version == cached.version
-        ):
-            return cached.quantized
+        key = self._fingerprint(weight)
+        cached = self._cached_for(weight, key)
+        if cached is not None:
+            return cached
         quantized = self._evaluate(weight)
         if key is not None:
             self._cached = _Cached(weakref.ref(weight), key, quantized, quantized._version)
         return quantized
 
+    def _cached_for(self, weight: Tensor, key: tuple[int, ...] | None) -> Tensor | None:
+        cached = self._cached
+        if cached is None or cached.key != key or cached.weight() is not weight:
+            return None
+        return cached.quantized if cached.quantized._version == cached.version else None
+
+    def _fingerprint(self, weight: Tensor) -> tuple[int, ...] | None:
+        """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
+        try:
+            key: tuple[int, ...] = weight._version, weight.data_ptr()
+            for learned in self._parameters.values():
+                if learned is not None:
+                    key += learned._version, learned.data_ptr()
+            return key
+        except RuntimeError:
+            # Tensors made in inference mode count no versions; functorch's have no memory.
+            return None
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
-
-
-def _fingerprint(*tensors: Tensor) -> tuple[int, ...] | None:
-    """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
-    try:
-        return tuple(number for t in tensors for number in (t._version, t.data_ptr()))
-    except RuntimeError:
-        # Tensors made in inference mode count no versions; functorch's have no memory.
-        return None
 
 
 def _in_backward() -> bool:

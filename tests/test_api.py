@@ -29,6 +29,7 @@ STAGES = [
     "select",
     "state",
     "weight",
+    "reading",
     "graph",
     "attach",
     "optimizer",

@@ -110,12 +110,17 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             guard.remove()
         self._guards.clear()
 
-    def model_size(self) -> Tensor:
+    def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
 
         Equation 8 of the DiffQ paper plus ranges, bit maps, and the tensors that are
         not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
         the device.
+
+        Args:
+            used_only: bits of tensors that the last training forward did not read, such
+                as those of a layer that LayerDrop left out, get no gradient (Section 5.2
+                of the paper). The size is the same.
 
         Returns:
             0-dim float32 tensor on the device of the model's parameters.
@@ -127,7 +132,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         bits = torch.full((), fixed, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        learned = [size for q in attachment.quantizers if (size := q.learned_size()) is not None]
+        learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
         for place in dict.fromkeys(logits.device for _, logits in learned):
             there = [size for size in learned if size[1].device == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
