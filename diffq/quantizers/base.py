@@ -160,12 +160,20 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
         Raises:
             WeightError: the bitwidths are not finite.
+            AttachError: a quantized tensor was removed or replaced.
         """
+        self._attachment.check_places()
         widths = {q.plan.name: q.group_bits() for q in self._attachment.quantizers}
         return {name: torch.from_numpy(bits) for name, bits in widths.items() if bits is not None}
 
     def mean_bits(self) -> float:
-        """Average bitwidth of the quantized weights; NaN if there are none."""
+        """Average bitwidth of the quantized weights; NaN if there are none.
+
+        Raises:
+            WeightError: the bitwidths are not finite.
+            AttachError: a quantized tensor was removed or replaced.
+        """
+        self._attachment.check_places()
         totals = [level_totals(q) for q in self._attachment.quantizers]
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
