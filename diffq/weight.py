@@ -131,7 +131,13 @@ class WeightQuantizer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
         # A cast or move may end at the same address, so that the weight looks unchanged.
         self._cached = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def _quantized(self, weight: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
