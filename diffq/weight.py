@@ -99,6 +99,11 @@ class WeightQuantizer(nn.Module, ABC):
     def stored_bits(self, weight: Tensor) -> int:
         """Bits of the stored weight as `record` counts them, exactly."""
 
+    @property
+    def learning(self) -> bool:
+        """Whether training still moves the parameters of this quantizer."""
+        return True
+
     def group_bits(self) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None

@@ -80,6 +80,11 @@ class DiffQWeight(GridQuantizer):
         else:
             self.frozen_bits = torch.full((1,), float(fixed), device=device)
 
+    @property
+    def learning(self) -> bool:
+        """Whether the bitwidths are still learned."""
+        return self.stage is Stage.LEARNED
+
     def bits(self) -> Tensor:
         """Bitwidths that training uses, [groups]; real and differentiable while learned."""
         if self.frozen_bits is not None:
