@@ -146,6 +146,11 @@ class WeightQuantizer(nn.Module, ABC):
     def stored_bits(self, weight: Tensor) -> int:
         """Bits of the stored weight as `record` counts them, exactly."""
 
+    @property
+    def learning(self) -> bool:
+        """Whether training still moves the parameters of this quantizer."""
+        return True
+
     def group_bits(self) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None
@@ -200,7 +205,13 @@ class WeightQuantizer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
         # A cast or move may end at the same address, so that the weight looks unchanged.
         self._cached = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def at_hand(self, weight: Tensor) -> Tensor | None:
         """What `forward` would return, where nothing is left to compute; otherwise None."""

@@ -84,6 +84,11 @@ class DiffQWeight(GridQuantizer):
         else:
             self.frozen_bits = torch.full((1,), float(fixed), device=device)
 
+    @property
+    def learning(self) -> bool:
+        """Whether the bitwidths are still learned."""
+        return self.stage is Stage.LEARNED
+
     @torch.no_grad()
     def bits(self) -> Tensor:
         """Bitwidths that training uses, float32 [groups]: real ones while they are learned."""
