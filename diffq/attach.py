@@ -7,6 +7,7 @@ object stays the same, so that an optimizer made before still owns it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -182,7 +183,9 @@ class Attachment:
             take_samples_away(self.quantizers)
             return output
         samples = {q: q.current for q in self.quantizers if q.current is not None}
-        if call_before_backward(output, lambda: use_samples(samples)):
+        told = call_before_backward(output, lambda: use_samples(samples))
+        # Hooks that are always called run while an exception of the forward is handled.
+        if told or sys.exc_info()[0] is not None:
             take_samples_away(samples)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])

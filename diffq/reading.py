@@ -23,6 +23,7 @@ def shorten_reading(owner: nn.Module, name: str) -> None:
         name: the tensor's attribute.
     """
     whole: property = vars(type(owner))[name]
+    compute: Any = whole.fget
 
     def _read(owner: Any) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -34,7 +35,7 @@ def shorten_reading(owner: nn.Module, name: str) -> None:
                 ready: Tensor | None = at_hand(chain._modules["0"], weight)
                 if ready is not None:
                     return ready
-        computed: Tensor = whole.__get__(owner)
+        computed: Tensor = compute(owner)
         return computed
 
     setattr(type(owner), name, property(_read, whole.fset))
