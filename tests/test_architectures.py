@@ -1,7 +1,6 @@
 """Random models under random quantizers: from attaching to the file and back.
 
-The few that run each time are the same ones in CI. For thousands of others:
-`ARCHITECTURES=5000 make test-slow PYTEST_FLAGS="tests/test_architectures.py"`.
+The few that run each time are the same ones in CI; CONTRIBUTING.md has the command for thousands.
 """
 
 import copy
