@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +29,6 @@ from training_cases import ALL_CASES, CONTENDERS, Case, Contender
 
 MEGABYTE = 2**20
 LAMBDA = 0.1
-MEMORY_STEPS = 3
 
 
 class Meter:
@@ -35,15 +36,19 @@ class Meter:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.name = torch.cuda.get_device_name() if self.cuda else platform.machine()
         self.before_mb = 0.0 if self.cuda else resident_mb()
 
-    def start_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats() if self.cuda else reset_peak()
-
-    def peak_mb(self) -> float:
-        """The most memory held since `start_peak()`, without what was held at first."""
+    def peak_mb(self, call: Callable[[], None]) -> float:
+        """The most memory held during a call, without what was held at first."""
         if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            call()
             return torch.cuda.max_memory_allocated() / MEGABYTE
+        # Where it is not allowed, the peak since this process began is hardly another.
+        with suppress(PermissionError):
+            reset_peak()
+        call()
         return peak_resident_mb() - self.before_mb
 
     def seconds(self, call: Callable[[], None], times: int) -> float:
@@ -67,9 +72,8 @@ class Trainer:
         self.device = device
         self.case = case
         self.plain_model = case.model().to(device)
-        limit = case.min_size * MEGABYTE
-        sizes = [4 * p.numel() for p in self.plain_model.parameters()]
-        self.quantized_mb = sum(size for size in sizes if size >= limit) / MEGABYTE
+        sizes_mb = [4 * p.numel() / MEGABYTE for p in self.plain_model.parameters()]
+        self.quantized_mb = sum(size for size in sizes_mb if size > case.min_size)
         self.optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=1e-4)
         self.quantizer = self._attach(contender)
         self.model = torch.compile(self.plain_model) if case.compiled else self.plain_model
@@ -112,16 +116,17 @@ class Trainer:
 def serve_case(name: str, contender: Contender, device: str) -> None:
     meter = Meter(device)
     trainer = Trainer(ALL_CASES[name], contender, device)
-    meter.start_peak()
-    meter.seconds(trainer.step, MEMORY_STEPS)
-    result = {"peak_mb": meter.peak_mb(), "quantized_mb": trainer.quantized_mb}
-    while True:
-        trainer.release()
-        answer(result)
-        request = next(requests())
+    trainer.step()  # makes the optimizer's state, and compiles
+    peak_mb = meter.peak_mb(trainer.step)
+    result = {"device": meter.name, "peak_mb": peak_mb, "quantized_mb": trainer.quantized_mb}
+    trainer.release()
+    answer(result)
+    for request in requests():
         if "end" in request:
             return answer({})
         result = {"seconds": turn(trainer, meter, request)}
+        trainer.release()
+        answer(result)
 
 
 def turn(trainer: Trainer, meter: Meter, request: dict[str, int]) -> float:
@@ -173,7 +178,8 @@ def main() -> None:
     contender = CONTENDERS[args.contender]
     if contender.quantizer:
         getattr(diffq, contender.quantizer)  # imported on first use, and counted as memory then
-    answer({"torch": torch.__version__, "threads": torch.get_num_threads()})
+    version = getattr(diffq, "__version__", None)
+    answer({"diffq": version, "torch": torch.__version__, "threads": torch.get_num_threads()})
     for request in requests():
         fork_case(request["case"], contender, args.device)
 
