@@ -26,7 +26,14 @@ from diffq.errors import (
 if TYPE_CHECKING:
     from diffq.file import open_file as open
     from diffq.file import verify
+    from diffq.layers import (
+        LayerDrop,
+        every_other_layer,
+        every_other_layer_state,
+        share_layers,
+    )
     from diffq.legacy.load import load_legacy
+    from diffq.losses import distillation_loss
     from diffq.quantizers.base import quantizer_of
     from diffq.quantizers.compat import LSQ, UniformQuantizer
     from diffq.quantizers.differentiable import DiffQuantizer
@@ -45,18 +52,23 @@ __all__ = [
     "FormatError",
     "LSQ",
     "LSQQuantizer",
+    "LayerDrop",
     "MismatchError",
     "OptimizerError",
     "QATQuantizer",
     "StateError",
     "UniformQuantizer",
     "WeightError",
+    "distillation_loss",
+    "every_other_layer",
+    "every_other_layer_state",
     "load",
     "load_legacy",
     "open",
     "quantizer_of",
     "restore_quantized_state",
     "save",
+    "share_layers",
     "verify",
 ]
 
@@ -65,14 +77,19 @@ _LAZY = {
     "DiffQuantizer": ("diffq.quantizers.differentiable", "DiffQuantizer"),
     "LSQ": ("diffq.quantizers.compat", "LSQ"),
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
+    "LayerDrop": ("diffq.layers", "LayerDrop"),
     "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
     "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),
+    "distillation_loss": ("diffq.losses", "distillation_loss"),
+    "every_other_layer": ("diffq.layers", "every_other_layer"),
+    "every_other_layer_state": ("diffq.layers", "every_other_layer_state"),
     "load": ("diffq.storage", "load"),
     "load_legacy": ("diffq.legacy.load", "load_legacy"),
     "open": ("diffq.file", "open_file"),
     "quantizer_of": ("diffq.quantizers.base", "quantizer_of"),
     "restore_quantized_state": ("diffq.restore", "restore_quantized_state"),
     "save": ("diffq.storage", "save"),
+    "share_layers": ("diffq.layers", "share_layers"),
     "verify": ("diffq.file", "verify"),
 }
 
