@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from diffq.quantizers.differentiable import DiffQuantizer
     from diffq.quantizers.lsq import LSQQuantizer
     from diffq.quantizers.qat import QATQuantizer
+    from diffq.quantizers.quant_noise import QuantNoiseQuantizer
     from diffq.restore import restore_quantized_state
     from diffq.storage import load, save
 
@@ -56,6 +57,7 @@ __all__ = [
     "MismatchError",
     "OptimizerError",
     "QATQuantizer",
+    "QuantNoiseQuantizer",
     "StateError",
     "UniformQuantizer",
     "WeightError",
@@ -79,6 +81,7 @@ _LAZY = {
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
     "LayerDrop": ("diffq.layers", "LayerDrop"),
     "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
+    "QuantNoiseQuantizer": ("diffq.quantizers.quant_noise", "QuantNoiseQuantizer"),
     "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),
     "distillation_loss": ("diffq.losses", "distillation_loss"),
     "every_other_layer": ("diffq.layers", "every_other_layer"),

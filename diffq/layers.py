@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffq.checks import check_number
+from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError
 
 Layers = TypeVar("Layers", nn.Sequential, nn.ModuleList)
@@ -108,7 +108,7 @@ def share_layers(layers: Layers, chunk: int = 2) -> Layers:
     Raises:
         ConfigError: layers of a chunk differ in the names or shapes of their tensors.
     """
-    _check_chunk(chunk)
+    check_whole(chunk, "chunk")
     plain = _all(layers)
     firsts = [plain[place - place % chunk] for place in range(len(plain))]
     for place, (first, layer) in enumerate(zip(firsts, plain, strict=True)):
@@ -140,7 +140,7 @@ def every_other_layer(layers: Layers, chunk: int = 1) -> Layers:
     Raises:
         ConfigError: the chunk is no whole number from 1.
     """
-    _check_chunk(chunk)
+    check_whole(chunk, "chunk")
     kept = [layer for place, layer in enumerate(_all(layers)) if _is_kept(place, chunk)]
     if isinstance(layers, LayerDrop):
         return type(layers)(kept, layers.rate)
@@ -161,7 +161,7 @@ def every_other_layer_state(state: Mapping[str, Any], name: str, chunk: int = 1)
     Raises:
         ConfigError: the state has no layers under that name.
     """
-    _check_chunk(chunk)
+    check_whole(chunk, "chunk")
     prefix = f"{name}." if name else ""
     result: dict[str, Any] = {}
     found = False
@@ -187,11 +187,6 @@ def _is_kept(place: int, chunk: int) -> bool:
 
 def _new_place(place: int, chunk: int) -> int:
     return place // (2 * chunk) * chunk + place % chunk
-
-
-def _check_chunk(chunk: Any) -> None:
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ConfigError(f"chunk must be a whole number of layers from 1, got {chunk!r}.")
 
 
 def _all(layers: Iterable[nn.Module]) -> list[nn.Module]:
