@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffq.errors import (
     AttachError,
+    CalibrationError,
     ConfigError,
     DiffqError,
     FormatError,
@@ -24,6 +25,7 @@ from diffq.errors import (
 )
 
 if TYPE_CHECKING:
+    from diffq.activations import ActivationQuantizer
     from diffq.file import open_file as open
     from diffq.file import verify
     from diffq.layers import (
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationQuantizer",
     "AttachError",
+    "CalibrationError",
     "ConfigError",
     "DiffQuantizer",
     "DiffqError",
@@ -76,6 +80,7 @@ __all__ = [
 
 # Imported on first use, so that reading a file needs no torch: name to module and attribute.
 _LAZY = {
+    "ActivationQuantizer": ("diffq.activations", "ActivationQuantizer"),
     "DiffQuantizer": ("diffq.quantizers.differentiable", "DiffQuantizer"),
     "LSQ": ("diffq.quantizers.compat", "LSQ"),
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),

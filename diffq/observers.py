@@ -178,3 +178,39 @@ def keep_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     step = torch.ldexp(2 * torch.ceil(mantissa * digits) / digits, exponent - 1)
     zero = torch.round(-low / torch.where(step > 0, step, 1)).clamp(0, top)
     return -zero * step, (top - zero) * step
+
+
+class RangeTracker:
+    """The range of a stream of tensors; it always holds zero.
+
+    Zeros are common in activations, from ReLU and padding, so zero becomes a level.
+
+    Args:
+        observer: one range for all channels or one for each, and how it is found.
+        bits: bitwidth of the grid.
+    """
+
+    def __init__(self, observer: Observer, bits: int) -> None:
+        self._observer, self._bits = observer, bits
+        self._bounds: Tensor | None = None
+        self._histogram: Histogram | None = None
+
+    def update(self, values: Tensor) -> None:
+        """Takes a part of the stream: [channels, values], at least one value."""
+        if self._observer == "histogram":
+            seen = Histogram.of(values)
+            self._histogram = self._histogram.merge(seen) if self._histogram else seen
+            return
+        rows = values if self._observer == "channel" else values.reshape(1, -1)
+        bounds = torch.stack([rows.amin(1), -rows.amax(1)])
+        self._bounds = bounds if self._bounds is None else torch.minimum(self._bounds, bounds)
+
+    def range(self) -> Tensor | None:
+        """Low and high, float32 [2, 1] or [2, channels]; None if nothing was seen."""
+        if self._histogram is not None:
+            low, high = least_error_range(self._histogram, self._bits, through_zero=True)
+        elif self._bounds is not None:
+            low, high = self._bounds[0], -self._bounds[1]
+        else:
+            return None
+        return torch.stack(keep_zero(low.clamp(max=0), high.clamp(min=0), self._bits))

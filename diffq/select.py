@@ -117,22 +117,22 @@ class Rules:
         """Whether a parameter with these names is quantized."""
         if tensor.dtype not in QUANTIZABLE or tensor.numel() <= self.min_size * MEGABYTE / 4:
             return False
-        if self.include and not _match_any(self.include, names):
+        if self.include and not matches(self.include, names):
             return False
-        return not _match_any(self.exclude, names)
+        return not matches(self.exclude, names)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""
         merged: dict[str, Any] = {}
         for pattern, settings in (self.overrides or {}).items():
-            if _match_any([pattern], names):
+            if matches([pattern], names):
                 merged.update(settings)
         return merged
 
     def check_patterns(self, names: Sequence[str]) -> None:
         """Raises ConfigError for a pattern that matches no name."""
         for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
-            if not _match_any([pattern], names):
+            if not matches([pattern], names):
                 close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 raise ConfigError(
                     f"The pattern {pattern!r} matches no parameter. "
@@ -219,7 +219,8 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         yield from ((Site(path, name), module) for name in names)
 
 
-def _match_any(patterns: Sequence[str], names: Sequence[str]) -> bool:
+def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether any of the patterns fits any of the names, or its last part."""
     return any(
         fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
         for pattern in patterns

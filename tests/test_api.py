@@ -38,6 +38,7 @@ STAGES = [
     "optimizer",
     "report",
     "quantizers",
+    "activations",
     "legacy",
     "restore",
     "file",

@@ -54,7 +54,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     overridable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
-        _check_model(model)
+        check_model(model)
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
         quantizers = [
@@ -310,7 +310,8 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raises AttachError unless the model is a plain one, without a quantizer."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
     wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
