@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach import quantizers_in
-from diffq.checks import check_bits, check_number, check_patterns
+from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError
 from diffq.masks import block_mask
 from diffq.noise import compute_dtype, straight_through
@@ -76,7 +76,7 @@ class ActivationQuantizer:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        settings = ActivationSettings(bits, observer, p)
+        settings = ActivationSettings(plain(bits), observer, plain(p))
         _check_model(model)
         self._layers = _select(model, include, exclude)
         self._inputs = {name: LayerInput(name, settings) for name in self._layers}

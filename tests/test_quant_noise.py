@@ -216,7 +216,7 @@ def test_wrong_settings(options, message):
     """A setting out of range is refused, and the model stays plain."""
     model = _dropping()
     with pytest.raises(ConfigError, match=message):
-        diffq.QuantNoiseQuantizer(model, **options)
+        diffq.QuantNoiseQuantizer(model, **{"min_size": 0, **options})
     assert type(model[0]) is nn.Linear
 
 
