@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from diffq.legacy.load import load_legacy
     from diffq.losses import distillation_loss
+    from diffq.pruning import parametrize_pruning
     from diffq.quantizers.base import quantizer_of
     from diffq.quantizers.compat import LSQ, UniformQuantizer
     from diffq.quantizers.differentiable import DiffQuantizer
@@ -71,6 +72,7 @@ __all__ = [
     "load",
     "load_legacy",
     "open",
+    "parametrize_pruning",
     "quantizer_of",
     "restore_quantized_state",
     "save",
@@ -94,6 +96,7 @@ _LAZY = {
     "load": ("diffq.storage", "load"),
     "load_legacy": ("diffq.legacy.load", "load_legacy"),
     "open": ("diffq.file", "open_file"),
+    "parametrize_pruning": ("diffq.pruning", "parametrize_pruning"),
     "quantizer_of": ("diffq.quantizers.base", "quantizer_of"),
     "restore_quantized_state": ("diffq.restore", "restore_quantized_state"),
     "save": ("diffq.storage", "save"),

@@ -158,25 +158,28 @@ def _squared_error(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     return (errors / torch.where(unit > 0, unit, 1)).square().sum()
 
 
-def keep_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def keep_zero(low: Tensor, high: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """Moves a range so that zero is one of its levels, exactly.
+
+    A range that does not hold zero is extended to it first.
 
     The step is cut to so few digits that all its multiples up to 2**bits are float32
     numbers: `level * step + low` has no rounding, and is 0.0 at the level -low / step.
 
     Args:
-        low: float32, at most 0.
-        high: float32, at least 0, like `low`.
-        bits: bitwidth of the grid.
+        low: float32, [1] or [groups].
+        high: float32, like `low`.
+        bits: whole bitwidths as float32, [1] or [groups].
 
     Returns:
         low and high, about as far apart as they were.
     """
-    top = 2**bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    top = torch.exp2(bits) - 1
     mantissa, exponent = torch.frexp((high - low) / top)
-    digits = 2.0 ** (_DIGITS - bits)
+    digits = torch.exp2(_DIGITS - bits)
     step = torch.ldexp(2 * torch.ceil(mantissa * digits) / digits, exponent - 1)
-    zero = torch.round(-low / torch.where(step > 0, step, 1)).clamp(0, top)
+    zero = torch.minimum(torch.round(-low / torch.where(step > 0, step, 1)), top)
     return -zero * step, (top - zero) * step
 
 
@@ -213,4 +216,4 @@ class RangeTracker:
             low, high = self._bounds[0], -self._bounds[1]
         else:
             return None
-        return torch.stack(keep_zero(low.clamp(max=0), high.clamp(min=0), self._bits))
+        return torch.stack(keep_zero(low, high, torch.full_like(low, self._bits)))

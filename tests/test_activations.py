@@ -52,7 +52,7 @@ def _observed_inputs(model, x):
 )
 def test_fake_quantize_is_the_nearest_level(values, low, high, bits):
     """Within the range the error is at most half a step, outside the ends; zero stays zero."""
-    ends = keep_zero(torch.tensor([low]), torch.tensor([high]), bits)
+    ends = keep_zero(torch.tensor([low]), torch.tensor([high]), torch.tensor([float(bits)]))
     x = torch.from_numpy(values)
     result = fake_quantize(x, *ends, bits).double()
     step = (ends[1] - ends[0]).double() / (2**bits - 1)

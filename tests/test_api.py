@@ -30,6 +30,7 @@ STAGES = [
     "masks",
     "losses",
     "layers",
+    "pruning",
     "select",
     "state",
     "weight",

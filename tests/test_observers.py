@@ -114,8 +114,9 @@ def test_merged_histogram_is_near_the_whole_one():
 @example(1e-44, 3e-44, 15)
 def test_kept_zero_is_a_level(below, above, bits):
     """After keep_zero, 0.0 decodes to 0.0 exactly, and every level to a multiple of the step."""
-    low, high = observers.keep_zero(torch.tensor([-below]), torch.tensor([above]), bits)
+    low, high = torch.tensor([-below]), torch.tensor([above])
     width = torch.tensor([float(bits)])
+    low, high = observers.keep_zero(low, high, width)
     levels = grid.to_levels(torch.zeros(1, 1), low, high, width)
     assert grid.from_levels(levels, low, high, width).item() == 0.0
     step = grid.step_size(low, high, width).double()
@@ -128,7 +129,7 @@ def test_kept_zero_is_a_level(below, above, bits):
 def test_kept_zero_moves_the_range_by_half_a_step(span, share, bits):
     """keep_zero moves an end by at most half a step, and one in 2**(23 - bits) of the range."""
     low, high = torch.tensor([-span * share]), torch.tensor([span * (1 - share)])
-    moved = observers.keep_zero(low, high, bits)
+    moved = observers.keep_zero(low, high, torch.tensor([float(bits)]))
     step = (moved[1] - moved[0]).item() / (2**bits - 1)
     most = 0.5 * step + span * 2.0 ** (bits - 23)
     assert abs(moved[0] - low).item() <= most

@@ -17,6 +17,7 @@ from diffq.errors import AttachError, ConfigError, DiffqError, OptimizerError, W
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.optimizer import add_extras
+from diffq.pruning import pruned_names
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table
@@ -333,6 +334,16 @@ def check_model(model: nn.Module) -> None:
             "The model has a quantizer already. Call detach() on that one first; "
             "to quantize parts in different ways, use overrides, include and exclude."
         )
+    _check_pruning(model)
+
+
+def _check_pruning(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name in pruned_names(module):
+            raise AttachError(
+                f"{name} of {path or 'the model'} is pruned by torch.nn.utils.prune, which would "
+                "store its mask too. Call diffq.parametrize_pruning(model) first."
+            )
 
 
 def _check_owners(plan: TensorPlan, model: nn.Module) -> None:

@@ -71,6 +71,12 @@ class DiffQWeight(GridQuantizer):
         whole = fixed is not None or not settings.group_size
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
+        if plan.pruned and fixed is None and self.groups > 1:
+            raise ConfigError(
+                "A pruned tensor needs one bitwidth, because a range has a level at zero for one "
+                f"bitwidth only; {plan.name} has {self.groups} groups. "
+                f"Pass overrides={{{plan.name!r}: {{'group_size': None}}}}."
+            )
         self.settings = settings
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
         self.register_buffer("frozen_bits", None, persistent=False)
@@ -108,7 +114,8 @@ class DiffQWeight(GridQuantizer):
         if noise_sample is None:
             quantized = self.quantize(weight, low, high)
             return noise.straight_through(weight, quantized, step, self.group_size)
-        return noise.perturb(weight, step * self.settings.noise_scale, noise_sample)
+        noisy = noise.perturb(weight, step * self.settings.noise_scale, noise_sample)
+        return torch.where(weight == 0, weight, noisy) if self.plan.pruned else noisy
 
     def size_bits(self) -> Tensor:
         """Equation 8 plus range and bit map, 0-dim."""
