@@ -21,8 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from diffq.attach import quantizers_in
 from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError
+from diffq.grid import widen
 from diffq.masks import block_mask
-from diffq.noise import compute_dtype, straight_through
+from diffq.noise import straight_through
 from diffq.observers import Observer, RangeTracker, check_observer
 from diffq.quantizers.base import check_model
 from diffq.select import matches
@@ -252,8 +253,9 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     Returns:
         Like `x`.
     """
-    low, high = low.to(compute_dtype(x)), high.to(compute_dtype(x))
-    inside = torch.clamp(x, low, high)
+    wide = widen(x)
+    low, high = low.to(wide.dtype), high.to(wide.dtype)
+    inside = torch.clamp(wide, low, high)
     with torch.no_grad():
         step = (high - low) / (2**bits - 1)
         levels = torch.round((inside - low) / torch.where(step > 0, step, 1))

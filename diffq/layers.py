@@ -30,12 +30,11 @@ class LayerDrop(nn.Sequential):
 
     Each call, or each iteration over it, is one forward and draws anew which layers are
     left out; in eval mode all are there. `children()` gives all of them in training too.
-    Where a quantizer is attached, the size penalty has no gradient for the bits of layers
-    that the last forward left out (Section 5.2 of the DiffQ paper).
+    The size penalty has no gradient for the bits of layers that the last forward left out
+    (Section 5.2 of the DiffQ paper).
 
     Attributes:
         rate: probability that a layer is left out.
-        dropped: the layers that the last forward left out.
 
     Args:
         layers: blocks that keep the shape of their input.
@@ -50,17 +49,15 @@ class LayerDrop(nn.Sequential):
         names = layers._modules if isinstance(layers, nn.Module) else count()
         super().__init__(OrderedDict(zip(map(str, names), _all(layers), strict=False)))
         self.rate = rate
-        self.dropped: tuple[nn.Module, ...] = ()
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The layers of one forward."""
         layers = _all(self)
+        if not self.training:
+            return iter(layers)
         # Drawn on the CPU, so that nothing waits for a device.
-        draws = torch.rand(len(layers)).tolist() if self.training else [1.0] * len(layers)
-        kept = [layer for layer, draw in zip(layers, draws, strict=True) if draw >= self.rate]
-        # A layer that is shared with one that is kept is in use.
-        self.dropped = tuple(layer for layer in dict.fromkeys(layers) if layer not in kept)
-        return iter(kept)
+        draws = torch.rand(len(layers)).tolist()
+        return iter([layer for layer, x in zip(layers, draws, strict=True) if x >= self.rate])
 
     def __getitem__(self, index: Any) -> Any:
         """A layer; or, of a slice, a `LayerDrop` of the same rate."""
@@ -77,19 +74,6 @@ class LayerDrop(nn.Sequential):
     def extra_repr(self) -> str:
         """Shows the rate."""
         return f"rate={self.rate}"
-
-
-def unused_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules of a model that its last forward left out with the layers they are in."""
-    used: set[nn.Module] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module not in used:
-            used.add(module)
-            dropped = module.dropped if isinstance(module, LayerDrop) else ()
-            waiting += [child for child in module.children() if child not in dropped]
-    return set(model.modules()) - used
 
 
 def share_layers(layers: Layers, chunk: int = 2) -> Layers:

@@ -110,7 +110,9 @@ def least_error_range(
             for cut, end in zip(cuts, most, strict=True)
         ]
         pairs = torch.cartesian_prod(*tried)
-        best = pairs[_errors(centers, histogram.counts, pairs, bits).argmin()]
+        place = _errors(centers, histogram.counts, pairs, bits).argmin()
+        # index_select, because pairs[place] would wait for the device.
+        best = pairs.index_select(0, place.view(1))[0]
         cuts = [best[:1], best[1:]]
         start, spacing = -spacing, 2 * spacing / _PLACES
     return histogram.low + cuts[0] * span, histogram.high - cuts[1] * span

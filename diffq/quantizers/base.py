@@ -22,7 +22,7 @@ from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.size import MEGABYTE, MEGABYTE_BITS
+from diffq.size import MEGABYTE, MEGABYTE_BITS, Grouping, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
 
@@ -115,20 +115,24 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """Size of the quantized model in MB, differentiable in what is learned.
 
         Equation 8 of the DiffQ paper plus ranges, bit maps, and the tensors that are
-        not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
-        the device.
+        not quantized. Add `lam * model_size()` to the loss, after the forward: bits of
+        layers that the last training forward left out get no gradient (Section 5.2).
+        Reads nothing back from the device.
 
         Returns:
             0-dim float32 tensor on the device of the model's parameters.
         """
         attachment = self._attachment
         device = next(attachment.model.parameters(), torch.empty(0)).device
-        sizes = [quantizer.size_bits() for quantizer in attachment.quantizers]
+        sizes = [q.size_bits() for q in attachment.quantizers]
         fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
-        learned = [size.to(device, non_blocking=True) for size in sizes if isinstance(size, Tensor)]
         bits = torch.full((), fixed, device=device)
-        if learned:
-            bits = bits + torch.stack(learned).sum()
+        for frozen in (size for size in sizes if isinstance(size, Tensor)):
+            bits = bits + frozen.to(device, non_blocking=True)
+        learned = [size for q in attachment.quantizers if (size := _learned_size(q)) is not None]
+        for place in dict.fromkeys(logits.device for _, logits in learned):
+            there = [size for size in learned if size[1].device == place]
+            bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
         return bits / MEGABYTE_BITS
 
     def true_model_size(self) -> float:
@@ -316,6 +320,11 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
             if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
                 return attachment.face
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
+
+
+def _learned_size(quantizer: WeightQuantizer) -> tuple[Grouping, Tensor] | None:
+    size = quantizer.learned_size()
+    return (size[0], size[1].detach()) if size and not quantizer.used else size
 
 
 def check_model(model: nn.Module) -> None:

@@ -70,18 +70,14 @@ class GridQuantizer(WeightQuantizer):
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Low and high of the grid, [1] or [groups].
-
-        Differentiable, but for pruned tensors, whose grid is moved so that zero is a level.
-        """
+        """Low and high of the grid, [1] or [groups]; of a pruned tensor, zero is a level."""
         low, high = self.observe(weight)
         if not self.plan.pruned:
             return low, high
-        with torch.no_grad():
-            return keep_zero(low.float(), high.float(), self.whole_bits())
+        return keep_zero(low.float(), high.float(), self.whole_bits())
 
     def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum, [1] or [groups]; differentiable."""
+        """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)
         groups = grid.to_groups(weight, self.group_size)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from diffq.checks import check_bits, check_number, check_whole
 from diffq.masks import block_mask
-from diffq.noise import straight_through
 from diffq.observers import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.qat import QATSettings, QATWeight
@@ -50,17 +49,18 @@ class QuantNoiseWeight(QATWeight):
             return fit_range(weight, self.noise_settings.bits, through_zero=self.plan.pruned)
         return super().observe(weight)
 
-    def draw(self, weight: Tensor) -> Tensor | None:
-        """The blocks that one forward quantizes: J of Equation 6, bool in the weight's shape."""
-        return block_mask(weight, self.noise_settings.p, self.noise_settings.block_size)
-
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Equations 6, 7 and 10, with identity as the gradient of all weights (Equation 8)."""
-        if noise is None or self.noise_settings.p == 0:
-            return weight
-        low, high = self.bounds(weight.detach())
-        quantized = self.quantize(weight, low, high)
-        return straight_through(weight, torch.where(noise, quantized, weight.detach()))
+    @torch.no_grad()
+    def sample(self, weight: Tensor) -> Tensor | None:
+        """Equations 6 and 10: the blocks J quantized, the others exact."""
+        rate = self.noise_settings.p
+        if rate == 0:
+            return None
+        quantized = self.quantize(weight, *self.bounds(weight))
+        if rate == 1:
+            return quantized
+        return torch.where(
+            block_mask(weight, rate, self.noise_settings.block_size), quantized, weight
+        )
 
 
 class QuantNoiseQuantizer(BaseQuantizer):
