@@ -34,6 +34,7 @@ STAGES = [
     "select",
     "state",
     "weight",
+    "reading",
     "graph",
     "attach",
     "optimizer",

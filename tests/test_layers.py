@@ -9,7 +9,6 @@ from torch import nn
 
 import diffq
 from diffq.errors import ConfigError
-from tests.models import step
 
 
 class Residual(nn.Module):
@@ -147,85 +146,30 @@ def test_wrong_rate():
         diffq.LayerDrop([], 2)
 
 
-# The size penalty
-
-
-@pytest.mark.parametrize("noise", ["gaussian", "rounding"])
-def test_dropped_layers_get_no_size_gradient(noise):
-    """The size penalty moves the bits of the layers that ran, and of no other."""
-    model = _net(rate=0.5)
-    options = {"min_size": 0, "group_size": 4, "noise": noise, "include": ["weight"]}
-    quantizer = diffq.DiffQuantizer(model, **options)
-    quantizer.no_optimizer()
-    calls = []
-    for place, layer in enumerate(model.layers.children()):
-        layer.register_forward_hook(lambda *_, place=place: calls.append(place))
-    for _ in range(4):
-        calls.clear()
-        model(torch.randn(5, 8))
-        model.zero_grad()
-        quantizer.model_size().backward()
-        for place, layer in enumerate(model.layers.children()):
-            grad = layer.inner.parametrizations.weight[0].logits.grad
-            assert (grad is not None and grad.all()) == (place in calls)
-        assert model.stem.parametrizations.weight[0].logits.grad.all()
-
-
-def test_dropped_layers_count():
-    """The size itself is that of the whole model, whatever the last forward left out."""
-    model = _net(rate=1.0)
-    quantizer = diffq.DiffQuantizer(model, min_size=0)
-    quantizer.no_optimizer()
-    before = quantizer.model_size()
-    model(torch.randn(5, 8))
-    assert torch.equal(quantizer.model_size(), before)
-    assert before.item() == pytest.approx(quantizer.true_model_size())
-
-
-def test_dropped_layers_keep_their_bits():
-    """Where every layer is left out, training with a size penalty moves none of their bits."""
-    model = _net(rate=1.0)
-    quantizer = diffq.DiffQuantizer(model, min_size=0)
-    optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    quantizer.setup_optimizer(optimizer, lr=0.1)
-    layer, stem = model.layers[0].inner, model.stem
-    before = layer.parametrizations.weight[0].logits.detach().clone()
-    for _ in range(3):
-        step(model, optimizer, torch.randn(5, 8), quantizer)
-    assert torch.equal(layer.parametrizations.weight[0].logits, before)
-    assert (stem.parametrizations.weight[0].logits != before[0]).all()
-
-
-def test_all_bits_have_a_gradient_before_the_first_forward():
-    """A size asked for before any forward, or after one in eval, has all gradients."""
-    model = _net(rate=1.0)
-    quantizer = diffq.DiffQuantizer(model, min_size=0)
-    model.eval()(torch.randn(5, 8))
-    quantizer.model_size().backward()
-    logits = [p for name, p in model.named_parameters() if name.endswith("logits")]
-    assert len(logits) == 12
-    assert all(p.grad.all() for p in logits)
-
-
-def test_shared_layers_that_ran_have_a_gradient():
-    """A layer that two places share has a gradient if one of them ran."""
-    model = _net(2)
-    diffq.share_layers(model.layers)
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropped_layers_get_no_size_gradient(shared):
+    """With used_only, the size moves the bits of the layers that ran, and of no other."""
+    model = _net()
+    if shared:
+        diffq.share_layers(model.layers)
     model.layers = diffq.LayerDrop(model.layers, 0.5)
-    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    quantizer = diffq.DiffQuantizer(model, min_size=0, include=["weight"])
     quantizer.no_optimizer()
-    calls = []
-    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     seen = set()
+    for layer in model.layers.children():
+        layer.register_forward_hook(lambda layer, *_: seen.add(layer))
+    moved = 0
     for _ in range(20):
-        calls.clear()
+        seen.clear()
         model(torch.randn(5, 8))
         model.zero_grad()
-        quantizer.model_size().backward()
-        grad = model.layers[0].inner.parametrizations.weight[0].logits.grad
-        assert (grad is not None) == bool(calls)
-        seen.add(len(calls))
-    assert seen == {0, 1, 2}
+        quantizer.model_size(used_only=True).backward()
+        for layer in model.layers.children():
+            grad = layer.inner.parametrizations.weight[0].logits.grad
+            assert (grad is not None and bool(grad.all())) == (layer in seen)
+        moved += len(seen)
+        assert model.stem.parametrizations.weight[0].logits.grad.all()
+    assert 0 < moved < 20 * len(list(model.layers.children()))
 
 
 # Sharing
