@@ -73,7 +73,7 @@ class Histogram:
 def _count(values: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Sums `weights`, one for each value or one for all, by the bin of the value."""
     width = (high - low) / BINS
-    places = (values - low) / torch.where(width > 0, width, 1)
+    places = (values - low).div_(torch.where(width > 0, width, 1))
     counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
     bins = places.long().clamp_(0, BINS - 1)
     return counts.scatter_add_(0, bins, weights.expand_as(bins))
@@ -143,21 +143,22 @@ def fit_range(weight: Tensor, bits: int, through_zero: bool = False) -> tuple[Te
     """
     histogram = Histogram.of(weight)
     low, high = least_error_range(histogram, bits, through_zero)
-    before = _squared_error(weight, histogram.low, histogram.high, bits)
-    after = _squared_error(weight, low, high, bits)
+    largest = torch.maximum(histogram.low.abs(), histogram.high.abs())
+    unit = torch.where(largest > 0, largest, 1)
+    before = _squared_error(weight, histogram.low, histogram.high, bits, unit)
+    after = _squared_error(weight, low, high, bits, unit)
     better = (after < before * _CLEARLY) & (high > low)
     return torch.where(better, low, histogram.low), torch.where(better, high, histogram.high)
 
 
-def _squared_error(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Squared error of a grid, float32 0-dim, in units of the tensor's largest magnitude."""
-    groups = weight.detach().float().view(1, -1)
+def _squared_error(weight: Tensor, low: Tensor, high: Tensor, bits: int, unit: Tensor) -> Tensor:
+    """Squared error of a grid, float32 0-dim, in squares of `unit`."""
+    groups = weight.detach().float().reshape(1, -1)
     width = torch.full_like(low, bits)
     levels = grid.to_levels(groups, low, high, width)
-    errors = grid.from_levels(levels, low, high, width) - groups
+    errors = grid.from_levels(levels, low, high, width).sub_(groups)
     # Squares of large or tiny weights would leave float32.
-    unit = groups.abs().amax()
-    return (errors / torch.where(unit > 0, unit, 1)).square().sum()
+    return errors.div_(unit).square_().sum()
 
 
 def keep_zero(low: Tensor, high: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:

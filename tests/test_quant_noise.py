@@ -144,6 +144,25 @@ def test_files_hold_what_eval_computes(observer, bits, tmp_path):
         assert torch.equal(loaded[f"{name}.weight"], model.get_submodule(name).weight)
 
 
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_memory_formats(observer):
+    """Weights in channels_last or transposed are quantized as their contiguous copies are."""
+    weight = torch.randn(8, 6, 3, 3)
+    values = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        conv = nn.Conv2d(6, 8, 3).to(memory_format=memory_format)
+        with torch.no_grad():
+            conv.weight.copy_(weight)
+        options = {"bits": 3, "p": 0.5, "min_size": 0, "observer": observer}
+        quantizer = diffq.QuantNoiseQuantizer(conv, **options)
+        torch.manual_seed(1)
+        values.append((conv.train().weight.detach(), conv.eval().weight.detach()))
+        state = quantizer.get_quantized_state()
+        plain = diffq.restore_quantized_state(nn.Conv2d(6, 8, 3), state)
+        assert torch.equal(plain.weight, conv.weight)
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
 def test_histogram_is_nearer_than_min_max():
     """With an outlier, the quantized weights are much nearer with the fitted range."""
     plain = nn.Linear(64, 64)
