@@ -13,12 +13,10 @@ from diffq.errors import ConfigError
 MAX_BITS = 15
 
 
-def check_bits(bits: Any, name: str = "bits", least: int = 1) -> None:
+def check_bits(bits: Any, name: str = "bits", least: int = 1, most: int = MAX_BITS) -> None:
     """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
-    if not _is_whole(bits) or not least <= bits <= MAX_BITS:
-        raise ConfigError(
-            f"{name} must be a whole number from {least} to {MAX_BITS}, got {bits!r}."
-        )
+    if not _is_whole(bits) or not least <= bits <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {bits!r}.")
 
 
 def check_number(value: Any, name: str, least: float, most: float = math.inf) -> None:
@@ -27,6 +25,12 @@ def check_number(value: Any, name: str, least: float, most: float = math.inf) ->
     if not number or not math.isfinite(value) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ConfigError(f"{name} must be a number, {limits}, got {value!r}.")
+
+
+def check_whole(value: Any, name: str) -> None:
+    """Raises ConfigError unless `value` is a whole number from 1."""
+    if not _is_whole(value) or value < 1:
+        raise ConfigError(f"{name} must be a whole number from 1, got {value!r}.")
 
 
 def check_group_size(value: Any) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
+from diffq.pruning import is_pruned
 from diffq.size import MEGABYTE
 
 
@@ -86,6 +87,7 @@ class TensorPlan:
         dtype: the tensor's dtype.
         quantized: whether it gets integer levels; otherwise it stays raw.
         learned: whether it is a parameter; buffers are not.
+        pruned: whether `diffq.pruning.Pruned` holds some of it at zero.
         overrides: settings of this tensor that differ from the quantizer's.
     """
 
@@ -95,6 +97,7 @@ class TensorPlan:
     dtype: torch.dtype
     quantized: bool
     learned: bool
+    pruned: bool
     overrides: Mapping[str, Any]
 
     @property
@@ -137,15 +140,15 @@ class Rules:
         """Whether a parameter with these names is quantized."""
         if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.numel()):
             return False
-        if self.include and not _match_any(self.include, names):
+        if self.include and not matches(self.include, names):
             return False
-        return not _match_any(self.exclude, names)
+        return not matches(self.exclude, names)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""
         merged: dict[str, Any] = {}
         for pattern, settings in (self.overrides or {}).items():
-            if _match_any([pattern], names):
+            if matches([pattern], names):
                 merged.update(settings)
         return merged
 
@@ -161,14 +164,14 @@ class Rules:
         """
         names = list(sizes)
         for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
-            if not _match_any([pattern], names):
+            if not matches([pattern], names):
                 close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 raise ConfigError(
                     f"The pattern {pattern!r} matches no parameter. "
                     f"Parameters have names such as {', '.join(map(repr, close))}."
                 )
         for pattern in (*self.include, *(self.overrides or {})):
-            matched = [name for name in names if _match_any([pattern], [name])]
+            matched = [name for name in names if matches([pattern], [name])]
             if all(self._is_small(sizes[name]) for name in matched):
                 raise ConfigError(
                     f"The pattern {pattern!r} matches only parameters of at most "
@@ -229,6 +232,7 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
         dtype=tensor.dtype,
         quantized=learned and rules.select(names, tensor),
         learned=learned,
+        pruned=is_pruned(sites[0].owner(model), sites[0].attribute),
         overrides=rules.settings(names),
     )
 
@@ -259,7 +263,8 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         yield from ((Site(path, name), module) for name in names)
 
 
-def _match_any(patterns: Sequence[str], names: Sequence[str]) -> bool:
+def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether any of the patterns fits any of the names, or its last part."""
     return any(
         fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
         for pattern in patterns

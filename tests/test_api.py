@@ -26,6 +26,11 @@ STAGES = [
     "grid",
     "size",
     "noise",
+    "observers",
+    "masks",
+    "losses",
+    "layers",
+    "pruning",
     "select",
     "state",
     "weight",
@@ -35,6 +40,7 @@ STAGES = [
     "optimizer",
     "report",
     "quantizers",
+    "activations",
     "legacy",
     "restore",
     "file",
@@ -139,7 +145,9 @@ def test_public_names_have_docstrings(name):
                 assert missing == []
 
 
-@pytest.mark.parametrize("name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer"])
+@pytest.mark.parametrize(
+    "name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer", "QuantNoiseQuantizer"]
+)
 def test_every_argument_is_documented(name):
     """A quantizer's docstring has a line for each of its arguments, and for its errors."""
     value = getattr(diffq, name)
@@ -286,9 +294,14 @@ def test_modules_say_what_they_do(name):
 
 def test_quantizers_share_one_face():
     """The quantizers differ in their arguments only: each has the same public methods."""
-    classes = [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer]
+    classes = [
+        diffq.DiffQuantizer,
+        diffq.QATQuantizer,
+        diffq.LSQQuantizer,
+        diffq.QuantNoiseQuantizer,
+    ]
     faces = [{name for name in dir(c) if not name.startswith("_")} for c in classes]
-    assert faces[1] == faces[2] == faces[0] - {"freeze_bits"}
+    assert all(face == faces[0] - {"freeze_bits"} for face in faces[1:])
     rules = ["min_size", "include", "exclude", "overrides", "float16"]
     for one in classes:
         parameters = inspect.signature(one).parameters

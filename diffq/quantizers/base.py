@@ -18,6 +18,7 @@ from diffq.errors import AttachError, ConfigError, DiffqError, WeightError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.optimizer import OptimizerGuard, add_extras, refuse_training
+from diffq.pruning import pruned_names
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table
@@ -56,7 +57,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     overridable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
-        _check_model(model)
+        check_model(model)
         check_flag(float16, "float16")
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
@@ -350,7 +351,8 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raises AttachError unless the model is a plain one, without a quantizer."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
     wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
@@ -365,6 +367,16 @@ def _check_model(model: nn.Module) -> None:
             "The model has a quantizer already. Call detach() on that one first; "
             "to quantize parts in different ways, use overrides, include and exclude."
         )
+    _check_pruning(model)
+
+
+def _check_pruning(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name in pruned_names(module):
+            raise AttachError(
+                f"{name} of {path or 'the model'} is pruned by torch.nn.utils.prune, which would "
+                "store its mask too. Call diffq.parametrize_pruning(model) first."
+            )
 
 
 def _check_owners(plan: TensorPlan, model: nn.Module) -> None:

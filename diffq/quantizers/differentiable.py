@@ -73,6 +73,12 @@ class DiffQWeight(GridQuantizer):
         whole = fixed is not None or not settings.group_size
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
+        if plan.pruned and fixed is None and self.groups > 1:
+            raise ConfigError(
+                "A pruned tensor needs one bitwidth, because a range has a level at zero for one "
+                f"bitwidth only; {plan.name} has {self.groups} groups. "
+                f"Pass overrides={{{plan.name!r}: {{'group_size': None}}}}."
+            )
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
@@ -199,10 +205,14 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     torch._foreach_expm1_(counts)
     spans = []
     for q, weight in pairs:
-        low, high = q.bounds(grid.widen(weight))
+        low, high = q.observe(grid.widen(weight))
         spans.append((high - low) * q.settings.noise_scale)
     steps = torch._foreach_div(spans, counts)
-    return noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+    noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+    return [
+        torch.where(weight == 0, 0, value) if q.plan.pruned else value
+        for (q, weight), value in zip(pairs, noisy, strict=True)
+    ]
 
 
 def _bits(quantizers: Sequence[DiffQWeight]) -> list[Tensor]:
