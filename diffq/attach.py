@@ -8,8 +8,8 @@ object stays the same, so that an optimizer made before still owns it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from diffq.errors import AttachError
 from diffq.graph import call_before_backward, drop_samples, tie_to_output, use_samples
 from diffq.select import Site, TensorPlan
+from diffq.sharding import reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
+
+T = TypeVar("T")
 
 _DEAD: Any = weakref.ref(nn.Module())
 
@@ -83,16 +86,38 @@ class Attachment:
             originals = [module(*originals)]
         return originals[0]
 
-    def tied_tensor(self, plan: TensorPlan) -> Tensor:
-        """The tensor of a plan without quantizer.
+    def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
+        """What `call` gives for each weight quantizer; sharded extras are gathered for it."""
+        reshard(self.model)
+        results = []
+        for quantizer in self.quantizers:
+            with whole_parameters([quantizer]):
+                results.append(call(quantizer))
+        return results
+
+    def each_weight(self, call: Callable[[WeightQuantizer, Tensor], T]) -> list[T]:
+        """What `call` gives for each weight quantizer and its weight.
+
+        Sharded weights and extras are gathered for it, those of one tensor at a time.
+
+        Raises:
+            AttachError: as `weight`.
+        """
+        reshard(self.model)
+        results = []
+        for quantizer in self.quantizers:
+            with whole_parameters(self._chains_of(quantizer.plan)):
+                results.append(call(quantizer, self.weight(quantizer).detach()))
+        return results
+
+    def each_raw(self, plans: Iterable[TensorPlan], call: Callable[[Tensor], T]) -> list[T]:
+        """What `call` gives for the tensor of each plan without quantizer, gathered likewise.
 
         Raises:
             AttachError: tied tensors were untied, and differ.
         """
-        tensor, *others = (site.read(self.model) for site in plan.sites)
-        if any(other is not tensor and not torch.equal(other, tensor) for other in others):
-            raise AttachError(_untied(plan))
-        return tensor
+        reshard(self.model)
+        return [call(self._raw_tensor(plan)) for plan in plans]
 
     def detach(self) -> None:
         """Takes all weight quantizers off: same parameters, names, order and classes."""
@@ -140,6 +165,18 @@ class Attachment:
                 "Do not replace or parametrize a quantized tensor; call detach() first."
             )
         return chain
+
+    def _raw_tensor(self, plan: TensorPlan) -> Tensor:
+        with whole_parameters(self._chains_of(plan)):
+            read = dict.fromkeys(site.read(self.model) for site in plan.sites)
+        tensor, *others = (whole(each.detach()) for each in read)
+        if not all(torch.equal(other, tensor) for other in others):
+            raise AttachError(_untied(plan))
+        return tensor
+
+    def _chains_of(self, plan: TensorPlan) -> list[nn.Module]:
+        chains = (_chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
+        return [chain for chain in chains if chain is not None]
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffq.format.records import RANGE_BITS, WIDTH_BITS
+from diffq.sharding import whole
 
 MEGABYTE = 2**20
 MEGABYTE_BITS = 8 * MEGABYTE
@@ -28,8 +29,10 @@ def differentiable_bits(bits: Tensor, group_size: int, numel: int, min_bits: int
         0-dim tensor.
     """
     missing = bits.numel() * group_size - numel
-    levels = bits.sum() * group_size - bits[-1] * missing
+    levels = whole(bits.sum()) * group_size
+    if missing:
+        levels = levels - whole(bits[-1]) * missing
     with torch.no_grad():
         # frexp's exponent is the bit length of a whole number.
-        map_width = torch.frexp(torch.round(bits.max()) - min_bits).exponent
+        map_width = torch.frexp(torch.round(whole(bits.max())) - min_bits).exponent
     return levels + map_width * bits.numel() + (RANGE_BITS + WIDTH_BITS)

@@ -17,6 +17,7 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
+from diffq.sharding import reshard, whole
 from diffq.size import differentiable_bits
 
 
@@ -118,7 +119,9 @@ class DiffQWeight(GridQuantizer):
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        self._freeze_at(self.whole_bits(), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+        self._freeze_at(
+            whole(self.whole_bits()), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN
+        )
 
     @property
     def _noise_kind(self) -> Noise:
@@ -238,6 +241,7 @@ class DiffQuantizer(BaseQuantizer):
             rounding: also replace random noise by true rounding with a
                 straight-through gradient, so that training and eval agree.
         """
+        reshard(self.model)
         for quantizer in self._attachment.quantizers:
             if isinstance(quantizer, DiffQWeight):
                 quantizer.freeze(rounding)
