@@ -8,12 +8,15 @@ collective: a rank that leaves it out makes the others wait.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -45,6 +48,48 @@ def whole(tensor: Tensor) -> Tensor:
     # Parameters that are offloaded to the CPU are gathered where the ranks communicate.
     gathered: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
     return gathered
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank knows of a value that depends on a sharded tensor.
+
+    Attributes:
+        values: computed from the part of the tensor that this rank holds.
+        tensor: the sharded tensor.
+        join: makes the value from those of all ranks, [ranks, *values.shape].
+    """
+
+    values: Tensor
+    tensor: Any
+    join: Callable[[Tensor], Tensor]
+
+
+def join_parts(values: Sequence[T | Part]) -> list[T | Tensor]:
+    """Makes values of parts, differentiable; others stay as they are.
+
+    One collective serves all tensors that are sharded alike. Their values must have one shape.
+    """
+    layouts: dict[Any, dict[int, Part]] = {}
+    for index, part in enumerate(values):
+        if isinstance(part, Part):
+            layout = part.tensor.device_mesh, part.tensor.placements
+            layouts.setdefault(layout, {})[index] = part
+    joined: dict[int, Tensor] = {}
+    for layout, parts in layouts.items():
+        stacked = torch.stack([part.values for part in parts.values()])[None]
+        gathered = _loaded("torch.distributed.tensor", "DTensor").from_local(stacked, *layout)
+        of_all = gathered.full_tensor().unbind(1)
+        for (index, part), each in zip(parts.items(), of_all, strict=True):
+            joined[index] = part.join(each)
+    return [joined[i] if isinstance(v, Part) else v for i, v in enumerate(values)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds, differentiable; maybe empty."""
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
+    return part
 
 
 def reshard(model: nn.Module) -> None:

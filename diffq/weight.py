@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffq.format.records import Record
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
-from diffq.sharding import is_managed
+from diffq.sharding import Part, is_managed
 
 
 @dataclass
@@ -93,8 +93,8 @@ class WeightQuantizer(nn.Module, ABC):
         """What is stored of the weight: it decodes to `eval_weight` bit for bit."""
 
     @abstractmethod
-    def size_bits(self) -> Tensor | float:
-        """Bits of the stored weight, differentiable in what is learned."""
+    def size_bits(self) -> Tensor | float | Part:
+        """Bits of the stored weight, differentiable in what is learned; a part if sharded."""
 
     @abstractmethod
     def stored_bits(self, weight: Tensor) -> int:

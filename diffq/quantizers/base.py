@@ -29,7 +29,7 @@ from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import is_distributed, is_sharded, reshard
+from diffq.sharding import is_distributed, is_sharded, join_parts, reshard
 from diffq.size import MEGABYTE, MEGABYTE_BITS
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
@@ -135,7 +135,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """
         attachment = self._attachment
         device = next(attachment.model.parameters(), torch.empty(0)).device
-        sizes = [quantizer.size_bits() for quantizer in attachment.quantizers]
+        sizes = join_parts([quantizer.size_bits() for quantizer in attachment.quantizers])
         fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
         learned = [size.to(device, non_blocking=True) for size in sizes if isinstance(size, Tensor)]
         bits = torch.full((), fixed, device=device)

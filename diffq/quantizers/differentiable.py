@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,8 +18,8 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
-from diffq.sharding import reshard, whole
-from diffq.size import differentiable_bits
+from diffq.sharding import Part, is_dtensor, local, reshard, whole
+from diffq.size import differentiable_bits, joined_bits, summarize_part
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class DiffQWeight(GridQuantizer):
         """Bitwidths that training uses, [groups]; real and differentiable while learned."""
         if self.frozen_bits is not None:
             return self.frozen_bits.float()
-        bits = grid.bits_of_logits(
-            self.logits.float(), self.settings.min_bits, self.settings.max_bits
-        )
+        return self._bits_of(self.logits)
+
+    def _bits_of(self, logits: Tensor) -> Tensor:
+        bits = grid.bits_of_logits(logits.float(), self.settings.min_bits, self.settings.max_bits)
         if self.settings.noise != "rounding":
             return bits
         # Straight-through: whole bits forward, the real ones' gradient backward.
@@ -111,8 +113,17 @@ class DiffQWeight(GridQuantizer):
             return noise.straight_through(weight, quantized, step, self.group_size)
         return noise.perturb(weight, step * self.settings.noise_scale, noise_sample)
 
-    def size_bits(self) -> Tensor:
+    def size_bits(self) -> Tensor | Part:
         """Equation 8 plus range and bit map, 0-dim."""
+        if self.frozen_bits is None and is_dtensor(self.logits):
+            join = partial(
+                joined_bits,
+                groups=self.groups,
+                group_size=self.group_size,
+                numel=self.plan.numel,
+                min_bits=self.min_bits,
+            )
+            return Part(summarize_part(self._bits_of(local(self.logits))), self.logits, join)
         return differentiable_bits(
             self.bits().expand(self.groups), self.group_size, self.plan.numel, self.min_bits
         )
