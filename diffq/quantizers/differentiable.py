@@ -18,7 +18,7 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
-from diffq.sharding import Part, is_dtensor, local, reshard, whole
+from diffq.sharding import Part, is_dtensor, local, reshard, whole_parameters
 from diffq.size import differentiable_bits, joined_bits, summarize_part
 
 
@@ -130,9 +130,9 @@ class DiffQWeight(GridQuantizer):
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        self._freeze_at(
-            whole(self.whole_bits()), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN
-        )
+        with whole_parameters([self]):
+            bits = self.whole_bits()
+        self._freeze_at(bits, Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
 
     @property
     def _noise_kind(self) -> Noise:
@@ -246,7 +246,7 @@ class DiffQuantizer(BaseQuantizer):
         """Rounds the bitwidths and learns them no more, for the last part of a training.
 
         The freeze is part of the model's state dict. The size penalty has no
-        gradient from here on.
+        gradient from here on. A collective if the model is sharded.
 
         Args:
             rounding: also replace random noise by true rounding with a
