@@ -27,3 +27,15 @@ def fsdp(tmp_path_factory):
 def test_fully_sharded(fsdp, claim):
     """What the docstring of each claim in tests/distributed/fsdp.py says."""
     fsdp.assert_holds(claim)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """What became of the claims about the example."""
+    return run_claims("example.py", tmp_path_factory.mktemp("example"))
+
+
+@pytest.mark.parametrize("claim", claims("example.py"))
+def test_example(example, claim):
+    """What the docstring of each claim in tests/distributed/example.py says."""
+    example.assert_holds(claim)

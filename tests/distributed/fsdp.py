@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import diffq
 from diffq import sharding
 from diffq.attach import quantizers_in
-from tests.distributed.ranks import batches, file_of, main, same_on_ranks, skip
-from tests.models import QUANTIZERS, Recurrent, mlp, seeded
+from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
+from tests.models import QUANTIZERS, Recurrent, seeded
 
 
 class Residual(nn.Module):
@@ -58,6 +58,7 @@ SILENT = partial(diffq.DiffQuantizer, min_size=0, group_size=4, noise_scale=0)
 
 def shard(model, **options):
     """Shards the blocks of a model, if it has some, and the model."""
+    require_fsdp()
     for block in getattr(model, "blocks", []):
         fully_shard(block, **options)
     return fully_shard(model, **options)
@@ -107,15 +108,6 @@ def assert_exported_alike(quantizer, alone):
     assert file_of(quantizer.get_quantized_state(packed=False)) == file_of(alone)
     torch.testing.assert_close(quantizer.model_size(), alone.model_size())
     assert same_on_ranks(quantizer.model_size(), sizes[0], file_of(quantizer))
-
-
-def check_torch_runs_fsdp_here():
-    """Without a quantizer, FSDP2 trains on this device: old versions of torch do not."""
-    model = fully_shard(seeded(mlp))
-    try:
-        model(torch.ones(2, 16)).sum().backward()
-    except AttributeError as error:
-        skip(f"FSDP2 of torch {torch.__version__} does not run on the CPU: {error}")
 
 
 def check_every_quantizer():

@@ -1,6 +1,7 @@
 """Starts scripts on two ranks, and tells what they did."""
 
 import ast
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,6 @@ import pytest
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 SECONDS = 300
 
 
@@ -26,12 +26,12 @@ class Launch:
     def assert_holds(self, claim):
         """Fails, or skips, as a claim did on either rank."""
         for rank in range(2):
-            skipped = self.folder / f"{rank}.skipped"
-            if skipped.exists():
-                pytest.skip(skipped.read_text())
-            passed = self.folder / f"{rank}.passed"
-            assert passed.exists(), self.output
-            assert claim in passed.read_text().split(), self.output
+            results = self.folder / f"{rank}.json"
+            assert results.exists(), self.output
+            result = json.loads(results.read_text()).get(claim)
+            assert result is not None, self.output
+            if result != "passed":
+                pytest.skip(result)
 
 
 def claims(script):
@@ -42,27 +42,16 @@ def claims(script):
 
 
 def run_claims(script, folder):
-    """Runs a script of claims."""
+    """Runs a script on two ranks that find each other by themselves."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")
-    _, output = torchrun(HERE / script, folder)
-    return Launch(folder, output)
-
-
-def torchrun(*command):
-    """Runs a command line on two ranks that find each other by themselves.
-
-    Returns:
-        The exit code and all that was printed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.Popen(
-        [*launcher, "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        [*launcher, "--nproc-per-node", "2", str(HERE / script), str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
         start_new_session=True,
     )
     try:
@@ -71,4 +60,4 @@ def torchrun(*command):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         output += f"\nkilled after {SECONDS} s"
-    return process.returncode, output
+    return Launch(folder, output)
