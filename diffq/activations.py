@@ -25,7 +25,7 @@ from diffq.grid import widen
 from diffq.masks import block_mask
 from diffq.noise import straight_through
 from diffq.observers import Observer, RangeTracker, check_observer
-from diffq.quantizers.base import check_model
+from diffq.quantizers.guards import check_model
 from diffq.select import matches
 
 #: Name of the buffer that a layer gets: float32 [2, 1] or [2, channels], low and high of

@@ -23,6 +23,7 @@ STAGES = [
     "errors",
     "checks",
     "format",
+    "sharding",
     "grid",
     "size",
     "noise",

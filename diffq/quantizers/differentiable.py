@@ -19,6 +19,7 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
+from diffq.sharding import reshard, whole_parameters
 from diffq.size import Grouping, total_bits
 
 
@@ -148,7 +149,9 @@ class DiffQWeight(GridQuantizer):
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        self._freeze_at(self.whole_bits(), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+        with whole_parameters([self]):
+            bits = self.whole_bits()
+        self._freeze_at(bits, Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
 
     @property
     def _noise_kind(self) -> Noise:
@@ -294,7 +297,7 @@ class DiffQuantizer(BaseQuantizer):
         """Rounds the bitwidths and learns them no more, for the last part of a training.
 
         The freeze is part of the model's state dict. The size penalty has no
-        gradient from here on.
+        gradient from here on. A collective if the model is sharded.
 
         Args:
             rounding: also replace random noise by true rounding with a
@@ -305,6 +308,7 @@ class DiffQuantizer(BaseQuantizer):
             ConfigError: `rounding` is neither True nor False.
         """
         check_flag(rounding, "rounding")
+        reshard(self.model)
         for quantizer in self._attachment.quantizers:
             if isinstance(quantizer, DiffQWeight):
                 quantizer.freeze(rounding)
