@@ -48,6 +48,7 @@ class Attachment:
         # By the module and not by its name: a detach takes quantizers off modules that were
         # replaced or moved since.
         self._places: list[tuple[nn.Module, str, WeightQuantizer]] = []
+        self._first_places: dict[WeightQuantizer, tuple[nn.Module, str]] = {}
         self._orders: dict[nn.Module, list[str]] = {}
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         state = ForwardState()
@@ -153,12 +154,14 @@ class Attachment:
         for owner, shared in self._classes.items():
             owner.__class__ = shared
         self._places.clear()
+        self._first_places.clear()
         self._orders.clear()
         self._classes.clear()
 
     def _register(self, site: Site, quantizer: WeightQuantizer) -> None:
         owner = site.owner(self.model)
         self._places.append((owner, site.attribute, quantizer))
+        self._first_places.setdefault(quantizer, (owner, site.attribute))
         if owner not in self._orders:
             self._orders[owner] = list(owner._parameters)
             if parametrize.is_parametrized(owner):
@@ -196,13 +199,23 @@ class Attachment:
         chains = (_chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
         return [chain for chain in chains if chain is not None]
 
+    def _weight_to_sample(self, quantizer: WeightQuantizer) -> Tensor:
+        """`weight` without its checks, which take longer than many a small tensor's sample."""
+        owner, attribute = self._first_places[quantizer]
+        chains: Any = owner._modules.get("parametrizations", {})
+        chain = chains[attribute] if attribute in chains else None
+        if chain is None or len(chain) > 1 or not chain.is_tensor:
+            return self.weight(quantizer)
+        original: Tensor = chain.original
+        return original
+
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
         for quantizer in self.quantizers:
             # FSDP's tensors are whole only while their module runs.
             if quantizer.training and not is_managed(quantizer):
-                pair = quantizer, self.weight(quantizer)
+                pair = quantizer, self._weight_to_sample(quantizer)
                 kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
             values = kind.sample_all(*zip(*pairs, strict=True))
