@@ -211,10 +211,16 @@ class Attachment:
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)
+        training = [q for q in self.quantizers if q.training]
+        if training:
+            # Apart from this function, which torch.compile gives up once it did nothing in eval.
+            self._sample(training)
+
+    def _sample(self, quantizers: list[WeightQuantizer]) -> None:
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
-        for quantizer in self.quantizers:
+        for quantizer in quantizers:
             # FSDP's tensors are whole only while their module runs.
-            if quantizer.training and not is_managed(quantizer):
+            if not is_managed(quantizer):
                 pair = quantizer, self._weight_to_sample(quantizer)
                 kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():

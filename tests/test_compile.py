@@ -90,10 +90,16 @@ def test_nothing_is_compiled_after_the_second_step(call, kind):
     assert counts[1:] == [counts[1]] * 4
 
 
+def _deep():
+    """More tensors than recompilations are allowed."""
+    return nn.Sequential(nn.Linear(16, 8), *(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("make", [_linear, _deep])
 @pytest.mark.parametrize("kind", ["diffq", "lsq"])
-def test_modes_that_alternate_compile_nothing_more(kind):
+def test_modes_that_alternate_compile_nothing_more(kind, make):
     """Training and evaluating in turns, with sizes and states between, settles likewise."""
-    run = _Compiled(kind)
+    run = _Compiled(kind, make)
     counts = run.counts(_Compiled.train, _Compiled.look, _Compiled.evaluate, _Compiled.look)
     assert counts[1:] == [counts[1]] * 4
 
