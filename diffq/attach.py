@@ -89,6 +89,15 @@ class Attachment:
             raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
         return weight
 
+    def is_used(self, quantizer: WeightQuantizer) -> bool:
+        """Whether a loss reached a tensor since gradients were cleared; frozen ones count as used.
+
+        Raises:
+            AttachError: the weight quantizer is no longer in its place.
+        """
+        originals = _originals(self._chain(quantizer.plan.sites[0], quantizer))
+        return any(t.grad is not None or not t.requires_grad for t in originals)
+
     def check_places(self) -> None:
         """Checks that every weight quantizer is in its place.
 

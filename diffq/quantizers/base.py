@@ -120,6 +120,24 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             guard.remove()
         self._guards.clear()
 
+    def skip_unused(self) -> None:
+        """Keeps the size penalty from tensors that this step did not use.
+
+        Where layers are dropped at random, their bits would go down at each step, and their
+        weights have no say. The DiffQ paper (Section 5.2) sets the gradient of these bits to
+        zero; this sets it to None, so that momentum does not move them either. Call it
+        between backward and step. A tensor counts as used if it has a gradient, so clear
+        gradients to None, as `zero_grad()` does by default.
+
+        Raises:
+            AttachError: a quantized tensor was removed or replaced.
+        """
+        attachment = self._attachment
+        for quantizer in attachment.quantizers:
+            if not attachment.is_used(quantizer):
+                for extra in quantizer.parameters():
+                    extra.grad = None
+
     def model_size(self) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
 
