@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.models import (
     QUANTIZERS,
@@ -37,15 +36,20 @@ def _linear():
 
 
 class _Compiled:
-    """A compiled model, and how many graphs were compiled so far; "eager" needs no compiler."""
+    """A compiled model, and how many graphs were compiled so far."""
 
     def __init__(self, kind="diffq", make=_linear):
         self.model, self.inputs = seeded(make), torch.ones(2, 16)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05)
         self.quantizer = QUANTIZERS[kind](self.model)
         self.quantizer.setup_optimizer(self.optimizer, lr=0.1)
-        self.counter = CompileCounterWithBackend("eager")
-        self.compiled = torch.compile(self.model, backend=self.counter)
+        self.graphs = 0
+        self.compiled = torch.compile(self.model, backend=self._compile)
+
+    def _compile(self, graph, inputs):
+        # Runs the graph as it is, which needs no C compiler.
+        self.graphs += 1
+        return graph.forward
 
     def counts(self, *calls, rounds=5):
         """How many graphs there are after each round of these calls."""
@@ -53,7 +57,7 @@ class _Compiled:
         for _ in range(rounds):
             for call in calls:
                 call(self)
-            counts.append(self.counter.frame_count)
+            counts.append(self.graphs)
         return counts
 
     def train(self):
