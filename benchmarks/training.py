@@ -72,7 +72,9 @@ def measure(
     answers: dict[str, Answer] = {}
     for contender in workers:
         tick(f"{case}, memory: {contender.name}")
-        answers[contender.name] = contender.ask(case=case)
+        answers[contender.name] = contender.ask(memory=case)
+        if "error" not in answers[contender.name]:
+            answers[contender.name] |= contender.ask(case=case)
     times: Times = {contender.name: [] for contender in workers}
     for number in range(args.rounds):
         for contender in rotated(workers, number):

@@ -1,15 +1,18 @@
 """One contender of benchmarks/training.py: trains the models that it is told to, when told to.
 
 Reads requests from its input, a JSON object a line, and answers each with one:
-    {"case": NAME}        makes the model in a process of its own; what its training takes
-    {"train": STEPS}      seconds of so many training steps
+    {"memory": NAME}      peak memory of a training step of the model, after a first one
+    {"case": NAME}        makes the model; the next requests are for it
+    {"train": STEPS}      seconds of so many training steps, after a first one
     {"evaluate": STEPS}   seconds of so many forwards in eval mode, after a first one
-    {"end": true}         ends that process
+    {"end": true}         drops the model
+The first two do so in a fork of this process, in which nothing was trained before.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -29,6 +32,7 @@ from training_cases import ALL_CASES, CONTENDERS, Case, Contender
 
 MEGABYTE = 2**20
 LAMBDA = 0.1
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Meter:
@@ -113,20 +117,27 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def serve_case(name: str, contender: Contender, device: str) -> None:
+def measure_memory(case: Case, contender: Contender, device: str) -> None:
+    # Otherwise glibc decides by what happened before which freed memory it keeps.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     meter = Meter(device)
-    trainer = Trainer(ALL_CASES[name], contender, device)
+    trainer = Trainer(case, contender, device)
     trainer.step()  # makes the optimizer's state, and compiles
     peak_mb = meter.peak_mb(trainer.step)
-    result = {"device": meter.name, "peak_mb": peak_mb, "quantized_mb": trainer.quantized_mb}
-    trainer.release()
-    answer(result)
-    for request in requests():
+    answer({"device": meter.name, "peak_mb": peak_mb, "quantized_mb": trainer.quantized_mb})
+
+
+def serve_case(case: Case, contender: Contender, device: str) -> None:
+    meter = Meter(device)
+    trainer = Trainer(case, contender, device)
+    result: dict[str, float] = {}
+    while True:
+        trainer.release()
+        answer(result)
+        request = next(requests(), {"end": True})
         if "end" in request:
             return answer({})
         result = {"seconds": turn(trainer, meter, request)}
-        trainer.release()
-        answer(result)
 
 
 def turn(trainer: Trainer, meter: Meter, request: dict[str, int]) -> float:
@@ -138,8 +149,8 @@ def turn(trainer: Trainer, meter: Meter, request: dict[str, int]) -> float:
     return meter.seconds(call, request["train" if training else "evaluate"])
 
 
-def fork_case(name: str, contender: Contender, device: str) -> None:
-    """Serves one model in a fork of this process, which goes on reading when that ends."""
+def fork(task: Callable[[Case, Contender, str], None], *arguments: Any) -> None:
+    """Runs a task, which answers, in a fork of this process, and waits for its end."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -147,7 +158,7 @@ def fork_case(name: str, contender: Contender, device: str) -> None:
             answer({"error": f"ended with status {status}"})
         return
     try:
-        serve_case(name, contender, device)
+        task(*arguments)
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
     finally:
@@ -181,7 +192,9 @@ def main() -> None:
     version = getattr(diffq, "__version__", None)
     answer({"diffq": version, "torch": torch.__version__, "threads": torch.get_num_threads()})
     for request in requests():
-        fork_case(request["case"], contender, args.device)
+        [(kind, name)] = request.items()
+        task = measure_memory if kind == "memory" else serve_case
+        fork(task, ALL_CASES[name], contender, args.device)
 
 
 if __name__ == "__main__":
