@@ -28,7 +28,7 @@ from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import layout_of, reshard
+from diffq.sharding import is_managed, layout_of, reshard
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
@@ -344,9 +344,15 @@ class BaseQuantizer(QuantizeSwitch, ABC):
                 yield from (p for p in quantizer._parameters.values() if p is not None)
 
     def _raw_bits(self) -> float:
-        raw = [plan.sites[0] for plan in self._plans if plan.name not in self._by_name]
-        tensors = [site.read(self.model) for site in raw]
-        return float(sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors))
+        raw = [plan for plan in self._plans if plan.name not in self._by_name]
+        return float(sum(self._bits_of(plan) for plan in raw))
+
+    def _bits_of(self, plan: TensorPlan) -> int:
+        site = plan.sites[0]
+        tensor = site.read(self.model)
+        # What FSDP puts in place may be in the lower precision of its policy.
+        dtype = plan.dtype if is_managed(site.owner(self.model)) else tensor.dtype
+        return 8 * tensor.numel() * dtype.itemsize
 
 
 def quantizer_of(model: nn.Module) -> BaseQuantizer:

@@ -153,12 +153,15 @@ def check_replicated_shards():
 def check_mixed_precision():
     """Under a mixed precision policy, the full precision weights are exported."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, quantizer = train(mp_policy=policy)
-    alone = gathered(model)[1]
+    attach = partial(DIFFQ, exclude=["*.bias"])
+    model, quantizer = train(attach=attach, mp_policy=policy)
+    alone = gathered(model, attach=attach)[1]
+    size = quantizer.model_size()
     with torch.no_grad():
         model(tokens(None))
     # FSDP has left the whole embedding in place, in the lower precision.
     assert model.head.parametrizations.weight.original.dtype == torch.bfloat16
+    torch.testing.assert_close(quantizer.model_size(), size, rtol=1e-3, atol=0)
     assert_exported_alike(quantizer, alone)
 
 
