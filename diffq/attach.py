@@ -21,7 +21,7 @@ from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
 from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
-from diffq.sharding import is_managed, reshard, whole, whole_parameters
+from diffq.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
 
 T = TypeVar("T")
@@ -219,8 +219,10 @@ class Attachment:
     def _sample(self, quantizers: list[WeightQuantizer]) -> None:
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
         for quantizer in quantizers:
-            # FSDP's tensors are whole only while their module runs.
-            if not is_managed(quantizer):
+            if is_managed(quantizer):
+                # FSDP's tensors are whole only while their module runs: each reading samples.
+                quantizer.used = False
+            else:
                 pair = quantizer, self._weight_to_sample(quantizer)
                 kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
@@ -241,7 +243,7 @@ class Attachment:
         # Hooks that are always called run while an exception of the forward is handled.
         if told or sys.exc_info()[0] is not None:
             take_samples_away(samples)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
         return output
 
