@@ -48,7 +48,6 @@ class Attachment:
         # By the module and not by its name: a detach takes quantizers off modules that were
         # replaced or moved since.
         self._places: list[tuple[nn.Module, str, WeightQuantizer]] = []
-        self._first_places: dict[WeightQuantizer, tuple[nn.Module, str]] = {}
         self._orders: dict[nn.Module, list[str]] = {}
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         state = ForwardState()
@@ -154,14 +153,12 @@ class Attachment:
         for owner, shared in self._classes.items():
             owner.__class__ = shared
         self._places.clear()
-        self._first_places.clear()
         self._orders.clear()
         self._classes.clear()
 
     def _register(self, site: Site, quantizer: WeightQuantizer) -> None:
         owner = site.owner(self.model)
         self._places.append((owner, site.attribute, quantizer))
-        self._first_places.setdefault(quantizer, (owner, site.attribute))
         if owner not in self._orders:
             self._orders[owner] = list(owner._parameters)
             if parametrize.is_parametrized(owner):
@@ -200,13 +197,15 @@ class Attachment:
         return [chain for chain in chains if chain is not None]
 
     def _weight_to_sample(self, quantizer: WeightQuantizer) -> Tensor:
-        """`weight` without its checks, which take longer than many a small tensor's sample."""
-        owner, attribute = self._first_places[quantizer]
-        chains: Any = owner._modules.get("parametrizations", {})
-        chain = chains[attribute] if attribute in chains else None
-        if chain is None or len(chain) > 1 or not chain.is_tensor:
+        """`weight`, found at once where nothing is unusual: many are asked for in each step."""
+        site, *others = quantizer.plan.sites
+        modules = site.owner(self.model)._modules.get("parametrizations")
+        chain: Any = modules._modules.get(site.attribute) if modules is not None else None
+        if others or chain is None or list(chain._modules.values()) != [quantizer]:
             return self.weight(quantizer)
-        original: Tensor = chain.original
+        original: Tensor | None = chain._parameters.get("original")
+        if original is None or original.shape != quantizer.plan.shape:
+            return self.weight(quantizer)
         return original
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
