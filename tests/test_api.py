@@ -26,6 +26,7 @@ STAGES = [
     "size",
     "grid",
     "noise",
+    "kmeans",
     "select",
     "state",
     "weight",
