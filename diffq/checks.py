@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from diffq.errors import ConfigError
 
@@ -20,7 +23,7 @@ def check_bits(bits: Any, name: str = "bits", least: int = 1) -> None:
 
 def check_number(value: Any, name: str, least: float, most: float = math.inf) -> None:
     """Raises ConfigError unless `value` is a finite number from `least` to `most`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ConfigError(f"{name} must be a number, {limits}, got {value!r}.")
@@ -33,6 +36,17 @@ def check_group_size(value: Any) -> None:
             "group_size must be a whole number of weights, or None for the whole tensor, "
             f"got {value!r}."
         )
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Raises ConfigError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{name} must be True or False, got {value!r}.")
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers and booleans as Python's, which states can hold; others as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_patterns(patterns: Any, name: str) -> None:
@@ -57,4 +71,4 @@ def check_overrides(overrides: Any) -> None:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

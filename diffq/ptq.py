@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq import grid
-from diffq.checks import check_bits, check_group_size
+from diffq.checks import check_bits, check_flag, check_group_size, plain
 from diffq.errors import ConfigError, WeightError
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.quantizers.grids import check_range
@@ -47,6 +47,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
+        check_flag(self.per_channel, "per_channel")
+        check_flag(self.float16, "float16")
 
 
 def quantize_state(
@@ -115,7 +117,7 @@ class StatePlan:
         names = {name: [name] for name in tensors}
         for alias, name in self.aliases.items():
             names[name].append(alias)
-        settings.rules.check_patterns(list(state))
+        settings.rules.check_patterns({n: tensor.numel() for n, tensor in state.items()})
         self._order = list(tensors)
         self.grids: list[StateGrid] = []
         self.raw: dict[str, RawRecord] = {}
@@ -154,7 +156,7 @@ class StateGrid:
             channels = weight.reshape(weight.shape[0], -1)
             low, high = torch.amin(channels, dim=1), torch.amax(channels, dim=1)
         else:
-            self.size = min(settings.group_size or weight.numel(), weight.numel())
+            self.size = min(plain(settings.group_size) or weight.numel(), weight.numel())
             low, high = grid.bounds(weight)
         self.count = group_count(weight.numel(), self.size)
         self.low, self.high = low.float(), high.float()

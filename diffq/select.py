@@ -115,7 +115,7 @@ class Rules:
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
-        if tensor.dtype not in QUANTIZABLE or tensor.numel() <= self.min_size * MEGABYTE / 4:
+        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.numel()):
             return False
         if self.include and not _match_any(self.include, names):
             return False
@@ -129,8 +129,17 @@ class Rules:
                 merged.update(settings)
         return merged
 
-    def check_patterns(self, names: Sequence[str]) -> None:
-        """Raises ConfigError for a pattern that matches no name."""
+    def check_patterns(self, sizes: Mapping[str, int]) -> None:
+        """Checks that each pattern has an effect.
+
+        Args:
+            sizes: every name of a parameter to its number of elements.
+
+        Raises:
+            ConfigError: a pattern matches no name; or one of `include` or `overrides`
+                matches only parameters that are too small to be quantized.
+        """
+        names = list(sizes)
         for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
             if not _match_any([pattern], names):
                 close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
@@ -138,6 +147,17 @@ class Rules:
                     f"The pattern {pattern!r} matches no parameter. "
                     f"Parameters have names such as {', '.join(map(repr, close))}."
                 )
+        for pattern in (*self.include, *(self.overrides or {})):
+            matched = [name for name in names if _match_any([pattern], [name])]
+            if all(self._is_small(sizes[name]) for name in matched):
+                raise ConfigError(
+                    f"The pattern {pattern!r} matches only parameters of at most "
+                    f"{self.min_size} MB, which are not quantized: "
+                    f"{', '.join(matched[:3])}. Lower min_size, or leave the pattern out."
+                )
+
+    def _is_small(self, numel: int) -> bool:
+        return numel <= self.min_size * MEGABYTE / 4
 
 
 def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
@@ -151,7 +171,7 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
 
     Raises:
         AttachError: a lazy module has not seen its first input, or a tensor is sparse.
-        ConfigError: a pattern matches nothing.
+        ConfigError: a pattern matches nothing, or nothing large enough.
     """
     tensors: dict[int, tuple[Tensor, list[Site]]] = {}
     for site, tensor in named_tensors(model):
@@ -171,7 +191,7 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
             )
         tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
     plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
-    rules.check_patterns([name for plan in plans if plan.learned for name in plan.names])
+    rules.check_patterns({n: plan.numel for plan in plans if plan.learned for n in plan.names})
     return tuple(plans)
 
 

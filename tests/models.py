@@ -3,11 +3,13 @@
 import copy
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import diffq
+from diffq import attach
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
@@ -181,3 +183,98 @@ def restored(make, quantizer):
     """
     fresh = diffq.restore_quantized_state(make(), quantizer.get_quantized_state())
     return fresh.eval().requires_grad_(False)
+
+
+class First(nn.Module):
+    """The output of a recurrent layer without its state."""
+
+    def forward(self, pair):
+        return pair[0]
+
+
+def attached(make, kind="diffq", **options):
+    """A seeded model and its quantizer, which may train without an optimizer."""
+    model = seeded(make)
+    quantizer = QUANTIZERS[kind](model, **options)
+    quantizer.no_optimizer()
+    return model, quantizer
+
+
+def same_gradients(one, other):
+    """Whether two dicts of `gradients` are bit-equal."""
+    return one.keys() == other.keys() and all(
+        (a is None and b is None) or torch.equal(a, b)
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def nothing_held(model):
+    """Whether no forward is counted and no weight is fixed."""
+    quantizers = attach.quantizers_in(model)
+    return bool(quantizers) and all(
+        q._held is None and q.forward_state.depth == 0 for q in quantizers
+    )
+
+
+def fingerprint(model):
+    """All that a quantizer could leave behind: classes, attributes, hooks, parameters."""
+    return [
+        (
+            path,
+            type(module),
+            sorted(module.__dict__),
+            [(name, id(p)) for name, p in module._parameters.items()],
+            [(name, id(b)) for name, b in module._buffers.items()],
+            list(module._modules),
+            {key: len(value) for key, value in module.__dict__.items() if "hooks" in key},
+            [id(weight) for weight in getattr(module, "_flat_weights", ())],
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def after_steps(name="mlp", quantizer="diffq", steps=2, **options):
+    """A model after some steps, its quantizer and an input."""
+    make, make_input = MODELS[name]
+    model = seeded(make)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    quantizer = QUANTIZERS[quantizer](model, **options)
+    quantizer.setup_optimizer(optimizer, lr=0.2)
+    inputs = make_input()
+    for _ in range(steps):
+        step(model, optimizer, inputs, quantizer)
+    return model, quantizer, inputs
+
+
+def _hooks(model):
+    return {
+        (path, key): len(value)
+        for path, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if "hooks" in key
+    }
+
+
+def state_of(model):
+    """What an operation that failed must have left as it was."""
+    return (
+        [(path, type(module)) for path, module in model.named_modules()],
+        {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
+        _hooks(model),
+    )
+
+
+def refused(model, error, make, *words):
+    """Checks that `make(model)` raises `error` with all words, and changes nothing."""
+    before, values = state_of(model), snapshot_of(model)
+    with pytest.raises(error) as caught:
+        make(model)
+    assert isinstance(caught.value, diffq.DiffqError)
+    message = str(caught.value)
+    assert all(str(word) in message for word in words), message
+    assert message.endswith((".", ")", "'")) or "\n" in message
+    assert state_of(model) == before
+    assert same_tensors(snapshot_of(model), values) or any(
+        not value.isfinite().all() for value in values.values()
+    )
+    return message

@@ -1,4 +1,4 @@
-"""Bad input: one tree of errors, clear messages, and nothing changed."""
+"""Bad models and bad weights: one tree of errors, clear messages, and nothing changed."""
 
 import inspect
 import math
@@ -11,44 +11,12 @@ from torch.nn.parallel import DataParallel
 
 import diffq
 from diffq import errors
-from tests.models import QUANTIZERS, TiedModules, mlp, same_tensors, seeded, snapshot_of, step
-
-LEARNING = ["diffq", "diffq-rounding", "lsq"]
-
-
-def _hooks(model):
-    return {
-        (path, key): len(value)
-        for path, module in model.named_modules()
-        for key, value in module.__dict__.items()
-        if "hooks" in key
-    }
-
-
-def _state(model):
-    """What an operation that failed must have left as it was."""
-    return (
-        [(path, type(module)) for path, module in model.named_modules()],
-        {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
-        _hooks(model),
-    )
-
-
-def _refused(model, error, make, *words):
-    """Checks that `make(model)` raises `error` with all words, and changes nothing."""
-    before, values = _state(model), snapshot_of(model)
-    with pytest.raises(error) as caught:
-        make(model)
-    assert isinstance(caught.value, diffq.DiffqError)
-    message = str(caught.value)
-    assert all(str(word) in message for word in words), message
-    assert message.endswith((".", ")", "'")) or "\n" in message
-    assert _state(model) == before
-    assert same_tensors(snapshot_of(model), values) or any(
-        not value.isfinite().all() for value in values.values()
-    )
-    return message
-
+from tests.models import (
+    QUANTIZERS,
+    mlp,
+    refused,
+    state_of,
+)
 
 # The tree
 
@@ -91,159 +59,6 @@ def test_errors_are_builtin_ones_too(error, builtin):
     assert issubclass(error, builtin)
 
 
-# Settings
-
-
-@pytest.mark.parametrize("bits", [0, 16, -1, 100, 4.0, 4.5, "4", True, math.nan, math.inf, [4]])
-@pytest.mark.parametrize("make", [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer])
-def test_bits_that_cannot_be_stored(make, bits):
-    """A bitwidth that is not a whole number from 1 to 15 is refused with what was got."""
-    _refused(
-        mlp(), diffq.ConfigError, lambda m: make(m, bits=bits, min_size=0), "bits", "15", repr(bits)
-    )
-
-
-def test_lsq_needs_two_bits():
-    """LSQ refuses one bit, which would leave the positive side without a level."""
-    _refused(
-        mlp(), diffq.ConfigError, lambda m: diffq.LSQQuantizer(m, bits=1, min_size=0), "2", "got 1"
-    )
-
-
-@pytest.mark.parametrize("make", [diffq.QATQuantizer, diffq.LSQQuantizer])
-def test_bits_are_needed(make):
-    """bits=None is refused where the bitwidth is not learned."""
-    _refused(mlp(), diffq.ConfigError, lambda m: make(m, bits=None), "bits", "None")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"min_bits": 8, "max_bits": 8}, ("min_bits", "max_bits", "8", "bits=")),
-        ({"min_bits": 9, "max_bits": 4}, ("min_bits", "max_bits", "9", "4")),
-        ({"min_bits": 0}, ("min_bits", "1", "got 0")),
-        ({"max_bits": 16}, ("max_bits", "15", "got 16")),
-        ({"min_bits": 2.5}, ("min_bits", "whole", "2.5")),
-        ({"init_bits": 1}, ("init_bits", "2", "15", "got 1")),
-        ({"init_bits": 15.5}, ("init_bits", "15.5")),
-        ({"init_bits": math.nan}, ("init_bits", "nan")),
-        ({"init_bits": "8"}, ("init_bits", "'8'")),
-        ({"min_bits": 9}, ("init_bits", "9", "got 8")),
-        ({"noise": "Gaussian"}, ("noise", "gaussian", "uniform", "rounding", "'Gaussian'")),
-        ({"noise": None}, ("noise", "gaussian", "None")),
-        ({"noise": ["gaussian"]}, ("noise", "uniform")),
-        ({"noise_scale": -1.0}, ("noise_scale", "-1.0")),
-        ({"noise_scale": math.nan}, ("noise_scale", "nan")),
-        ({"noise_scale": math.inf}, ("noise_scale", "inf")),
-        ({"noise_scale": "0.5"}, ("noise_scale", "'0.5'")),
-        ({"group_size": -1}, ("group_size", "-1")),
-        ({"group_size": 8.0}, ("group_size", "8.0")),
-        ({"group_size": "8"}, ("group_size", "'8'")),
-        ({"group_size": True}, ("group_size", "True")),
-    ],
-)
-def test_settings_that_break_a_rule(options, words):
-    """Each setting of DiffQ that breaks a rule is refused, as an argument and as an override."""
-    _refused(
-        mlp(), diffq.ConfigError, lambda m: diffq.DiffQuantizer(m, min_size=0, **options), *words
-    )
-    if not any(key.startswith("noise") for key in options):
-        overridden = {"min_size": 0, "overrides": {"0.weight": options}}
-        _refused(mlp(), diffq.ConfigError, lambda m: diffq.DiffQuantizer(m, **overridden), *words)
-
-
-@pytest.mark.parametrize("min_size", [-1, -0.001, math.nan, None, "0.01"])
-@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
-def test_bad_min_size(kind, min_size):
-    """A min_size that is no number of MB is refused with what was got."""
-    words = ("min_size", "0", repr(min_size))
-    _refused(mlp(), diffq.ConfigError, lambda m: QUANTIZERS[kind](m, min_size=min_size), *words)
-
-
-# Patterns
-
-
-@pytest.mark.parametrize("field", ["include", "exclude"])
-def test_pattern_given_as_a_string(field):
-    """A string in the place of a list of patterns is refused with the line to write instead."""
-    _refused(
-        mlp(),
-        diffq.ConfigError,
-        lambda m: diffq.DiffQuantizer(m, min_size=0, **{field: "bias"}),
-        f"{field}=['bias']",
-    )
-
-
-@pytest.mark.parametrize("patterns", [None, 5, [5], [None], [["bias"]]])
-@pytest.mark.parametrize("field", ["include", "exclude"])
-def test_patterns_that_are_no_strings(field, patterns):
-    """Patterns that are no strings are refused by the name of the argument."""
-    _refused(
-        mlp(),
-        diffq.ConfigError,
-        lambda m: diffq.DiffQuantizer(m, min_size=0, **{field: patterns}),
-        field,
-    )
-
-
-@pytest.mark.parametrize("overrides", [["bias"], "bias", {"bias": 4}, {5: {"bits": 4}}])
-def test_overrides_that_are_no_settings(overrides):
-    """Overrides must map patterns to dicts of settings."""
-    _refused(
-        mlp(),
-        diffq.ConfigError,
-        lambda m: diffq.DiffQuantizer(m, min_size=0, overrides=overrides),
-        "overrides",
-    )
-
-
-@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
-@pytest.mark.parametrize("field", ["include", "exclude", "overrides"])
-def test_pattern_without_match(field, kind):
-    """A pattern that matches nothing is refused, with names that exist."""
-    value = {"1.weight": {"bits": 4}} if field == "overrides" else ["1.weight"]
-    _refused(
-        mlp(),
-        diffq.ConfigError,
-        lambda m: QUANTIZERS[kind](m, **{field: value}),
-        "'1.weight'",
-        "matches no",
-        "'0.weight'",
-    )
-
-
-@pytest.mark.parametrize(
-    ("make", "setting"),
-    [
-        (diffq.DiffQuantizer, "noise"),
-        (diffq.DiffQuantizer, "bitz"),
-        (diffq.QATQuantizer, "group_size"),
-        (diffq.LSQQuantizer, "per_channel"),
-    ],
-)
-@pytest.mark.parametrize("options", [{"min_size": 0}, {"min_size": 0, "exclude": ["bias"]}])
-def test_unknown_override(make, setting, options):
-    """A setting that cannot be overridden is refused with those that can, for raw tensors too."""
-    overrides = {"bias": {setting: 4}}
-    _refused(
-        mlp(),
-        diffq.ConfigError,
-        lambda m: make(m, overrides=overrides, **options),
-        make.__name__,
-        repr(setting),
-        "bits",
-    )
-
-
-def test_unknown_argument():
-    """A misspelt argument is Python's TypeError, and changes nothing."""
-    model = mlp()
-    before = _state(model)
-    with pytest.raises(TypeError, match="groupsize"):
-        diffq.DiffQuantizer(model, groupsize=8)
-    assert _state(model) == before
-
-
 # Models
 
 
@@ -254,7 +69,7 @@ def test_second_quantizer(first, second):
     model = mlp()
     quantizer = QUANTIZERS[first](model)
     size = quantizer.true_model_size()
-    _refused(model, diffq.AttachError, QUANTIZERS[second], "already", "detach()")
+    refused(model, diffq.AttachError, QUANTIZERS[second], "already", "detach()")
     assert quantizer.true_model_size() == size
 
 
@@ -264,7 +79,7 @@ def test_second_quantizer_on_an_overlapping_model(attach_to):
     model = mlp()
     first, second = (model, model[0]) if attach_to == "part" else (model[0], model)
     diffq.QATQuantizer(first, min_size=0)
-    _refused(second, diffq.AttachError, QUANTIZERS["diffq"], "already")
+    refused(second, diffq.AttachError, QUANTIZERS["diffq"], "already")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +88,7 @@ def test_second_quantizer_on_an_overlapping_model(attach_to):
 def test_wrapped_model(wrap):
     """A wrapped or compiled model is refused with the order to write instead."""
     wrapped = wrap(mlp())
-    _refused(
+    refused(
         wrapped, diffq.AttachError, QUANTIZERS["diffq"], type(wrapped).__name__, "before", "model ="
     )
 
@@ -286,7 +101,7 @@ def test_distributed_model(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(mlp())
-        _refused(wrapped, diffq.AttachError, QUANTIZERS["diffq"], "DistributedDataParallel")
+        refused(wrapped, diffq.AttachError, QUANTIZERS["diffq"], "DistributedDataParallel")
     finally:
         dist.destroy_process_group()
 
@@ -315,7 +130,7 @@ def test_bad_weights_at_attach(kind, value):
     model = mlp()
     with torch.no_grad():
         model[2].weight[3, 4] = value
-    _refused(model, diffq.WeightError, QUANTIZERS[kind], "2.weight", "NaN or Inf", "exclude")
+    refused(model, diffq.WeightError, QUANTIZERS[kind], "2.weight", "NaN or Inf", "exclude")
 
 
 def test_bad_weights_that_are_not_quantized():
@@ -346,11 +161,11 @@ def test_bad_weights_later(kind, value):
     if "lsq" not in kind:
         # The size of an LSQ tensor does not depend on its weights.
         calls.append(quantizer.true_model_size)
-    before = _state(model)
+    before = state_of(model)
     for call in calls:
         with pytest.raises(diffq.WeightError, match=r"2\.weight"):
             call()
-    assert _state(model) == before
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("call", ["true_model_size", "bits", "mean_bits", "get_quantized_state"])
@@ -403,141 +218,6 @@ def test_float16_overflow():
             call()
 
 
-# The optimizer
-
-
-@pytest.mark.parametrize("kind", LEARNING)
-def test_training_without_setup(kind):
-    """Training without setup_optimizer is refused, through the root and through a submodule."""
-    model = mlp()
-    QUANTIZERS[kind](model)
-    inputs = torch.ones(1, 16)
-    for call in (lambda: model(inputs), lambda: model[0](inputs)):
-        _refused(
-            model,
-            diffq.OptimizerError,
-            lambda _, call=call: call(),
-            "setup_optimizer",
-            "no_optimizer",
-        )
-    with torch.no_grad():
-        assert model(inputs).shape == (1, 8)
-    assert model.eval()(inputs).requires_grad
-
-
-@pytest.mark.parametrize("kind", LEARNING)
-def test_no_optimizer(kind):
-    """no_optimizer() says that training without it is meant."""
-    model = mlp()
-    quantizer = QUANTIZERS[kind](model)
-    quantizer.no_optimizer()
-    model(torch.ones(1, 16)).sum().backward()
-    model[0](torch.ones(1, 16))
-    quantizer.no_optimizer()
-    assert model[0].parametrizations.weight.original.grad is not None
-
-
-@pytest.mark.parametrize("kind", ["qat", "qat-channel", "diffq-fixed"])
-def test_setup_is_not_needed_where_nothing_is_learned(kind):
-    """QAT and fixed bitwidths train without setup_optimizer, and with it add no group."""
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    quantizer = QUANTIZERS[kind](model)
-    step(model, optimizer, torch.ones(1, 16), quantizer)
-    quantizer.setup_optimizer(optimizer)
-    assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize("kind", [*LEARNING, "qat"])
-def test_optimizer_of_another_model(kind):
-    """An optimizer that holds nothing of the model is refused and not changed."""
-    model = mlp()
-    quantizer = QUANTIZERS[kind](model)
-    optimizer = torch.optim.Adam(mlp().parameters())
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    _refused(
-        model,
-        diffq.OptimizerError,
-        lambda _: quantizer.setup_optimizer(optimizer),
-        "model.parameters()",
-    )
-    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == held
-
-
-@pytest.mark.parametrize("optimizer", [None, "adam", torch.optim.Adam])
-def test_no_optimizer_object(optimizer):
-    """What is no optimizer is refused."""
-    quantizer = QUANTIZERS["diffq"](mlp())
-    with pytest.raises(diffq.OptimizerError, match="optimizer"):
-        quantizer.setup_optimizer(optimizer)
-
-
-@pytest.mark.parametrize("made", ["before", "after"])
-@pytest.mark.parametrize("kind", LEARNING)
-def test_setup_gives_the_extras_their_own_group(kind, made):
-    """Each extra is in exactly one group, without weight decay, also if the optimizer had it."""
-    model = mlp()
-    plain = {id(p) for p in model.parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.3)
-    quantizer = QUANTIZERS[kind](model)
-    if made == "after":
-        optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.3)
-    quantizer.setup_optimizer(optimizer, lr=0.7, betas=(0.5, 0.6))
-    weights, extras = optimizer.param_groups
-    assert {id(p) for p in weights["params"]} == plain
-    assert [weights[key] for key in ("lr", "weight_decay", "betas")] == [0.1, 0.3, (0.9, 0.999)]
-    assert {id(p) for p in extras["params"]} == {id(p) for p in model.parameters()} - plain
-    assert [extras[key] for key in ("lr", "weight_decay", "betas")] == [0.7, 0.0, (0.5, 0.6)]
-    assert len(extras["params"]) == len({id(p) for p in extras["params"]})
-
-
-def test_setup_keeps_other_groups():
-    """Groups of the user keep their number, their order and their options, empty ones too."""
-    model = mlp()
-    groups = [
-        {"params": [model[0].weight], "lr": 0.1},
-        {"params": [], "lr": 0.2},
-        {"params": [model[0].bias, *model[2].parameters()], "lr": 0.3},
-    ]
-    optimizer = torch.optim.SGD(groups)
-    QUANTIZERS["diffq"](model).setup_optimizer(optimizer, lr=0.4)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.3, 0.4]
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0, 3, 4]
-
-
-def test_setup_without_weight_decay():
-    """An optimizer that knows no weight decay is not given any."""
-    model = mlp()
-    optimizer = torch.optim.Rprop(model.parameters())
-    QUANTIZERS["diffq"](model).setup_optimizer(optimizer, lr=0.1)
-    assert "weight_decay" not in optimizer.param_groups[-1]
-
-
-def test_setup_with_ties():
-    """The extras of tied tensors are in the group once."""
-    model = TiedModules()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    QUANTIZERS["diffq"](model).setup_optimizer(optimizer)
-    assert len(optimizer.param_groups[-1]["params"]) == 3
-
-
-def test_partial_optimizer():
-    """An optimizer of a part of the model is accepted: fine-tuning trains a part."""
-    model = seeded(mlp)
-    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
-    quantizer = QUANTIZERS["diffq"](model)
-    quantizer.setup_optimizer(optimizer, lr=0.1)
-    before = snapshot_of(model)
-    step(model, optimizer, torch.ones(2, 16), quantizer)
-    after = snapshot_of(model)
-    assert torch.equal(
-        before["0.parametrizations.weight.original"], after["0.parametrizations.weight.original"]
-    )
-    assert not torch.equal(
-        before["2.parametrizations.weight.original"], after["2.parametrizations.weight.original"]
-    )
-
-
 # After detach
 
 
@@ -560,7 +240,7 @@ def test_use_after_detach(call):
     model = mlp()
     quantizer = diffq.DiffQuantizer(model, min_size=0)
     quantizer.detach()
-    _refused(model, diffq.AttachError, lambda _: call(quantizer), "detached", "new")
+    refused(model, diffq.AttachError, lambda _: call(quantizer), "detached", "new")
     assert repr(quantizer) == "DiffQuantizer(detached)"
 
 
@@ -572,7 +252,7 @@ def test_restore_into_an_attached_model():
     model = mlp()
     quantizer = diffq.QATQuantizer(model, min_size=0)
     state = quantizer.get_quantized_state()
-    _refused(
+    refused(
         model,
         diffq.MismatchError,
         lambda m: diffq.restore_quantized_state(m, state),

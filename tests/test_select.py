@@ -122,8 +122,8 @@ def test_exclude_wins_over_include():
 
 
 def test_include_does_not_lift_min_size():
-    """A small parameter stays raw even where include names it."""
-    assert _quantized(mlp(), include=["0.weight"], min_size=1) == []
+    """A small parameter stays raw even where include matches it, together with a large one."""
+    assert _quantized(mlp(), include=["0.*"], min_size=100 * 4 / 2**20) == ["0.weight"]
 
 
 def test_overrides_reach_matching_tensors_only():

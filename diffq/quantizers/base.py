@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from diffq.attach import Attachment, quantizers_in
+from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError, OptimizerError, WeightError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
@@ -55,6 +56,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
     def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
         _check_model(model)
+        check_flag(float16, "float16")
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
         quantizers = [
@@ -202,7 +204,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         Raises:
             WeightError: a weight to quantize or a bitwidth is not finite.
             AttachError: tied tensors were untied, or the model was changed otherwise.
+            ConfigError: `packed` is neither True nor False.
         """
+        check_flag(packed, "packed")
         return to_state(self.snapshot(), packed)
 
     def detach(self, quantized: bool = False) -> nn.Module:
@@ -217,7 +221,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         Raises:
             AttachError: it was detached before.
             WeightError: with `quantized`, a weight is not finite; nothing has changed then.
+            ConfigError: `quantized` is neither True nor False.
         """
+        check_flag(quantized, "quantized")
         attachment = self._attachment
         values: list[tuple[TensorPlan, Tensor]] = []
         if quantized:
@@ -282,7 +288,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
                 f"{', '.join(sorted(self.overridable))}, "
                 f"got {', '.join(map(repr, unknown))} for {plan.name}."
             )
-        return replace(settings, **plan.overrides)
+        chosen = {**vars(settings), **plan.overrides}
+        return replace(settings, **{name: plain(value) for name, value in chosen.items()})
 
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]

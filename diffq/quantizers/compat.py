@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from diffq.checks import check_flag
 from diffq.errors import ConfigError
 from diffq.quantizers.lsq import LSQQuantizer
 from diffq.quantizers.qat import QATQuantizer
@@ -41,6 +42,7 @@ class UniformQuantizer(QATQuantizer):
         detect_bound: bool = True,
     ) -> None:
         _check_ties(detect_bound)
+        check_flag(qat, "qat")
         super().__init__(
             model,
             bits=_whole(bits),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq import grid, noise
-from diffq.checks import MAX_BITS, check_bits, check_group_size, check_number
+from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
 from diffq.errors import ConfigError, MismatchError
 from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
@@ -237,7 +237,12 @@ class DiffQuantizer(BaseQuantizer):
         Args:
             rounding: also replace random noise by true rounding with a
                 straight-through gradient, so that training and eval agree.
+
+        Raises:
+            AttachError: the quantizer was detached.
+            ConfigError: `rounding` is neither True nor False.
         """
+        check_flag(rounding, "rounding")
         for quantizer in self._attachment.quantizers:
             if isinstance(quantizer, DiffQWeight):
                 quantizer.freeze(rounding)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffq.checks import check_bits
+from diffq.checks import check_bits, check_flag
 from diffq.noise import straight_through
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
@@ -26,6 +26,8 @@ class QATSettings:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        check_flag(self.per_channel, "per_channel")
+        check_flag(self.training, "training")
 
 
 class QATWeight(GridQuantizer):

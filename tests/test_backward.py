@@ -1,0 +1,219 @@
+"""Gradients: activation checkpointing, several forwards, eval and inference mode."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.models import (
+    First,
+    attached,
+    gradients,
+    mlp,
+    restored,
+    same_gradients,
+)
+
+RANDOM = ["diffq", "diffq-uniform"]
+
+
+def _checkpointed(make, use_reentrant):
+    """A root whose forward runs `make`'s module under activation checkpointing."""
+
+    class _Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.body = make()
+
+        def forward(self, x):
+            x = self.first(x)
+            if use_reentrant is None:
+                return self.body(x)
+            return checkpoint(self.body, x, use_reentrant=use_reentrant)
+
+    return _Root
+
+
+class _Attention(nn.Module):
+    """Self-attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def _lstm():
+    return nn.Sequential(nn.LSTM(16, 8, 2, batch_first=True), First(), nn.Linear(8, 4))
+
+
+def _gru():
+    return nn.Sequential(nn.GRU(16, 8, 2, batch_first=True), First(), nn.Linear(8, 4))
+
+
+def _convolution():
+    return nn.Sequential(nn.Conv1d(5, 4, 3), nn.Flatten(), nn.Linear(56, 3))
+
+
+def _checkpointed_gradients(make, use_reentrant, kind, backward):
+    model, _ = attached(_checkpointed(make, use_reentrant), kind)
+    inputs = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    backward(model, inputs)
+    return gradients(model)
+
+
+def _one_forward(model, inputs):
+    model(inputs).square().mean().backward()
+
+
+def _accumulated(model, inputs):
+    for part in (inputs, 2 * inputs):
+        _one_forward(model, part)
+
+
+def _evaluated_between(model, inputs):
+    loss = model(inputs).square().mean()
+    with torch.no_grad():
+        model.eval()(inputs)
+    model.train()
+    loss.backward()
+
+
+def _two_forwards(model, inputs):
+    (model(inputs).square().mean() + model(2 * inputs).square().mean()).backward()
+
+
+def _two_forwards_two_backwards(model, inputs):
+    losses = [model(part).square().mean() for part in (inputs, 2 * inputs)]
+    for loss in losses:
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("make", [mlp, _Attention, _convolution])
+@pytest.mark.parametrize("kind", ["diffq", "diffq-uniform", "diffq-rounding", "qat", "lsq"])
+@pytest.mark.parametrize("backward", [_one_forward, _accumulated, _evaluated_between])
+def test_activation_checkpointing(make, use_reentrant, kind, backward):
+    """Gradients with activation checkpointing are bit-equal to those without."""
+    plain = _checkpointed_gradients(make, None, kind, backward)
+    assert all(grad is not None for grad in plain.values())
+    assert same_gradients(_checkpointed_gradients(make, use_reentrant, kind, backward), plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("make", [mlp, _Attention, _gru])
+@pytest.mark.parametrize("kind", [*RANDOM, "diffq-rounding"])
+@pytest.mark.parametrize("backward", [_two_forwards, _two_forwards_two_backwards])
+def test_activation_checkpointing_of_two_forwards(make, use_reentrant, kind, backward):
+    """Two checkpointed forwards before a backward are each recomputed with their own noise."""
+    plain = _checkpointed_gradients(make, None, kind, backward)
+    recomputed = _checkpointed_gradients(make, use_reentrant, kind, backward)
+    # Not bit-equal: the order of the sum over both forwards differs, in plain models too.
+    assert all(torch.allclose(recomputed[n], plain[n], rtol=1e-3, atol=1e-7) for n in plain)
+
+
+@pytest.mark.parametrize("make", [_lstm, _gru])
+def test_activation_checkpointing_of_recurrent_layers(make):
+    """Recurrent layers have bit-equal gradients with use_reentrant=False, and close ones with True.
+
+    torch chooses other kernels where a weight needs no gradient, and these round differently.
+    """
+    plain, exact, close = (
+        _checkpointed_gradients(make, mode, "diffq", _accumulated) for mode in (None, False, True)
+    )
+    assert same_gradients(plain, exact)
+    assert all(torch.allclose(close[n], plain[n], rtol=1e-3, atol=1e-7) for n in plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_root(use_reentrant):
+    """A root that is itself called under checkpointing gives bit-equal gradients."""
+    grads = []
+    for checkpointed in (False, True):
+        model, _ = attached(mlp)
+        inputs = torch.ones(3, 16, requires_grad=True)
+        torch.manual_seed(2)
+        if checkpointed:
+            outputs = checkpoint(model, inputs, use_reentrant=use_reentrant)
+        else:
+            outputs = model(inputs)
+        outputs.square().mean().backward()
+        grads.append(gradients(model))
+    assert same_gradients(*grads)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_submodule_without_root(use_reentrant):
+    """A submodule called under checkpointing without its root gives bit-equal gradients."""
+    grads = []
+    for checkpointed in (False, True):
+        model, _ = attached(mlp)
+        inputs = torch.ones(3, 16, requires_grad=True)
+        model(inputs)
+        torch.manual_seed(2)
+        if checkpointed:
+            outputs = checkpoint(model[0], inputs, use_reentrant=use_reentrant)
+        else:
+            outputs = model[0](inputs)
+        outputs.square().mean().backward()
+        grads.append(gradients(model))
+    assert same_gradients(*grads)
+
+
+def test_two_forwards_before_one_backward():
+    """The gradient of a sum of two losses is the sum of the gradients, each with its noise."""
+    inputs = torch.randn(2, 3, 16)
+    joint, _ = attached(mlp)
+    torch.manual_seed(4)
+    (joint(inputs[0]).square().sum() + joint(inputs[1]).square().sum()).backward()
+    single, _ = attached(mlp)
+    torch.manual_seed(4)
+    for part in inputs:
+        single(part).square().sum().backward()
+    for name, grad in gradients(joint).items():
+        assert torch.allclose(grad, gradients(single)[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
+def test_gradient_in_eval_mode(kind):
+    """In eval mode the gradient passes straight through to the weights, and to nothing else."""
+    model, quantizer = attached(mlp, kind)
+    fresh = restored(mlp, quantizer).requires_grad_(True)
+    inputs = torch.randn(3, 16)
+    model.eval()(inputs).square().sum().backward()
+    fresh(inputs).square().sum().backward()
+    for name, parameter in fresh.named_parameters():
+        module, _, attribute = name.partition(".")
+        chain = model.get_submodule(module).parametrizations[attribute]
+        assert torch.equal(chain.original.grad, parameter.grad)
+        assert all(extra.grad is None for extra in chain[0].parameters())
+
+
+def test_inference_mode_then_gradient():
+    """After an evaluation under inference_mode, evaluation with gradients works, and vice versa."""
+    model, _ = attached(mlp)
+    inputs = torch.randn(3, 16)
+    model.eval()
+    with torch.inference_mode():
+        first = model(inputs).clone()
+    outputs = model(inputs)
+    outputs.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(model(inputs), first)
+    assert torch.equal(outputs, first)
+    assert all(
+        p.grad is not None for name, p in model.named_parameters() if name.endswith("original")
+    )
+
+
+def test_training_after_inference_mode_in_training_mode():
+    """A training forward under inference_mode leaves nothing that breaks the next one."""
+    model, _ = attached(mlp)
+    with torch.inference_mode():
+        model(torch.randn(3, 16))
+    model(torch.randn(3, 16)).sum().backward()
+    assert all(grad is not None for grad in gradients(model).values())

@@ -1,0 +1,169 @@
+"""Copies of a model with a quantizer: deep copies and averages."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+import diffq
+from diffq import attach
+from tests.models import (
+    MODELS,
+    after_steps,
+    mlp,
+    restored,
+    same_tensors,
+    snapshot_of,
+    step,
+)
+
+
+def _train_on(model, quantizer, inputs):
+    """Trains with a new optimizer; returns the final state."""
+    torch.manual_seed(5)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    quantizer.setup_optimizer(optimizer, lr=0.1)
+    for _ in range(2):
+        step(model, optimizer, inputs, quantizer)
+    return snapshot_of(model)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied-modules", "two-names", "lstm-deep", "encoder"])
+@pytest.mark.parametrize("kind", ["diffq", "lsq"])
+def test_deepcopy_of_model_and_quantizer(name, kind):
+    """A deep copy of both is independent, and trains exactly like the original."""
+    model, quantizer, inputs = after_steps(name, kind)
+    before = snapshot_of(model)
+    other, other_quantizer = copy.deepcopy((model, quantizer))
+    assert other_quantizer.model is other
+    trained = _train_on(other, other_quantizer, inputs)
+    assert same_tensors(snapshot_of(model), before)
+    assert not same_tensors(trained, before)
+    assert same_tensors(_train_on(model, quantizer, inputs), trained)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_deepcopy_after_forward_and_backward(name):
+    """A model that has just been trained can be copied, and the copy evaluates the same."""
+    model, _, inputs = after_steps(name)
+    model(inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model.eval()(inputs)
+        assert torch.equal(other.eval()(inputs), expected)
+        assert torch.equal(copy.deepcopy(model)(inputs), expected)
+
+
+def test_deepcopy_keeps_ties():
+    """Tied tensors of a copy are tied, with one quantizer."""
+    model, quantizer, _ = after_steps("tied-modules")
+    other, other_quantizer = copy.deepcopy((model, quantizer))
+    chains = [m.parametrizations.weight for m in (other.embed, other.head)]
+    assert chains[0].original is chains[1].original
+    assert chains[0][0] is chains[1][0]
+    assert chains[0].original is not model.embed.parametrizations.weight.original
+    assert other_quantizer.true_model_size() == quantizer.true_model_size()
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "encoder"])
+def test_detaching_the_original_leaves_a_copy_whole(name):
+    """A copy of an attached model works on after the original is detached."""
+    model, quantizer, inputs = after_steps(name)
+    other = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        expected = other(inputs)
+        quantizer.detach()
+        assert torch.equal(copy.deepcopy(other)(inputs), expected)
+        assert torch.equal(other(inputs), expected)
+    assert attach.quantizers_in(other)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "encoder"])
+def test_detaching_a_copy_leaves_the_original_whole(name):
+    """The original works on after a copy is detached, and the copy is plain."""
+    model, quantizer, inputs = after_steps(name)
+    make, _ = MODELS[name]
+    other, other_quantizer = copy.deepcopy((model, quantizer))
+    with torch.no_grad():
+        expected = model.eval()(inputs)
+        other_quantizer.detach()
+        assert torch.equal(model(inputs), expected)
+    assert [type(m) for m in other.modules()] == [type(m) for m in make().modules()]
+    assert torch.equal(restored(make, quantizer)(inputs), expected)
+
+
+def test_copies_hold_no_sample():
+    """A copy neither shares nor copies noise and cached weights."""
+    model, _, inputs = after_steps()
+    model(inputs)
+    other = copy.deepcopy(model)
+    for quantizer in attach.quantizers_in(other):
+        assert quantizer.noise is None
+        assert quantizer._cached is None
+
+
+def test_averaged_model():
+    """An EMA of an attached model averages the weights and evaluates them quantized."""
+    model, quantizer, inputs = after_steps()
+    ema = AveragedModel(model, avg_fn=lambda average, value, _: 0.5 * average + 0.5 * value)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        step(model, optimizer, inputs, quantizer)
+        ema.update_parameters(model)
+    average = snapshot_of(ema.module)
+    assert not same_tensors(average, snapshot_of(model))
+    with torch.no_grad():
+        expected = ema.eval()(inputs)
+    model.load_state_dict(average)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(inputs), expected)
+        assert torch.equal(restored(mlp, quantizer)(inputs), expected)
+
+
+def test_averaged_model_exports_itself():
+    """quantizer_of() finds the quantizer of an EMA, which stores the average."""
+    model, quantizer, inputs = after_steps()
+    ema = AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(3):
+        step(model, optimizer, inputs, quantizer)
+        ema.update_parameters(model)
+    own = diffq.quantizer_of(ema)
+    assert own.model is ema.module
+    assert diffq.quantizer_of(model) is quantizer
+    with torch.no_grad():
+        expected = ema.eval()(inputs)
+        assert torch.equal(restored(mlp, own)(inputs), expected)
+        assert not torch.equal(restored(mlp, quantizer)(inputs), expected)
+    own.detach()
+    assert quantizer.model is model
+
+
+def test_quantizer_of_a_plain_model():
+    """quantizer_of() refuses a model without a quantizer, before and after."""
+    model = mlp()
+    with pytest.raises(diffq.AttachError, match="no quantizer"):
+        diffq.quantizer_of(model)
+    diffq.QATQuantizer(model, min_size=0).detach()
+    with pytest.raises(diffq.AttachError, match="no quantizer"):
+        diffq.quantizer_of(model)
+
+
+def test_quantizer_of_a_part():
+    """quantizer_of() finds the quantizer of a part of the model."""
+    model = mlp()
+    quantizer = diffq.QATQuantizer(model[2], min_size=0)
+    assert diffq.quantizer_of(model) is quantizer
+
+
+def test_copy_made_before_setup_can_be_trained():
+    """A copy made before setup_optimizer is trained through its own quantizer."""
+    model = mlp()
+    diffq.DiffQuantizer(model, min_size=0)
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    diffq.quantizer_of(other).setup_optimizer(optimizer)
+    before = snapshot_of(other)
+    step(other, optimizer, torch.randn(3, 16))
+    assert not same_tensors(snapshot_of(other), before)

@@ -1,0 +1,182 @@
+"""Quantized weights of eval: computed once, and again when something changed."""
+
+import sys
+import threading
+
+import pytest
+import torch
+
+from diffq import attach
+from tests.models import (
+    MODELS,
+    QUANTIZERS,
+    after_steps,
+    attached,
+    mlp,
+    nothing_held,
+    restored,
+    same_tensors,
+    seeded,
+    snapshot_of,
+    step,
+)
+
+
+def _counted(model):
+    """Counts the quantizations of all tensors of a model from here on."""
+    calls = []
+    for quantizer in attach.quantizers_in(model):
+        eval_weight = quantizer.eval_weight
+
+        def _counting(weight, eval_weight=eval_weight, name=quantizer.plan.name):
+            calls.append(name)
+            return eval_weight(weight)
+
+        quantizer.eval_weight = _counting
+    return calls
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("name", ["mlp", "tied-modules", "lstm", "encoder"])
+def test_eval_quantizes_each_weight_once(name, kind):
+    """The second eval forward, with or without gradients, quantizes nothing."""
+    make, make_input = MODELS[name]
+    model, _ = attached(make, kind)
+    model.eval()
+    inputs, calls = make_input(), _counted(model)
+    with torch.no_grad():
+        model(inputs)
+    # The fast path of attention may leave some unread in one mode and not in the other.
+    model(inputs)
+    assert len(calls) == len(set(calls)) == len(attach.quantizers_in(model))
+    for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with context():
+            model(inputs)
+    assert len(calls) == len(set(calls))
+
+
+def _by_optimizer(model, quantizer):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    model(torch.ones(2, 16)).square().sum().backward()
+    optimizer.step()
+
+
+def _by_load(model, quantizer):
+    model.load_state_dict(seeded(mlp, 9).state_dict())
+
+
+def _by_assign(model, quantizer):
+    model.load_state_dict(seeded(mlp, 9).state_dict(), assign=True)
+
+
+def _in_place(model, quantizer):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+
+
+def _by_data(model, quantizer):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def _by_cast(model, quantizer):
+    model.half().float()
+
+
+def _by_training(model, quantizer):
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    quantizer.setup_optimizer(optimizer, lr=5.0)
+    for _ in range(3):
+        step(model.train(), optimizer, torch.ones(2, 16), quantizer, lam=100)
+    model.eval()
+
+
+def _by_bits(model, quantizer):
+    with torch.no_grad():
+        for weight_quantizer in attach.quantizers_in(model):
+            for parameter in weight_quantizer.parameters():
+                parameter.sub_(1.0)
+
+
+@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
+@pytest.mark.parametrize(
+    "change",
+    [_by_optimizer, _by_load, _by_assign, _in_place, _by_data, _by_cast, _by_training, _by_bits],
+)
+def test_eval_notices_changes(change, kind):
+    """After a change of weights or bits, eval computes with the new ones, as the state has them."""
+    if change is _by_bits and kind == "qat":
+        pytest.skip("QAT learns no bits")
+    model, quantizer = attached(mlp, kind)
+    inputs = torch.randn(3, 16)
+    with torch.no_grad():
+        before = model.eval()(inputs)
+    change(model, quantizer)
+    with torch.no_grad():
+        after = model(inputs)
+        assert not torch.equal(after, before)
+        assert torch.equal(restored(mlp, quantizer)(inputs), after)
+
+
+def test_sizes_and_states_leave_the_mode():
+    """Sizes, bits, states and the table work in both modes and change nothing."""
+    model, quantizer = attached(mlp)
+    before, seen = snapshot_of(model), []
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        seen.append((quantizer.true_model_size(), quantizer.mean_bits(), repr(quantizer)))
+        quantizer.get_quantized_state()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(module.training is training for module in model.modules())
+    assert seen[0] == seen[1]
+    assert same_tensors(snapshot_of(model), before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "encoder"])
+def test_threads_evaluate_at_once(name):
+    """Threads that evaluate one model at once get the outputs of a single thread."""
+    make, make_input = MODELS[name]
+    model, _ = attached(make)
+    model.eval()
+    inputs = [make_input() for _ in range(8)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    wrong = []
+
+    def _evaluate():
+        with torch.no_grad():
+            for _ in range(10):
+                for x, y in zip(inputs, expected, strict=True):
+                    if not torch.equal(model(x), y):
+                        wrong.append(x)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        model.train()
+        model.eval()
+        threads = [threading.Thread(target=_evaluate) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert nothing_held(model)
+
+
+def test_functional_call():
+    """torch.func.functional_call computes with the tensors it is given."""
+    model, quantizer, inputs = after_steps()
+    model.eval()
+    other = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        before = model(inputs)
+        outputs = torch.func.functional_call(model, other, (inputs,))
+        assert torch.equal(model(inputs), before)
+        model.load_state_dict({**model.state_dict(), **other})
+        assert torch.equal(model(inputs), outputs)
+    assert quantizer.true_model_size() > 0

@@ -1,0 +1,155 @@
+"""Autocast, gradient scaling, and models cast to another dtype."""
+
+import pytest
+import torch
+from torch import nn
+
+import diffq
+from tests.models import (
+    QUANTIZERS,
+    attached,
+    mlp,
+    restored,
+    same_tensors,
+    seeded,
+    snapshot_of,
+    step,
+)
+
+# Autocast and gradient scaling
+
+
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
+def test_autocast(kind):
+    """Under bf16 autocast the master weights stay float32, train, and evaluate as restored."""
+    model = seeded(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer, lr=0.1)
+    inputs = torch.randn(4, 16)
+    before = snapshot_of(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(inputs)
+            loss = outputs.float().square().mean() + quantizer.model_size()
+        assert outputs.dtype == torch.bfloat16
+        assert loss.dtype == torch.float32
+        loss.backward()
+        optimizer.step()
+    after = snapshot_of(model)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [name for name in before if not name.endswith("_extra_state")]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model.eval()(inputs)
+        assert torch.equal(restored(mlp, quantizer)(inputs), outputs)
+
+
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "lsq"])
+def test_size_under_autocast(kind):
+    """model_size() is the same float32 number under autocast."""
+    _, quantizer = attached(mlp, kind)
+    size = quantizer.model_size()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.model_size(), size)
+
+
+def test_skipped_steps_change_nothing():
+    """A step that GradScaler skips for an infinite gradient changes no weight, bit or moment."""
+    model = seeded(mlp)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.setup_optimizer(optimizer, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    inputs = torch.randn(4, 16)
+
+    def _step(factor):
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean() * factor + quantizer.model_size()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    _step(1.0)
+    before, bits = snapshot_of(model), quantizer.bits()
+    moments = [m.clone() for s in optimizer.state.values() for m in s.values()]
+    _step(float("inf"))
+    assert same_tensors(snapshot_of(model), before)
+    assert all(torch.equal(bits[name], widths) for name, widths in quantizer.bits().items())
+    after = [m for s in optimizer.state.values() for m in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    _step(1.0)
+    assert not same_tensors(snapshot_of(model), before)
+
+
+# Casts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_cast_after_attaching(kind, dtype):
+    """A model cast after attaching trains in its dtype, and eval equals the restored model."""
+    model = seeded(mlp)
+    inputs = torch.randn(5, 16, dtype=dtype)
+    quantizer = QUANTIZERS[kind](model)
+    model.to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    quantizer.setup_optimizer(optimizer)
+    step(model, optimizer, inputs, quantizer)
+    assert model(inputs).dtype == dtype
+    assert model[0].parametrizations.weight.original.dtype == dtype
+    with torch.no_grad():
+        outputs = model.eval()(inputs)
+    assert torch.equal(outputs, restored(lambda: mlp().to(dtype), quantizer)(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer])
+def test_cast_keeps_every_bitwidth_exact(make, dtype):
+    """At each bitwidth, a model cast after attaching evaluates to what is stored, bit for bit."""
+    wrong = []
+    for bits in range(2 if make is diffq.LSQQuantizer else 1, 16):
+        model = seeded(lambda: nn.Linear(64, 32))
+        quantizer = make(model, bits=bits, min_size=0)
+        model.to(dtype).eval()
+        try:
+            fresh = restored(lambda: nn.Linear(64, 32, dtype=dtype), quantizer)
+            exact = torch.equal(model.weight, fresh.weight)
+        except diffq.DiffqError:
+            exact = False
+        wrong += [] if exact else [bits]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
+def test_cast_before_attaching(kind, dtype):
+    """A model in another dtype trains in it, and eval equals the restored model."""
+    make = lambda: mlp().to(dtype)  # noqa: E731
+    model, inputs = seeded(make), torch.randn(5, 16, dtype=dtype)
+    quantizer = QUANTIZERS[kind](model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    quantizer.setup_optimizer(optimizer)
+    step(model, optimizer, inputs, quantizer)
+    assert model(inputs).dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(model.eval()(inputs), restored(make, quantizer)(inputs))
+
+
+def test_sizes_follow_a_cast():
+    """After a cast, the sizes count tensors without levels at their new width."""
+    model = mlp()
+    quantizer = diffq.QATQuantizer(model, min_size=0, exclude=["bias"])
+    before = quantizer.true_model_size()
+    model.half()
+    assert round((before - quantizer.true_model_size()) * 2**23) == 40 * 16
+    assert round((before - quantizer.model_size().item()) * 2**23) == 40 * 16
+
+
+def test_cast_after_evaluation_is_noticed():
+    """A cast after an evaluation gives weights of the new dtype."""
+    model, inputs = mlp().eval(), torch.randn(2, 16)
+    diffq.QATQuantizer(model, min_size=0)
+    model(inputs)
+    assert model.double()(inputs.double()).dtype == torch.float64
