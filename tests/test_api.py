@@ -28,6 +28,8 @@ STAGES = [
     "noise",
     "kmeans",
     "select",
+    "state_entry",
+    "state_product",
     "state",
     "weight",
     "graph",
