@@ -39,6 +39,7 @@ def test_values(record):
             word = (word - np.float32(record.zero)) * np.float32(record.scale)
         assert flat[i * block_size : (i + 1) * block_size].tobytes() == word.tobytes()
     assert record.values().shape == record.shape
+    assert record.values().size == record.numel
     assert np.isfinite(flat).all()
 
 
