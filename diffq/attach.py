@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
-from diffq.graph import call_before_backward, drop_samples, tie_to_output, use_samples
+from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
 from diffq.select import Site, TensorPlan
 from diffq.weight import ForwardState, WeightQuantizer
 
@@ -143,20 +143,30 @@ class Attachment:
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)
-        with torch.no_grad():
-            for quantizer in self.quantizers:
-                if quantizer.training:
-                    quantizer.draw_ahead(self.weight(quantizer))
+        kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
+        for quantizer in self.quantizers:
+            if not quantizer.training:
+                continue
+            weight = self.weight(quantizer)
+            # Sharded tensors are whole only while their module runs.
+            if type(weight) in (nn.Parameter, Tensor):
+                kinds.setdefault(type(quantizer), []).append((quantizer, weight))
+        for kind, pairs in kinds.items():
+            values = kind.sample_all(*zip(*pairs, strict=True))
+            for (quantizer, weight), value in zip(pairs, values, strict=True):
+                quantizer.begin(weight, value)
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Another hook may have failed before ours could count the entry.
         if self.forward_state.running:
             self.forward_state.running.pop()
         if torch.compiler.is_compiling():
+            # What stays on a module would be an output of the compiled code, and be kept.
+            take_samples_away(self.quantizers)
             return output
-        samples = {q: q.noise for q in self.quantizers if q.noise is not None}
+        samples = {q: q.current for q in self.quantizers if q.current is not None}
         if call_before_backward(output, lambda: use_samples(samples)):
-            drop_samples(samples)
+            take_samples_away(samples)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
         return output

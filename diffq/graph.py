@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from diffq.weight import WeightQuantizer
+from diffq.weight import Sample, WeightQuantizer
 
 
 class _Zero(torch.autograd.Function):
@@ -58,15 +58,23 @@ def call_before_backward(output: Any, call: Callable[[], None]) -> bool:
     return bool(leaves)
 
 
-def use_samples(samples: Mapping[WeightQuantizer, Tensor | None]) -> None:
+def use_samples(samples: dict[WeightQuantizer, Sample]) -> None:
     """Gives weight quantizers the samples of an earlier forward, until the backward ends."""
     for quantizer, sample in samples.items():
-        quantizer.noise = sample
+        quantizer.current = sample
     engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: drop_samples(samples))
+    engine.queue_callback(lambda: _end_backward(samples))
 
 
-def drop_samples(quantizers: Iterable[WeightQuantizer]) -> None:
-    """Takes the samples of a forward away."""
+def take_samples_away(quantizers: Iterable[WeightQuantizer]) -> None:
+    """Leaves weight quantizers without the sample of a forward."""
     for quantizer in quantizers:
-        quantizer.noise = None
+        quantizer.current = None
+
+
+def _end_backward(samples: dict[WeightQuantizer, Sample]) -> None:
+    take_samples_away(samples)
+    # The output may outlive its backward by long, and this goes with it. Only where parts
+    # of the forward were computed again can another backward through them come.
+    if not any(sample.read_again for sample in samples.values()):
+        samples.clear()

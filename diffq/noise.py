@@ -1,4 +1,4 @@
-"""Pseudo quantization noise, and the gradient that rounding passes on.
+"""Pseudo quantization noise, and the gradient that it and rounding pass on.
 
 In training a weight is `w + step * n` (Equation 6 of the DiffQ paper), where n
 does not depend on the weight, the bits or the range. So the gradient reaches the
@@ -7,12 +7,15 @@ weight directly, and the bits and the range through the step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffq import grid
+from diffq.format.threads import in_threads
+from diffq.grid import BitsLaw
 
 #: "gaussian" and "uniform" are random; "rounding" is the true rounding error.
 Noise = Literal["gaussian", "uniform", "rounding"]
@@ -21,87 +24,195 @@ NOISES: tuple[str, ...] = get_args(Noise)
 #: The paper's strength: N(0, 1) or U(-1, 1) times half a step.
 DEFAULT_SCALE = 0.5
 
-
-def draw(kind: Noise, groups: int, group_size: int, weight: Tensor) -> Tensor | None:
-    """One sample of unit noise for a tensor.
-
-    Args:
-        kind: the distribution.
-        groups: number of groups.
-        group_size: weights per group.
-        weight: gives device and precision.
-
-    Returns:
-        [groups, group_size] of N(0, 1) or U(-1, 1); None for "rounding", which is
-        known only together with the weight.
-    """
-    if kind == "rounding":
-        return None
-    sample = torch.empty(groups, group_size, device=weight.device, dtype=compute_dtype(weight))
-    return sample.normal_() if kind == "gaussian" else sample.uniform_(-1, 1)
+# Numbers that one generator draws. Fixed, so that they do not depend on the number of threads.
+_PIECE = 2**18
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype to compute noise and grids in: at least float32."""
-    return torch.promote_types(weight.dtype, torch.float32)
+def draw_(sample: Tensor, kind: Noise) -> None:
+    """Fills a tensor with unit noise, N(0, 1) or U(-1, 1).
 
-
-def perturb(weight: Tensor, step: Tensor, noise: Tensor) -> Tensor:
-    """Equation 6: weight + step * noise.
+    On a CPU torch draws on one core only, and drawing is most of what noise costs. So
+    large samples are drawn in pieces, each by a generator seeded from torch's own: the
+    numbers depend on the seed alone, not on the cores.
 
     Args:
-        weight: any shape.
-        step: noise per unit of `noise`, [1] or [groups]; differentiable.
-        noise: [groups, group_size].
+        sample: any shape, contiguous; overwritten.
+        kind: the distribution; not "rounding".
+    """
+    pieces = torch.split(sample.view(-1), _PIECE)
+    if sample.device.type != "cpu" or len(pieces) == 1 or torch.compiler.is_compiling():
+        _fill(sample, kind, None)
+        return
+    seeds = torch.randint(2**63 - 1, (len(pieces),)).tolist()
+
+    def _draw(task: tuple[Tensor, int]) -> None:
+        piece, seed = task
+        _fill(piece, kind, torch.Generator().manual_seed(seed))
+
+    in_threads(_draw, list(zip(pieces, seeds, strict=True)), torch.get_num_threads())
+
+
+def _fill(sample: Tensor, kind: Noise, generator: torch.Generator | None) -> None:
+    if kind == "gaussian":
+        sample.normal_(generator=generator)
+    else:
+        sample.uniform_(-1, 1, generator=generator)
+
+
+def perturb(
+    weights: Sequence[Tensor], steps: Sequence[Tensor], group_sizes: Sequence[int], kind: Noise
+) -> list[Tensor]:
+    """Equation 6 for many tensors at once: weight + step * noise, with fresh unit noise.
+
+    Args:
+        weights: of one dtype and device, any shapes.
+        steps: for each weight, the noise per unit, [groups] in float32 at least.
+        group_sizes: for each weight, the weights per step.
+        kind: the distribution of the noise; not "rounding".
 
     Returns:
-        The noisy weight, in the weight's shape and dtype.
+        The noisy weights in their shapes, in float32 at least; without graph.
     """
-    added = grid.from_groups(noise * step[:, None], weight.shape)
-    return (weight + added).to(weight.dtype)
+    shapes = [(len(step), size) for step, size in zip(steps, group_sizes, strict=True)]
+    parts = _draw_parts(steps[0], [groups * size for groups, size in shapes], kind)
+    grouped = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    torch._foreach_mul_(grouped, [step[:, None] for step in steps])
+    noisy = [grid.from_groups(g, w.shape) for g, w in zip(grouped, weights, strict=True)]
+    torch._foreach_add_(noisy, [weight.detach() for weight in weights])
+    return [_strided_as(weight, value) for weight, value in zip(weights, noisy, strict=True)]
 
 
-class StraightThrough(torch.autograd.Function):
-    """Forward gives the quantized weight, backward treats it as `w + step * n`.
+def _draw_parts(like: Tensor, counts: list[int], kind: Noise) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        # Where its graph breaks, compiled code cannot hand out several views of one tensor.
+        parts = [like.new_empty(count) for count in counts]
+        for part in parts:
+            draw_(part, kind)
+        return parts
+    sample = like.new_empty(sum(counts))
+    draw_(sample, kind)
+    return list(torch.split(sample, counts))
 
-    n = (quantized - weight) / step is held constant, so that the weight gets the
-    gradient unchanged (the straight-through estimator) and the step, where given,
-    gets the one it would get from random noise.
+
+def _strided_as(weight: Tensor, value: Tensor) -> Tensor:
+    """The value in the weight's memory format, which convolutions choose their kernels by."""
+    if weight.is_contiguous():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class PseudoNoise(torch.autograd.Function):
+    """Forward gives a perturbed or quantized weight, backward treats it as `w + step * n`.
+
+    n = (value - w) / step is held constant. With e = grad * (value - w), which equals
+    grad * step * n: the weight gets grad unchanged; each logit gets the sum of e over its
+    group, times d log(step) / d logit; the maximum gets the sum of all e over the range,
+    and the minimum minus that. Only the value is kept, which the layer keeps anyway.
     """
 
     @staticmethod
-    def forward(weight: Tensor, quantized: Tensor, step: Tensor | None, group_size: int) -> Tensor:
-        """Returns `quantized`, which must have the weight's shape and dtype."""
-        return quantized.view_as(quantized)
+    def forward(
+        weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
+    ) -> Tensor:
+        """Returns `value` in the weight's dtype."""
+        return value.to(weight.dtype).view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps what the step's gradient needs; both tensors are alive anyway."""
-        weight, quantized, step, ctx.group_size = inputs
-        if step is not None:
-            ctx.save_for_backward(weight, quantized, step)
+        """Keeps the inputs."""
+        weight, value, logits, ctx.law, ctx.group_size = inputs
+        ctx.save_for_backward(weight, value, logits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
-        """Identity to the weight; sum over each group of gradient times n to the step."""
-        if not ctx.needs_input_grad[2]:
-            return grad, None, None, None
-        weight, quantized, step = ctx.saved_tensors
-        error = (quantized.to(step.dtype) - weight) * grad
-        total = grid.to_groups(error, ctx.group_size).sum(1)
-        return grad, None, total / torch.where(step > 0, step, 1), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the weight and the logits."""
+        weight, value, logits = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _twice_differentiable(weight, value, logits, ctx.law, ctx.group_size, grad)
+        sums = _group_sums((value - weight).mul_(grad), ctx.group_size)
+        for_weight = _add_range_gradient(grad, weight, sums.sum())
+        if logits is None:
+            return for_weight, None, None, None, None
+        for_logits = sums.mul_(ctx.law.log_step_slope(logits)).to(logits.dtype)
+        return for_weight, None, for_logits, None, None
 
 
-def straight_through(
-    weight: Tensor, quantized: Tensor, step: Tensor | None = None, group_size: int = 1
+def pass_noise(
+    weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
 ) -> Tensor:
-    """The quantized weight, with the gradient of the noisy one.
+    """A constant value, with the gradient of `weight + step * noise`; see `PseudoNoise`.
 
     Args:
         weight: any shape.
-        quantized: like `weight`; constant.
-        step: the grid's step, [groups]; without it only the weight gets a gradient.
-        group_size: weights per group of `step`.
+        value: the perturbed or quantized weight, in the weight's dtype or a wider one.
+        logits: [groups], one for each group's bitwidth; None where that is fixed.
+        law: how bitwidths come from logits.
+        group_size: weights per group.
+
+    Returns:
+        The value in the weight's shape and dtype.
     """
-    result: Tensor = StraightThrough.apply(weight, quantized, step, group_size)  # type: ignore[no-untyped-call]
+    result: Tensor = PseudoNoise.apply(weight, value, logits, law, group_size)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _group_sums(error: Tensor, group_size: int) -> Tensor:
+    return error.reshape(-1) if group_size == 1 else grid.to_groups(error, group_size).sum(1)
+
+
+def _add_range_gradient(grad: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """The gradient of the weight, with that of its extremes through the range."""
+    flat = weight.detach().reshape(-1)
+    places = torch.stack(grid.extremes(weight.detach()))
+    low, high = flat[places].to(total.dtype).unbind()
+    share = torch.where(high > low, total / (high - low), 0)
+    result = grad.clone(memory_format=torch.contiguous_format)
+    result.view(-1).index_add_(0, places, torch.stack([-share, share]).to(grad.dtype))
+    return result
+
+
+def _twice_differentiable(
+    weight: Tensor,
+    value: Tensor,
+    logits: Tensor | None,
+    law: BitsLaw,
+    group_size: int,
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The same gradients as a differentiable expression, for `create_graph=True`."""
+    with torch.enable_grad():
+        # amin and amax, because aminmax is not differentiable in every torch.
+        span = grid.widen(weight).amax() - grid.widen(weight).amin()
+        step = (span / torch.where(span > 0, span, 1).detach()).view(1)
+        if logits is not None:
+            count = torch.exp2(law.bits(logits)) - 1
+            step = step * (count.detach() / count)
+        error = grid.to_groups((value - weight).detach(), group_size)
+        noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
+        inputs = [weight] if logits is None else [weight, logits]
+        grads = torch.autograd.grad(noisy.to(weight.dtype), inputs, grad, create_graph=True)
+    return grads[0], None, grads[1] if logits is not None else None, None, None
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward gives the quantized weight, backward is the identity to the weight."""
+
+    @staticmethod
+    def forward(weight: Tensor, quantized: Tensor) -> Tensor:
+        """Returns `quantized` in the weight's dtype."""
+        return quantized.to(weight.dtype).view_as(quantized)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient, unchanged."""
+        return grad, None
+
+
+def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
+    """A constant quantized weight, with the weight's own gradient."""
+    result: Tensor = StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]
     return result

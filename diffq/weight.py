@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffq.format.records import Record
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
+from diffq.size import Grouping
 
 
 @dataclass
@@ -43,6 +44,25 @@ class ModeFollower(Protocol):
         """Ends it."""
 
 
+@dataclass(eq=False)
+class Sample:
+    """What one training forward computes with in place of a weight.
+
+    Attributes:
+        weight: the tensor that it was made for.
+        value: the perturbed or quantized weight, a constant.
+        connected: the value with its gradient; None where the forward needs none.
+        read_without_grad: the value was read where gradients are off.
+        read_again: it was read in a backward, which computes parts of its forward again.
+    """
+
+    weight: Tensor
+    value: Tensor
+    connected: Tensor | None
+    read_without_grad: bool = False
+    read_again: bool = False
+
+
 @dataclass(frozen=True)
 class _Cached:
     """The true quantized weight, and what it was computed from."""
@@ -56,13 +76,16 @@ class _Cached:
 class WeightQuantizer(nn.Module, ABC):
     """Parametrization of one unique tensor: noisy in training, truly quantized in eval.
 
-    Subclasses hold what is learned as parameters, and implement `train_weight`,
+    Subclasses hold what is learned as parameters, and implement `sample`, `connect`,
     `eval_weight`, `record` and the sizes.
 
-    Invariants: the weight is never stored nor changed. One noise sample serves a
-    whole forward of the root and its recomputation under activation checkpointing;
-    outside of both, each access draws its own. The quantized weight is computed
-    once, until the weight, what is learned or the mode changes.
+    Invariants: the weight is never stored nor changed. One sample serves a whole
+    forward of the root and its recomputation under activation checkpointing; outside
+    of both, each access makes its own. The quantized weight is computed once, until
+    the weight, what is learned or the mode changes.
+
+    Attributes:
+        used: whether the last training forward of the root read the weight.
     """
 
     def __init__(self, plan: TensorPlan) -> None:
@@ -71,17 +94,33 @@ class WeightQuantizer(nn.Module, ABC):
         self.group_size = plan.numel
         self.forward_state = ForwardState()
         self.mode_followers: list[ModeFollower] = []
-        self.noise: Tensor | None = None
+        self.used = False
+        self.current: Sample | None = None
         self._held: Tensor | None = None
         self._cached: _Cached | None = None
 
-    def draw(self, weight: Tensor) -> Tensor | None:
-        """The random numbers of one training forward; None if it needs none."""
-        return None
-
     @abstractmethod
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """The weight that a training forward uses; differentiable."""
+    def sample(self, weight: Tensor) -> Tensor | None:
+        """What one training forward computes with, as a constant.
+
+        Args:
+            weight: the weight, any shape.
+
+        Returns:
+            A tensor of the weight's shape, in its dtype or a wider one, without graph;
+            None for the weight itself.
+        """
+
+    @classmethod
+    def sample_all(
+        cls, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """`sample` of many tensors, whose quantizers are of this class, in few operations."""
+        return [q.sample(weight) for q, weight in zip(quantizers, weights, strict=True)]
+
+    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+        """A sample with its gradient, in the weight's dtype: the straight-through estimator."""
+        return straight_through(weight, value)
 
     @abstractmethod
     def eval_weight(self, weight: Tensor) -> Tensor:
@@ -93,7 +132,11 @@ class WeightQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def size_bits(self) -> Tensor | float:
-        """Bits of the stored weight, differentiable in what is learned."""
+        """Bits of the stored weight, 0-dim; those that are learned are left to `learned_size`."""
+
+    def learned_size(self) -> tuple[Grouping, Tensor] | None:
+        """What learned bits depend on: the groups and their logits; None if there are none."""
+        return None
 
     @abstractmethod
     def stored_bits(self, weight: Tensor) -> int:
@@ -109,13 +152,35 @@ class WeightQuantizer(nn.Module, ABC):
             return self._quantized(weight)
         if self._held is not None:
             return self._held
-        inside = self.forward_state.depth > 0 or _in_backward()
-        noise = self.noise if inside and self.noise is not None else self.draw(weight)
-        return self.train_weight(weight, noise)
+        self.used = True
+        current = self.current
+        if current is not None and current.weight is weight and self._goes_on():
+            return self._read(current)
+        value = self.sample(weight)
+        return weight if value is None else self.connect(weight, value)
 
-    def draw_ahead(self, weight: Tensor) -> None:
-        """Draws the sample of the root forward that is about to run."""
-        self.noise = self.draw(weight)
+    def begin(self, weight: Tensor, value: Tensor | None) -> None:
+        """Takes the sample for the forward of the root that is about to run."""
+        self.used = False
+        self.current = None
+        if value is not None:
+            connected = self.connect(weight, value) if torch.is_grad_enabled() else None
+            self.current = Sample(weight, value, connected)
+
+    def _goes_on(self) -> bool:
+        return self.forward_state.depth > 0 or _in_backward()
+
+    def _read(self, current: Sample) -> Tensor:
+        if not torch.is_grad_enabled():
+            current.read_without_grad = True
+            return current.value.to(current.weight.dtype)
+        current.read_again = current.read_again or _in_backward()
+        # Reentrant checkpoints run without gradients first, and then build a graph of their
+        # own for each part: two of them must not share a node.
+        own_graph = current.read_again and current.read_without_grad
+        if current.connected is None or own_graph:
+            return self.connect(current.weight, current.value)
+        return current.connected
 
     def hold(self, weight: Tensor | None) -> None:
         """Fixes what training forwards return, until `hold(None)`."""
@@ -169,7 +234,7 @@ class WeightQuantizer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
-        return {**self.__dict__, "noise": None, "_held": None, "_cached": None}
+        return {**self.__dict__, "current": None, "_held": None, "_cached": None}
 
 
 def _fingerprint(*tensors: Tensor) -> tuple[int, ...] | None:

@@ -99,7 +99,7 @@ def test_copies_hold_no_sample():
     model(inputs)
     other = copy.deepcopy(model)
     for quantizer in attach.quantizers_in(other):
-        assert quantizer.noise is None
+        assert quantizer.current is None
         assert quantizer._cached is None
 
 

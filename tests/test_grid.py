@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from diffq import grid
+from diffq.grid import BitsLaw
 
 BITS = st.integers(1, 15)
 
@@ -186,21 +187,22 @@ def test_gradients_of_the_step():
 
 
 @given(st.integers(1, 14), st.integers(1, 14), st.floats(-30, 30))
-def test_bits_of_logits_is_equation_11(min_bits, more, logit):
+def test_bits_are_equation_11(min_bits, more, logit):
     """b = b_min + sigmoid(l) * (b_max - b_min), and so never leaves that interval."""
     max_bits = min_bits + more
-    bits = grid.bits_of_logits(torch.tensor(logit, dtype=torch.float64), min_bits, max_bits).item()
+    bits = BitsLaw(min_bits, max_bits).bits(torch.tensor(logit, dtype=torch.float64)).item()
     assert bits == pytest.approx(min_bits + (max_bits - min_bits) / (1 + math.exp(-logit)))
     assert min_bits <= bits <= max_bits
 
 
 @given(st.integers(1, 14), st.integers(1, 14), st.floats(0, 1))
-def test_logit_of_bits_inverts(min_bits, more, share):
-    """logit_of_bits finds the logit of a bitwidth, at the ends to 1% of the interval."""
+def test_logit_inverts_bits(min_bits, more, share):
+    """`logit` finds the logit of a bitwidth, at the ends to 1% of the interval."""
     max_bits = min_bits + more
     wanted = min_bits + share * more
-    logit = grid.logit_of_bits(wanted, min_bits, max_bits)
-    found = grid.bits_of_logits(torch.tensor(logit, dtype=torch.float64), min_bits, max_bits).item()
+    law = BitsLaw(min_bits, max_bits)
+    logit = law.logit(wanted)
+    found = law.bits(torch.tensor(logit, dtype=torch.float64)).item()
     assert math.isfinite(logit)
     assert abs(found - wanted) <= 0.01 * more + 1e-9
     if 0.01 <= share <= 0.99:
@@ -210,4 +212,39 @@ def test_logit_of_bits_inverts(min_bits, more, share):
 def test_gradient_of_equation_11():
     """The gradient of the bitwidth to its logit agrees with finite differences."""
     logits = torch.linspace(-4, 4, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: grid.bits_of_logits(x, 2, 15), (logits,))
+    assert torch.autograd.gradcheck(BitsLaw(2, 15).bits, (logits,))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_slopes_are_the_gradients(whole):
+    """`slope` and `log_step_slope` are what autograd finds for bits and log(step)."""
+    law = BitsLaw(2, 15, whole)
+    logits = torch.linspace(-4, 4, 7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(law.bits(logits).sum(), logits)
+    torch.testing.assert_close(law.slope(logits), slope)
+    step = grid.step_size(torch.tensor([-1.0]), torch.tensor([2.0]), law.bits(logits))
+    (slope,) = torch.autograd.grad(step.log().sum(), logits)
+    torch.testing.assert_close(law.log_step_slope(logits), slope)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=5))
+def test_bits_of_all_are_those_of_each(tensors):
+    """Bitwidths computed for many tensors together are those of one by one, bit for bit."""
+    laws = [BitsLaw(1, 1 + size, whole) for size, whole in tensors]
+    generator = torch.Generator().manual_seed(len(tensors))
+    logits = [torch.randn(size, generator=generator) for size, _ in tensors]
+    together = grid.bits_of_all(laws, logits)
+    for law, part, found in zip(laws, logits, together, strict=True):
+        assert torch.equal(law.bits(part).round() if law.whole else law.bits(part), found)
+
+
+@given(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)))
+def test_extremes_are_at_their_places(shape):
+    """The places lead to a minimum and a maximum, also in tensors that are searched by rows."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    small = torch.randint(-9, 9, shape, generator=generator).float()
+    large = small.repeat(1, 1, 2**16)
+    for tensor in (small, large, large.transpose(0, 2)):
+        low, high = grid.extremes(tensor)
+        assert tensor.reshape(-1)[low] == tensor.min()
+        assert tensor.reshape(-1)[high] == tensor.max()

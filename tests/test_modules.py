@@ -65,13 +65,13 @@ def test_recurrent_layer_reads_each_weight_once():
     model, _ = attached(Recurrent)
     counts = {}
     for quantizer in attach.quantizers_in(model):
-        train_weight = quantizer.train_weight
+        connect = quantizer.connect
 
-        def _counting(*args, name=quantizer.plan.name, train_weight=train_weight):
+        def _counting(*args, name=quantizer.plan.name, connect=connect):
             counts[name] = counts.get(name, 0) + 1
-            return train_weight(*args)
+            return connect(*args)
 
-        quantizer.train_weight = _counting
+        quantizer.connect = _counting
     model(tokens())
     assert set(counts.values()) == {1}
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
-from diffq import grid, noise
+from diffq import noise
+from diffq.grid import BitsLaw, widen
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -94,93 +95,155 @@ def test_noise_goes_with_the_seed():
     assert not torch.equal(layer.weight, first)
 
 
+def _perturbed(weights, group_size, kind="gaussian"):
+    """Noisy weights with steps that grow from group to group, and these steps."""
+    sizes = [min(group_size, weight.numel()) for weight in weights]
+    steps = [
+        torch.arange(1, 1 - (-w.numel() // size), dtype=widen(w).dtype)
+        for w, size in zip(weights, sizes, strict=True)
+    ]
+    return noise.perturb(weights, steps, sizes, kind), steps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])
-def test_draw_computes_in_float32_at_least(kind, dtype):
-    """Noise is [groups, group_size], in float32 or in the weight's dtype if that is wider."""
-    sample = noise.draw(kind, 3, 5, torch.zeros(15, dtype=dtype))
-    assert sample.shape == (3, 5)
-    assert sample.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+@pytest.mark.parametrize("group_size", [1, 4, 100])
+def test_perturb_adds_step_times_noise(dtype, kind, group_size):
+    """Noise is one draw for all tensors, cut into their groups and scaled by each group's step."""
+    weights = [torch.randn(3, 5).to(dtype), torch.randn(7).to(dtype)]
+    torch.manual_seed(3)
+    noisy, steps = _perturbed(weights, group_size, kind)
+    sizes = [min(group_size, weight.numel()) for weight in weights]
+    torch.manual_seed(3)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    unit = torch.empty(sum(len(s) * n for s, n in zip(steps, sizes, strict=True)), dtype=wide)
+    noise.draw_(unit, kind)
+    for weight, value, step, size in zip(weights, noisy, steps, sizes, strict=True):
+        mine, unit = unit[: len(step) * size], unit[len(step) * size :]
+        added = (mine.view(-1, size) * step[:, None]).reshape(-1)[: weight.numel()]
+        assert value.dtype == wide
+        assert torch.equal(value, added.view(weight.shape) + weight)
 
 
-def test_draw_has_no_sample_of_rounding():
-    """The rounding error needs no random numbers, and touches no generator."""
-    before = torch.get_rng_state()
-    assert noise.draw("rounding", 3, 5, torch.zeros(15)) is None
-    assert torch.equal(torch.get_rng_state(), before)
+def test_perturb_keeps_the_memory_format():
+    """A weight in channels_last stays so: its noisy value has the same strides and is exact."""
+    weight = torch.randn(4, 6, 3, 3)
+    torch.manual_seed(0)
+    (plain,), _ = _perturbed([weight], 4)
+    torch.manual_seed(0)
+    (last,), _ = _perturbed([weight.contiguous(memory_format=torch.channels_last)], 4)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, plain)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_perturb_keeps_shape_and_dtype(dtype):
-    """The noisy weight has the shape and dtype of the weight, for groups that do not divide."""
-    weight = torch.randn(3, 5).to(dtype)
-    step = torch.rand(4)
-    unit = torch.randn(4, 4)
-    noisy = noise.perturb(weight, step, unit)
-    wanted = weight + (step[:, None] * unit).reshape(-1)[:15].view(3, 5)
-    assert (noisy.shape, noisy.dtype) == (weight.shape, dtype)
-    assert torch.equal(noisy, wanted.to(dtype))
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_large_draws_depend_on_the_seed_alone(kind):
+    """The numbers of a large sample are the same for one thread and for three."""
+    samples = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(5)
+            samples.append(torch.empty(2**19 + 7))
+            noise.draw_(samples[-1], kind)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*samples)
+    first, second = samples[0][: 2**18], samples[0][2**18 : 2**19]
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.01
+    deviation = 1 if kind == "gaussian" else 3**-0.5
+    assert abs(samples[0].std() - deviation) < 0.01
 
 
-def test_gradients_of_perturb():
-    """Gradients of w + step * n to w and to the step agree with finite differences."""
-    weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    step = torch.rand(4, dtype=torch.float64, requires_grad=True)
-    unit = torch.randn(4, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda w, s: noise.perturb(w, s, unit), (weight, step))
+def test_a_second_draw_differs():
+    """Two draws in a row share no numbers, however large."""
+    first, second = torch.empty(2**18 + 1), torch.empty(2**18 + 1)
+    noise.draw_(first, "gaussian")
+    noise.draw_(second, "gaussian")
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.01
 
 
-def test_gradients_through_range_and_bits():
-    """They reach weights, minimum, maximum and bitwidths when the step is made of these."""
-    weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    logits = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    unit = torch.randn(4, 4, dtype=torch.float64)
-
-    def noisy(weight, logits):
-        low, high = grid.bounds(weight)
-        step = grid.step_size(low, high, grid.bits_of_logits(logits, 2, 15))
-        return noise.perturb(weight, step * 0.5, unit)
-
-    assert torch.autograd.gradcheck(noisy, (weight, logits))
+LAW = BitsLaw(2, 15)
 
 
-@given(st.integers(1, 12), st.integers(1, 5), st.booleans())
-def test_straight_through_gradients_are_those_of_constant_noise(numel, group_size, constant):
-    """Backward is that of w + step * n with n = (quantized - w) / step held constant."""
+def _as_autograd_sees_it(weight, value, logits, law, group_size):
+    """w + step * n as a plain expression, with n = (value - w) / step held constant."""
+    low, high = weight.amin(), weight.amax()
+    bits = torch.tensor([4.0]) if logits is None else law.bits(logits)
+    step = (high - low) / (2**bits - 1)
+    numel = weight.numel()
+    spread = step.repeat_interleave(group_size)[:numel].view(weight.shape)
+    unit = ((value - weight) / torch.where(spread > 0, spread, 1)).detach()
+    return weight + spread * unit
+
+
+@given(
+    st.integers(1, 12), st.integers(1, 5), st.sampled_from(["learned", "whole", "fixed"]),
+    st.booleans(),
+)  # fmt: skip
+def test_gradients_are_those_of_constant_noise(numel, group_size, bits, twice):
+    """Backward is that of w + step * n, n held constant: to weights, range and logits.
+
+    With create_graph=True too, where it can be differentiated again.
+    """
     generator = torch.Generator().manual_seed(numel * 10 + group_size)
-    weight = torch.randn(numel, generator=generator, dtype=torch.float64)
-    if constant:
-        weight.fill_(0.3)
-    weight.requires_grad_()
+    weight = torch.randn(numel, generator=generator, dtype=torch.float64).requires_grad_()
     groups = -(-numel // group_size)
-    step = torch.rand(groups, generator=generator, dtype=torch.float64) + 0.1
-    step.requires_grad_()
-    quantized = weight.detach() + 0.5 * torch.rand(numel, generator=generator).double()
+    group_size = numel if bits == "fixed" else group_size
+    logits = None
+    if bits != "fixed":
+        logits = torch.randn(groups, generator=generator, dtype=torch.float64).requires_grad_()
+    law = BitsLaw(2, 15, whole=bits == "whole")
+    value = weight.detach() + 0.5 * torch.rand(numel, generator=generator).double()
+    if numel == 1:
+        value = weight.detach().clone()
     upstream = torch.randn(numel, generator=generator, dtype=torch.float64)
+    inputs = [weight] if logits is None else [weight, logits]
 
-    spread = step.repeat_interleave(group_size)[:numel]
-    unit = ((quantized - weight) / spread).detach()
-    wanted = torch.autograd.grad((weight + spread * unit) @ upstream, (weight, step))
-
-    passed = noise.straight_through(weight, quantized, step, group_size)
-    assert bits_of(passed) == bits_of(quantized)
-    found = torch.autograd.grad(passed @ upstream, (weight, step))
+    wanted = torch.autograd.grad(
+        _as_autograd_sees_it(weight, value, logits, law, group_size) @ upstream, inputs
+    )
+    passed = noise.pass_noise(weight, value, logits, law, group_size)
+    assert bits_of(passed) == bits_of(value)
+    found = torch.autograd.grad(passed @ upstream, inputs, create_graph=twice)
     torch.testing.assert_close(found, wanted)
-    assert torch.equal(found[0], upstream)
+    assert all(grad.requires_grad == twice for grad in found[1:])
 
 
-def test_straight_through_of_a_zero_step_is_finite():
+def test_second_derivatives():
+    """With create_graph=True, the gradients' own gradients agree with finite differences."""
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    value = weight.detach() + 0.1 * torch.rand(6).double()
+
+    def passed(upstream):
+        noisy = noise.pass_noise(weight, value, logits, LAW, 3)
+        return torch.autograd.grad(noisy, (weight, logits), upstream, create_graph=True)
+
+    upstream = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(passed, (upstream,))
+
+
+def test_the_first_of_equal_extremes_gets_the_gradient_of_the_range():
+    """Of several equal minima, one gets the range's gradient: a subgradient, as for max()."""
+    weight = torch.tensor([-1.0, -1.0, 0.0, 1.0], requires_grad=True)
+    value = weight.detach() + torch.tensor([0.0, 0.0, 0.5, 0.0])
+    noise.pass_noise(weight, value, None, LAW, 4).sum().backward()
+    assert weight.grad.tolist() == [0.75, 1, 1, 1.25]
+
+
+def test_constant_tensors_pass_finite_gradients():
     """A constant tensor has step 0 and error 0: its gradients are finite."""
     weight = torch.full((4,), 0.5, requires_grad=True)
-    step = torch.zeros(1, requires_grad=True)
-    passed = noise.straight_through(weight, weight.detach().clone(), step, 4)
-    passed.sum().backward()
+    logits = torch.zeros(1, requires_grad=True)
+    noise.pass_noise(weight, weight.detach().clone(), logits, LAW, 4).sum().backward()
     assert weight.grad.tolist() == [1, 1, 1, 1]
-    assert step.grad.tolist() == [0]
+    assert logits.grad.tolist() == [0]
 
 
-def test_straight_through_without_step():
-    """Without a step the gradient goes to the weight alone, unchanged."""
+def test_straight_through_is_the_identity():
+    """The straight-through estimator gives the weight its gradient unchanged."""
     weight = torch.randn(2, 3, requires_grad=True)
     upstream = torch.randn(2, 3)
     noise.straight_through(weight, torch.zeros(2, 3)).backward(upstream)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
-from diffq import grid
+from diffq.grid import BitsLaw
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
 from tests.models import MODELS, QUANTIZERS, mlp
 
@@ -165,11 +165,11 @@ def test_rounding_gradient_is_that_of_constant_noise():
     torch.tanh(layer(x)).pow(2).sum().backward()
 
     stored, start = weight.detach().clone(), logits.detach().double()
-    real_bits = grid.bits_of_logits(start, 2, 15)
+    real_bits = BitsLaw(2, 15).bits(start)
     offset = torch.round(real_bits) - real_bits
 
     def step_of(stored, real):
-        bits = grid.bits_of_logits(real, 2, 15) + offset
+        bits = BitsLaw(2, 15).bits(real) + offset
         step = (stored.max() - stored.min()) / (2**bits - 1)
         return step.repeat_interleave(4)[:30].view(6, 5)
 

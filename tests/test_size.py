@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
-from diffq.size import MEGABYTE, MEGABYTE_BITS, differentiable_bits
+from diffq.grid import BitsLaw
+from diffq.size import MEGABYTE, MEGABYTE_BITS, Grouping, learned_bits
 from tests.holder import Holder, set_bits, weight_quantizers
 from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, encoder
 
@@ -144,16 +145,26 @@ def test_gradient_of_the_size_against_finite_differences(kind):
         assert found[group].item() == pytest.approx(slope, rel=1e-4)
 
 
-@given(hand_made_bits())
-def test_gradient_of_equation_8_counts_weights(case):
-    """d size / d bits is the number of weights in the group; the bit map adds nothing to it."""
-    numel, group_size, _, bits = case
-    groups = len(bits)
-    real = torch.linspace(1.2, 14.8, groups, dtype=torch.float64, requires_grad=True)
-    size = differentiable_bits(real, group_size, numel, min_bits=1)
-    (found,) = torch.autograd.grad(size, real)
-    counts = [min(group_size, numel - group * group_size) for group in range(groups)]
-    assert found.tolist() == counts
+@given(st.lists(hand_made_bits(), min_size=1, max_size=4), st.booleans())
+def test_gradient_of_equation_8_counts_weights(cases, last_unused):
+    """d size / d logit is db/dl times the weights of the group; the bit map adds nothing.
+
+    Together with other tensors it is the same, and a detached one gets none.
+    """
+    law = BitsLaw(1, 15)
+    groupings = [Grouping(law, group_size, numel) for numel, group_size, _, _ in cases]
+    logits = [torch.linspace(-2, 2, g.groups, dtype=torch.float64) for g in groupings]
+    learned = [part.requires_grad_() for part in (logits[:-1] if last_unused else logits)]
+    size = learned_bits(groupings, logits)
+    if not learned:
+        assert not size.requires_grad
+        return
+    for part, grouping, found in zip(
+        learned, groupings, torch.autograd.grad(size, learned), strict=False
+    ):
+        starts = range(0, grouping.numel, grouping.group_size)
+        counts = [min(grouping.group_size, grouping.numel - start) for start in starts]
+        torch.testing.assert_close(found, torch.tensor(counts) * law.slope(part.detach()))
 
 
 @pytest.mark.parametrize(
@@ -161,9 +172,10 @@ def test_gradient_of_equation_8_counts_weights(case):
 )
 def test_bit_map_is_that_of_rounded_bits(largest, width):
     """The map in the differentiable size is as wide as evaluation's, at real bitwidths too."""
-    bits = torch.tensor([2.0, largest, 2.0])
-    size = differentiable_bits(bits, group_size=4, numel=12, min_bits=2)
-    assert size.item() == pytest.approx(4 * bits.sum().item() + 3 * width + 72)
+    _, weight = _learned(12, 4, [2.0, largest, 2.0])
+    grouping, logits = weight.learned_size()
+    size = learned_bits([grouping], [logits])
+    assert size.item() == pytest.approx(4 * (4 + largest) + 3 * width + 72)
 
 
 def test_rounding_pays_for_whole_bits():

@@ -21,7 +21,7 @@ from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import level_totals, size_table
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.size import MEGABYTE, MEGABYTE_BITS
+from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
 
@@ -122,12 +122,15 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """
         attachment = self._attachment
         device = next(attachment.model.parameters(), torch.empty(0)).device
-        sizes = [quantizer.size_bits() for quantizer in attachment.quantizers]
+        sizes = [q.size_bits() for q in attachment.quantizers]
         fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
-        learned = [size.to(device, non_blocking=True) for size in sizes if isinstance(size, Tensor)]
         bits = torch.full((), fixed, device=device)
-        if learned:
-            bits = bits + torch.stack(learned).sum()
+        for frozen in (size for size in sizes if isinstance(size, Tensor)):
+            bits = bits + frozen.to(device, non_blocking=True)
+        learned = [size for q in attachment.quantizers if (size := q.learned_size()) is not None]
+        for place in dict.fromkeys(logits.device for _, logits in learned):
+            there = [size for size in learned if size[1].device == place]
+            bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
         return bits / MEGABYTE_BITS
 
     def true_model_size(self) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from diffq import grid, noise
 from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
 from diffq.errors import ConfigError, MismatchError
+from diffq.grid import BitsLaw
 from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
-from diffq.size import differentiable_bits
+from diffq.size import Grouping, total_bits
 
 
 @dataclass(frozen=True)
@@ -72,49 +74,64 @@ class DiffQWeight(GridQuantizer):
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
+        self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
+        self._frozen_size: Tensor | None = None
         self.register_buffer("frozen_bits", None, persistent=False)
         if fixed is None:
-            init = grid.logit_of_bits(settings.init_bits, settings.min_bits, settings.max_bits)
+            init = self.law.logit(settings.init_bits)
             self.logits = nn.Parameter(torch.full((self.groups,), init, device=device))
         else:
             self.frozen_bits = torch.full((1,), float(fixed), device=device)
 
-    def bits(self) -> Tensor:
-        """Bitwidths that training uses, [groups]; real and differentiable while learned."""
-        if self.frozen_bits is not None:
-            return self.frozen_bits.float()
-        bits = grid.bits_of_logits(
-            self.logits.float(), self.settings.min_bits, self.settings.max_bits
-        )
-        if self.settings.noise != "rounding":
-            return bits
-        # Straight-through: whole bits forward, the real ones' gradient backward.
-        return bits + (torch.round(bits) - bits).detach()
-
     @torch.no_grad()
+    def bits(self) -> Tensor:
+        """Bitwidths that training uses, float32 [groups]: real ones while they are learned."""
+        if self.frozen_bits is None:
+            return self.law.bits(self.logits)
+        return self.frozen_bits.float().expand(self.groups)
+
     def whole_bits(self) -> Tensor:
-        """Rounded bitwidths, float32 [groups] or [1]."""
+        """Rounded bitwidths, float32 [groups]."""
         return torch.round(self.bits())
 
-    def draw(self, weight: Tensor) -> Tensor | None:
-        """Unit noise [groups, group_size]; None where the rounding error takes its place."""
-        return noise.draw(self._noise_kind, self.groups, self.group_size, weight)
+    def sample(self, weight: Tensor) -> Tensor:
+        """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
+        return self.sample_all([self], [weight])[0]
 
-    def train_weight(self, weight: Tensor, noise_sample: Tensor | None) -> Tensor:
-        """Equation 6: the weight plus noise in proportion to the step."""
-        low, high = self.bounds(weight.to(noise.compute_dtype(weight)))
-        step = grid.step_size(low, high, self.bits())
-        if noise_sample is None:
-            quantized = self.quantize(weight, low, high)
-            return noise.straight_through(weight, quantized, step, self.group_size)
-        return noise.perturb(weight, step * self.settings.noise_scale, noise_sample)
+    @classmethod
+    @torch.no_grad()
+    def sample_all(  # type: ignore[override] # called with quantizers of this class
+        cls, quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Equation 6 for all tensors together."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
+            alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
+        values: dict[int, Tensor] = {}
+        for places in alike.values():
+            batch = [quantizers[i] for i in places], [weights[i] for i in places]
+            values.update(zip(places, _perturbed(*batch), strict=True))
+        return [values[place] for place in range(len(quantizers))]
 
-    def size_bits(self) -> Tensor:
-        """Equation 8 plus range and bit map, 0-dim."""
-        return differentiable_bits(
-            self.bits().expand(self.groups), self.group_size, self.plan.numel, self.min_bits
-        )
+    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+        """The gradient of Equation 6 to the weight, its range and the bitwidths."""
+        logits = self.logits if self.frozen_bits is None else None
+        return noise.pass_noise(weight, value, logits, self.law, self.group_size)
+
+    def size_bits(self) -> Tensor | float:
+        """Equation 12 where bits are fixed, or once they are frozen."""
+        if self.settings.bits is not None:
+            return float(self.plan.numel * self.settings.bits + self.overhead_bits)
+        return 0.0 if self._frozen_size is None else self._frozen_size
+
+    def learned_size(self) -> tuple[Grouping, Tensor] | None:
+        """Groups and logits, until the bits are frozen."""
+        return (self._grouping, self.logits) if self.frozen_bits is None else None
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(self.law, self.group_size, self.plan.numel)
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
@@ -158,7 +175,35 @@ class DiffQWeight(GridQuantizer):
 
     def _set_bits(self, stage: Stage, frozen: Tensor | None) -> None:
         self.stage, self.frozen_bits = stage, frozen
+        # Kept, because it is asked for in each step.
+        self._frozen_size = (
+            total_bits([self.bits()], [self._grouping]) if frozen is not None else None
+        )
         self.forget()
+
+
+def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Samples of tensors that are alike in kind of noise, dtype and device."""
+    kind = quantizers[0]._noise_kind
+    pairs = list(zip(quantizers, weights, strict=True))
+    if kind == "rounding":
+        return [q.quantize(weight, *q.bounds(weight)) for q, weight in pairs]
+    counts = torch._foreach_mul(_bits(quantizers), math.log(2))
+    torch._foreach_expm1_(counts)
+    spans = []
+    for q, weight in pairs:
+        low, high = q.bounds(grid.widen(weight))
+        spans.append((high - low) * q.settings.noise_scale)
+    steps = torch._foreach_div(spans, counts)
+    return noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+
+
+def _bits(quantizers: Sequence[DiffQWeight]) -> list[Tensor]:
+    """`bits` of many quantizers."""
+    learned = [q for q in quantizers if q.frozen_bits is None]
+    if len(learned) < len(quantizers):
+        return [q.bits() for q in quantizers]
+    return grid.bits_of_all([q.law for q in learned], [q.logits for q in learned])
 
 
 class DiffQuantizer(BaseQuantizer):

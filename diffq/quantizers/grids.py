@@ -69,7 +69,7 @@ class GridQuantizer(WeightQuantizer):
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum, [1] or [groups]; differentiable."""
+        """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)
         groups = grid.to_groups(weight, self.group_size)

@@ -14,9 +14,8 @@ from diffq.weight import WeightQuantizer
 class HalfQuantizer(WeightQuantizer):
     """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
 
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """The weight itself."""
-        return weight
+    def sample(self, weight: Tensor) -> None:
+        """Training uses the weight itself."""
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """The weight rounded to float16, in its own dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.noise import compute_dtype
+from diffq.grid import widen
 from diffq.quantizers.base import BaseQuantizer
 from diffq.select import Overrides, Rules, TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
@@ -30,6 +30,36 @@ class LSQSettings:
     def __post_init__(self) -> None:
         # One bit would leave the positive side without a level.
         check_bits(self.bits, least=2)
+
+
+class LearnedScale(torch.autograd.Function):
+    """The gradients of LSQ: Equations 2 and 3 of the paper.
+
+    Where w / s is within the levels, the weight gets the gradient unchanged and the scale
+    (value - w) / s times it; outside, the weight gets none, and the scale value / s times
+    it. The scale's sum is multiplied by 1 / sqrt(weights * highest level).
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, value: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+        """Returns `value` in the weight's dtype."""
+        return value.to(weight.dtype).view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps the inputs."""
+        *tensors, ctx.lowest, ctx.highest = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the weight and the scale."""
+        weight, value, scale = ctx.saved_tensors
+        ratio = widen(weight) / scale
+        for_weight = grad * ((ratio >= ctx.lowest) & (ratio <= ctx.highest))
+        total = (value * grad).sum() - (widen(weight) * for_weight).sum()
+        share = 1 / math.sqrt(weight.numel() * ctx.highest)
+        return for_weight, None, (total / scale * share).to(scale.dtype), None, None
 
 
 class LSQWeight(WeightQuantizer):
@@ -48,17 +78,19 @@ class LSQWeight(WeightQuantizer):
         mean = torch.where(mean > 0, mean, 0.01)
         self.scale = nn.Parameter((2 * mean / math.sqrt(self.highest)).view(1))
 
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Equations 1 to 3 of the LSQ paper: straight through the rounding.
+    @torch.no_grad()
+    def sample(self, weight: Tensor) -> Tensor:
+        """Equation 1 of the LSQ paper: the nearest level times the scale."""
+        scale = self._positive_scale().to(widen(weight).dtype)
+        levels = (weight / scale).clamp_(self.lowest, self.highest).round_()
+        return levels.mul_(scale)
 
-        The scale's gradient is multiplied by 1 / sqrt(weights * highest level).
-        """
-        scale = self._positive_scale().to(compute_dtype(weight))
-        share = 1 / math.sqrt(self.plan.numel * self.highest)
-        scale = (scale - scale * share).detach() + scale * share
-        clamped = (weight / scale).clamp(self.lowest, self.highest)
-        rounded = clamped + (torch.round(clamped) - clamped).detach()
-        return (rounded * scale).to(weight.dtype)
+    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+        """Equations 2 and 3 of the LSQ paper."""
+        result: Tensor = LearnedScale.apply(
+            weight, value, self._positive_scale(), self.lowest, self.highest
+        )  # type: ignore[no-untyped-call]
+        return result
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Nearest level times the scale, rounded to float32."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from diffq.checks import check_bits, check_flag
-from diffq.noise import straight_through
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
@@ -48,12 +47,10 @@ class QATWeight(GridQuantizer):
         """The bitwidth, float32 [1], whatever the model was cast to."""
         return self.bits.float()
 
-    def train_weight(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """The quantized weight, with identity as its gradient."""
-        if not self.settings.training:
-            return weight
-        low, high = self.bounds(weight.detach())
-        return straight_through(weight, self.quantize(weight, low, high))
+    @torch.no_grad()
+    def sample(self, weight: Tensor) -> Tensor | None:
+        """The quantized weight; the weight itself with `training=False`."""
+        return self.quantize(weight, *self.bounds(weight)) if self.settings.training else None
 
     def size_bits(self) -> float:
         """Equation 12; nothing in it is learned."""
