@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diffq.quantizers.compat import LSQ, UniformQuantizer
     from diffq.quantizers.differentiable import DiffQuantizer
     from diffq.quantizers.lsq import LSQQuantizer
+    from diffq.quantizers.product import ProductQuantizer
     from diffq.quantizers.qat import QATQuantizer
     from diffq.restore import restore_quantized_state
     from diffq.storage import load, save
@@ -47,6 +48,7 @@ __all__ = [
     "LSQQuantizer",
     "MismatchError",
     "OptimizerError",
+    "ProductQuantizer",
     "QATQuantizer",
     "StateError",
     "UniformQuantizer",
@@ -65,6 +67,7 @@ _LAZY = {
     "DiffQuantizer": ("diffq.quantizers.differentiable", "DiffQuantizer"),
     "LSQ": ("diffq.quantizers.compat", "LSQ"),
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
+    "ProductQuantizer": ("diffq.quantizers.product", "ProductQuantizer"),
     "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
     "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),
     "load": ("diffq.storage", "load"),

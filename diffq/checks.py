@@ -29,6 +29,12 @@ def check_number(value: Any, name: str, least: float, most: float = math.inf) ->
         raise ConfigError(f"{name} must be a number, {limits}, got {value!r}.")
 
 
+def check_whole(value: Any, name: str) -> None:
+    """Raises ConfigError unless `value` is a whole number from 1."""
+    if not _is_whole(value) or value < 1:
+        raise ConfigError(f"{name} must be a whole number from 1, got {value!r}.")
+
+
 def check_group_size(value: Any) -> None:
     """Raises ConfigError unless `value` is a number of weights, or None for all."""
     if value is not None and (not _is_whole(value) or value < 0):

@@ -100,6 +100,8 @@ def nearest(blocks: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         int64 [n]; the first of several at the same distance, as float32 sees it.
     """
+    if not len(blocks):
+        return torch.empty(0, dtype=torch.int64, device=blocks.device)
     center = codebook.float().mean(0)
     return _Points(blocks.float() - center).nearest(codebook.float() - center)
 

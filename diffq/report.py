@@ -1,13 +1,16 @@
-"""Tables as plain text."""
+"""Tables as plain text, and a line that tells how far a long task is."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 
-from diffq.format.groups import stream_counts
 from diffq.format.records import group_count
 from diffq.size import MEGABYTE_BITS
 from diffq.weight import WeightQuantizer
+
+_BAR_WIDTH = 24
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -39,10 +42,10 @@ def size_table(sized: Sequence[tuple[WeightQuantizer, int]], raw_bits: float, te
         raw_bits: bits of all tensors that have none.
         tensors: number of all tensors.
     """
-    levels = [(quantizer, bits) for quantizer, bits in sized if quantizer.group_bits() is not None]
+    counted = [quantizer.level_totals() for quantizer, _ in sized]
+    levels = [pair for pair, (_, weights) in zip(sized, counted, strict=True) if weights]
     total = raw_bits + sum(bits for _, bits in sized)
     rest = total - sum(bits for _, bits in levels)
-    counted = [level_totals(quantizer) for quantizer, _ in levels]
     mean = sum(bits for bits, _ in counted) / max(1, sum(count for _, count in counted))
     rows = [_row(quantizer, bits) for quantizer, bits in levels]
     rows.append((f"{tensors - len(rows)} without levels", "", "", "", _megabytes(rest)))
@@ -50,18 +53,9 @@ def size_table(sized: Sequence[tuple[WeightQuantizer, int]], raw_bits: float, te
     return table(("tensor", "shape", "groups", "bits", "MB"), rows, left=2)
 
 
-def level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:
-    """Bits of all levels of a tensor, and the number of its levels."""
-    bits = quantizer.group_bits()
-    if bits is None:
-        return 0, 0
-    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
-    return sum(width * count for width, count in counts.items()), quantizer.plan.numel
-
-
 def _row(quantizer: WeightQuantizer, stored_bits: int) -> tuple[str, ...]:
     plan = quantizer.plan
-    bits, weights = level_totals(quantizer)
+    bits, weights = quantizer.level_totals()
     groups = group_count(weights, quantizer.group_size)
     shape = "x".join(map(str, plan.shape))
     names = " = ".join(plan.names)
@@ -70,3 +64,38 @@ def _row(quantizer: WeightQuantizer, stored_bits: int) -> tuple[str, ...]:
 
 def _megabytes(bits: float) -> str:
     return f"{bits / MEGABYTE_BITS:.4f}"
+
+
+class ProgressBar:
+    """A line on stderr that tells how far a task is; nothing where stderr is no terminal.
+
+    Args:
+        task: what is being done.
+        total: steps in all.
+        delay: seconds before the line appears, so that short tasks print nothing.
+    """
+
+    def __init__(self, task: str, total: int, delay: float = 1.0) -> None:
+        self.task = task
+        self.total = total
+        self.done = 0
+        self._due = time.monotonic() + delay
+
+    def advance(self, steps: int, what: str) -> None:
+        """Counts steps; `what` is being worked on."""
+        self.done += steps
+        if sys.stderr.isatty() and time.monotonic() >= self._due:
+            full = _BAR_WIDTH * self.done // max(self.total, 1)
+            bar = "#" * full + "." * (_BAR_WIDTH - full)
+            self._write(f"{self.task} [{bar}] {self.done / max(self.total, 1):.0%} {what}")
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
@@ -145,6 +146,14 @@ class WeightQuantizer(nn.Module, ABC):
     def group_bits(self) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None
+
+    def level_totals(self) -> tuple[int, int]:
+        """Bits of all levels or indices, and the number of weights that they stand for."""
+        bits = self.group_bits()
+        if bits is None:
+            return 0, 0
+        counts = stream_counts(bits, self.group_size, self.plan.numel)
+        return sum(width * count for width, count in counts.items()), self.plan.numel
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the model computes with."""

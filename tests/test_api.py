@@ -141,7 +141,9 @@ def test_public_names_have_docstrings(name):
                 assert missing == []
 
 
-@pytest.mark.parametrize("name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer"])
+@pytest.mark.parametrize(
+    "name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer", "ProductQuantizer"]
+)
 def test_every_argument_is_documented(name):
     """A quantizer's docstring has a line for each of its arguments, and for its errors."""
     value = getattr(diffq, name)
@@ -288,9 +290,15 @@ def test_modules_say_what_they_do(name):
 
 def test_quantizers_share_one_face():
     """The quantizers differ in their arguments only: each has the same public methods."""
-    classes = [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer]
+    classes = [
+        diffq.DiffQuantizer,
+        diffq.QATQuantizer,
+        diffq.LSQQuantizer,
+        diffq.ProductQuantizer,
+    ]
     faces = [{name for name in dir(c) if not name.startswith("_")} for c in classes]
     assert faces[1] == faces[2] == faces[0] - {"freeze_bits"}
+    assert faces[1] == faces[3] - {"refresh", "quantize_stage", "stages"}
     rules = ["min_size", "include", "exclude", "overrides", "float16"]
     for one in classes:
         parameters = inspect.signature(one).parameters

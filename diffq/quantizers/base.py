@@ -19,7 +19,7 @@ from diffq.format.records import Record
 from diffq.optimizer import add_extras
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
-from diffq.report import level_totals, size_table
+from diffq.report import size_table
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
@@ -66,7 +66,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._guards = [
-            module.register_forward_pre_hook(_refuse_training)
+            module.register_forward_pre_hook(self._refuse_training)
             for module in dict.fromkeys([model, *self._attached.owners()])
             if self._extras()
         ]
@@ -169,7 +169,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
     def mean_bits(self) -> float:
         """Average bitwidth of the quantized weights; NaN if there are none."""
-        totals = [level_totals(q) for q in self._attachment.quantizers]
+        totals = [q.level_totals() for q in self._attachment.quantizers]
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 
@@ -294,6 +294,18 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         chosen = {**vars(settings), **plan.overrides}
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
 
+    def _learns(self) -> bool:
+        """Whether training moves the extras by now."""
+        return True
+
+    def _refuse_training(self, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and self._learns():
+            raise OptimizerError(
+                "The quantizer learns parameters that no optimizer was given. "
+                "Call quantizer.setup_optimizer(optimizer) before training; "
+                "if they are meant to stay as they are, call quantizer.no_optimizer()."
+            )
+
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]
 
@@ -355,15 +367,6 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise WeightError(
             f"Weights to quantize must be finite, but {name} holds NaN or Inf. "
             "Load a sound checkpoint first, or exclude the tensor."
-        )
-
-
-def _refuse_training(module: nn.Module, args: Any) -> None:
-    if module.training and torch.is_grad_enabled():
-        raise OptimizerError(
-            "The quantizer learns parameters that no optimizer was given. "
-            "Call quantizer.setup_optimizer(optimizer) before training; "
-            "if they are meant to stay as they are, call quantizer.no_optimizer()."
         )
 
 
