@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,20 +20,16 @@ from statistics import median
 from typing import Any
 
 from codec_worker import LAYERS, make_model
+from processes import worker
 
 OPERATIONS = ("pack", "unpack", "save", "load")
-ROOT = Path(__file__).resolve().parent.parent
 
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 
 
 def measure(contender: str, millions: int, folder: Path, earlier: Path | None) -> dict[str, Any]:
-    python = str(earlier) if contender == "earlier" else sys.executable
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    if contender != "earlier":
-        environment["PYTHONPATH"] = str(ROOT)
-    worker = Path(__file__).with_name("codec_worker.py")
-    command = [python, str(worker), contender, str(millions), str(folder / contender)]
+    command, environment = worker("codec_worker.py", earlier if contender == "earlier" else None)
+    command += [contender, str(millions), str(folder / contender)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         sys.exit(f"{contender} failed:\n{done.stderr}")
@@ -90,9 +85,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     contenders = ["diffq-zstd", "diffq-packed", "torch", "safetensors"]
-    # Not resolved: a virtual environment is found by the path of its link.
-    earlier = args.earlier.absolute() if args.earlier else None
-    contenders += ["earlier"] if earlier else []
+    contenders += ["earlier"] if args.earlier else []
     table = {}
     for millions in args.sizes:
         results: Results = {}
@@ -100,7 +93,7 @@ def main() -> None:
             for repeat in range(args.repeats):
                 for contender in contenders:
                     print(f"{millions}M, run {repeat + 1}: {contender}", file=sys.stderr)
-                    result = measure(contender, millions, Path(folder), earlier)
+                    result = measure(contender, millions, Path(folder), args.earlier)
                     results.setdefault((contender, millions), []).append(result)
         weights = sum(p.numel() for p in make_model(millions).parameters())
         table |= {f"{c}@{m}": summarize(runs, weights) for (c, m), runs in results.items()}

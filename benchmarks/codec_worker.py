@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from processes import peak_resident_mb, reset_peak, resident_mb
+
 # Millions of weights -> number and width of square layers.
 LAYERS = {1: (4, 512), 50: (12, 2048), 265: (16, 4096)}
 
@@ -47,12 +49,12 @@ class Meter:
         self.results: dict[str, dict[str, float]] = {}
 
     def measure(self, name: str, operation: Callable[[], Any]) -> Any:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _status("VmRSS")
+        reset_peak()
+        before = resident_mb()
         start = time.perf_counter()
         result = operation()
         seconds = time.perf_counter() - start
-        self.results[name] = {"seconds": seconds, "peak_mb": (_status("VmHWM") - before) / 1024}
+        self.results[name] = {"seconds": seconds, "peak_mb": peak_resident_mb() - before}
         return result
 
 
@@ -113,14 +115,6 @@ def run_safetensors(millions: int, path: Path, meter: Meter) -> None:
     model = make_model(millions)
     meter.measure("save", lambda: save_file(model.state_dict(), path))
     meter.measure("load", lambda: model.load_state_dict(load_file(path)))
-
-
-def _status(field: str) -> float:
-    """A field of this process's memory status, in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return float(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux.")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ object stays the same, so that an optimizer made before still owns it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
+from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
 from diffq.weight import ForwardState, WeightQuantizer
 
@@ -40,8 +42,11 @@ class Attachment:
         self.face = face
         self.quantizers = tuple(quantizers)
         self._handles: list[RemovableHandle] = []
-        self._orders: dict[str, list[str]] = {}
-        self._classes: dict[str, type[nn.Module]] = {}
+        # By the module and not by its name: a detach takes quantizers off modules that were
+        # replaced or moved since.
+        self._places: list[tuple[nn.Module, str, WeightQuantizer]] = []
+        self._orders: dict[nn.Module, list[str]] = {}
+        self._classes: dict[nn.Module, type[nn.Module]] = {}
         state = ForwardState()
         try:
             for quantizer in self.quantizers:
@@ -59,8 +64,7 @@ class Attachment:
 
     def owners(self) -> list[nn.Module]:
         """The submodules that hold a quantized tensor, each once."""
-        paths = dict.fromkeys(s.module for q in self.quantizers for s in q.plan.sites)
-        return [self.model.get_submodule(path) for path in paths]
+        return list(self._orders)
 
     def weight(self, quantizer: WeightQuantizer) -> Tensor:
         """The tensor that a weight quantizer is given: the original parameter.
@@ -68,8 +72,8 @@ class Attachment:
         Where another parametrization computes the tensor, it is computed here.
 
         Raises:
-            AttachError: the weight quantizer is no longer in its place, or tied
-                tensors were untied.
+            AttachError: the weight quantizer is no longer in its place, the tensor has
+                another shape, or tied tensors were untied.
         """
         chain, *others = (self._chain(site, quantizer) for site in quantizer.plan.sites)
         originals = _originals(chain)
@@ -81,7 +85,21 @@ class Attachment:
             raise AttachError(_untied(quantizer.plan))
         for module in list(chain)[:-1]:
             originals = [module(*originals)]
-        return originals[0]
+        (weight,) = originals
+        if weight.shape != quantizer.plan.shape:
+            was, now = list(quantizer.plan.shape), list(weight.shape)
+            raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
+        return weight
+
+    def check_places(self) -> None:
+        """Checks that every weight quantizer is in its place.
+
+        Raises:
+            AttachError: one is not.
+        """
+        for quantizer in self.quantizers:
+            for site in quantizer.plan.sites:
+                self._chain(site, quantizer)
 
     def tied_tensor(self, plan: TensorPlan) -> Tensor:
         """The tensor of a plan without quantizer.
@@ -103,21 +121,23 @@ class Attachment:
             for follower in quantizer.mode_followers:
                 follower.remove()
             quantizer.mode_followers.clear()
-            for site in quantizer.plan.sites:
-                _unregister(site.owner(self.model), site.attribute, quantizer)
-        for path, order in self._orders.items():
-            _reorder(self.model.get_submodule(path), order)
-        for path, shared in self._classes.items():
-            self.model.get_submodule(path).__class__ = shared
+        for owner, attribute, quantizer in self._places:
+            _unregister(owner, attribute, quantizer)
+        for owner, order in self._orders.items():
+            _reorder(owner, order)
+        for owner, shared in self._classes.items():
+            owner.__class__ = shared
+        self._places.clear()
         self._orders.clear()
         self._classes.clear()
 
     def _register(self, site: Site, quantizer: WeightQuantizer) -> None:
         owner = site.owner(self.model)
-        if site.module not in self._orders:
-            self._orders[site.module] = list(owner._parameters)
+        self._places.append((owner, site.attribute, quantizer))
+        if owner not in self._orders:
+            self._orders[owner] = list(owner._parameters)
             if parametrize.is_parametrized(owner):
-                self._classes[site.module] = type(owner)
+                self._classes[owner] = type(owner)
                 owner.__class__ = _own_class(owner)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
             self._handles.append(load_hook)
@@ -129,16 +149,14 @@ class Attachment:
         unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
         _chains(owner)[site.attribute].unsafe = unsafe
+        shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
         owner = site.owner(self.model)
         chain = _chain_at(owner, site.attribute)
         if chain is None or list(chain)[-1] is not quantizer:
-            raise AttachError(
-                f"The quantizer of {site.name} is no longer the last parametrization there. "
-                "Do not replace or parametrize a quantized tensor; call detach() first."
-            )
+            raise AttachError(site.changed("was replaced or parametrized"))
         return chain
 
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
@@ -165,7 +183,9 @@ class Attachment:
             take_samples_away(self.quantizers)
             return output
         samples = {q: q.current for q in self.quantizers if q.current is not None}
-        if call_before_backward(output, lambda: use_samples(samples)):
+        told = call_before_backward(output, lambda: use_samples(samples))
+        # Hooks that are always called run while an exception of the forward is handled.
+        if told or sys.exc_info()[0] is not None:
             take_samples_away(samples)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])

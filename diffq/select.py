@@ -46,13 +46,33 @@ class Site:
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
     def owner(self, model: nn.Module) -> nn.Module:
-        """The submodule that holds the tensor."""
-        return model.get_submodule(self.module)
+        """The submodule that holds the tensor.
+
+        Raises:
+            AttachError: the model has no such submodule any more.
+        """
+        try:
+            return model.get_submodule(self.module)
+        except AttributeError as error:
+            raise AttachError(self.changed("was removed")) from error
 
     def read(self, model: nn.Module) -> Tensor:
-        """The tensor as the model sees it, through parametrizations if there are any."""
-        tensor: Tensor = getattr(self.owner(model), self.attribute)
+        """The tensor as the model sees it, through parametrizations if there are any.
+
+        Raises:
+            AttachError: the model has no such tensor any more.
+        """
+        tensor = getattr(self.owner(model), self.attribute, None)
+        if not isinstance(tensor, Tensor):
+            raise AttachError(self.changed("was removed"))
         return tensor
+
+    def changed(self, what: str) -> str:
+        """The error for a tensor to which something happened after it was planned."""
+        return (
+            f"A model must keep its tensors while a quantizer is attached, but {self.name} {what}. "
+            "Undo that; or call detach(), change the model, and make a new quantizer."
+        )
 
 
 @dataclass(frozen=True)

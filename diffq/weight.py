@@ -135,13 +135,22 @@ class WeightQuantizer(nn.Module, ABC):
     def size_bits(self) -> Tensor | float:
         """Bits of the stored weight, 0-dim; those that are learned are left to `learned_size`."""
 
-    def learned_size(self) -> tuple[Grouping, Tensor] | None:
-        """What learned bits depend on: the groups and their logits; None if there are none."""
+    def learned_size(self, used_only: bool = False) -> tuple[Grouping, Tensor] | None:
+        """What learned bits depend on: the groups and their logits; None if there are none.
+
+        Args:
+            used_only: without gradient if the last training forward did not read the weight.
+        """
         return None
 
     @abstractmethod
     def stored_bits(self, weight: Tensor) -> int:
         """Bits of the stored weight as `record` counts them, exactly."""
+
+    @property
+    def learning(self) -> bool:
+        """Whether training still moves the parameters of this quantizer."""
+        return True
 
     def group_bits(self) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
@@ -205,7 +214,25 @@ class WeightQuantizer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
         # A cast or move may end at the same address, so that the weight looks unchanged.
         self._cached = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def at_hand(self, weight: Tensor) -> Tensor | None:
+        """What `forward` would return, where nothing is left to compute; otherwise None."""
+        if self.training:
+            current = self.current
+            if current is None or current.weight is not weight or self.forward_state.depth == 0:
+                return None
+            self.used = True
+            return current.connected if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return None
+        return self._cached_for(weight, self._fingerprint(weight))
 
     def _quantized(self, weight: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -227,32 +254,36 @@ class WeightQuantizer(nn.Module, ABC):
             return self.eval_weight(weight.detach())
 
     def _from_cache(self, weight: Tensor) -> Tensor:
-        key, cached = _fingerprint(weight, *self.parameters()), self._cached
-        if (
-            cached is not None
-            and key is not None
-            and cached.key == key
-            and cached.weight() is weight
-            and cached.quantized._version == cached.version
-        ):
-            return cached.quantized
+        key = self._fingerprint(weight)
+        cached = self._cached_for(weight, key)
+        if cached is not None:
+            return cached
         quantized = self._evaluate(weight)
         if key is not None:
             self._cached = _Cached(weakref.ref(weight), key, quantized, quantized._version)
         return quantized
 
+    def _cached_for(self, weight: Tensor, key: tuple[int, ...] | None) -> Tensor | None:
+        cached = self._cached
+        if cached is None or cached.key != key or cached.weight() is not weight:
+            return None
+        return cached.quantized if cached.quantized._version == cached.version else None
+
+    def _fingerprint(self, weight: Tensor) -> tuple[int, ...] | None:
+        """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
+        try:
+            key: tuple[int, ...] = weight._version, weight.data_ptr()
+            for learned in self._parameters.values():
+                if learned is not None:
+                    key += learned._version, learned.data_ptr()
+            return key
+        except RuntimeError:
+            # Tensors made in inference mode count no versions; functorch's have no memory.
+            return None
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
-
-
-def _fingerprint(*tensors: Tensor) -> tuple[int, ...] | None:
-    """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
-    try:
-        return tuple(number for t in tensors for number in (t._version, t.data_ptr()))
-    except RuntimeError:
-        # Tensors made in inference mode count no versions; functorch's have no memory.
-        return None
 
 
 def _in_backward() -> bool:

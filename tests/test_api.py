@@ -32,6 +32,7 @@ STAGES = [
     "state_product",
     "state",
     "weight",
+    "reading",
     "graph",
     "attach",
     "optimizer",

@@ -81,7 +81,7 @@ def _by_data(model, quantizer):
 
 
 def _by_cast(model, quantizer):
-    model.half().float()
+    model.bfloat16().float()
 
 
 def _by_training(model, quantizer):

@@ -104,6 +104,35 @@ def test_cast_after_attaching(kind, dtype):
     assert torch.equal(outputs, restored(lambda: mlp().to(dtype), quantizer)(inputs))
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "lsq"])
+def test_extras_stay_in_float32(kind, cast):
+    """A cast of the model leaves what is learned in float32, bit for bit, and it still learns."""
+    model = seeded(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer, lr=1e-3)
+    extras = {n: p.detach().clone() for n, p in model.named_parameters() if ".original" not in n}
+    getattr(model, cast)()
+    kept = {n: p for n, p in model.named_parameters() if ".original" not in n}
+    assert all(torch.equal(kept[name], before) for name, before in extras.items())
+    assert {p.dtype for p in kept.values()} == {torch.float32}
+    inputs = torch.randn(5, 16).to(model[0].parametrizations.weight.original)
+    step(model, optimizer, inputs, quantizer)
+    # Steps as small as these are lost on logits or scales in half precision.
+    assert not any(torch.equal(kept[name], before) for name, before in extras.items())
+
+
+def test_extras_follow_the_device():
+    """A move with a cast moves what is learned, and casts the weights alone."""
+    model = mlp()
+    diffq.DiffQuantizer(model, min_size=0)
+    model.to("meta", torch.bfloat16)
+    chain = model[0].parametrizations.weight
+    assert (chain.original.device.type, chain.original.dtype) == ("meta", torch.bfloat16)
+    assert (chain[0].logits.device.type, chain[0].logits.dtype) == ("meta", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("make", [diffq.DiffQuantizer, diffq.QATQuantizer, diffq.LSQQuantizer])
 def test_cast_keeps_every_bitwidth_exact(make, dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ from torch.optim import Optimizer
 
 from diffq.attach import Attachment, quantizers_in
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError, OptimizerError, WeightError
+from diffq.errors import AttachError, ConfigError, DiffqError, WeightError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.optimizer import add_extras
+from diffq.optimizer import OptimizerGuard, add_extras, refuse_training
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import size_table
@@ -70,6 +71,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             for module in dict.fromkeys([model, *self._attached.owners()])
             if self._extras()
         ]
+        self._optimizer_guard: OptimizerGuard | None = None
 
     @abstractmethod
     def _make_quantizer(self, plan: TensorPlan, settings: Any, weight: Tensor) -> WeightQuantizer:
@@ -90,8 +92,11 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
         The group has no weight decay. An optimizer that was made from
         `model.parameters()` after the quantizer holds the learned extras already;
-        they are moved to the new group. Where nothing is learned, this only checks
-        that the optimizer belongs to the model. Call it before making a scheduler.
+        they are moved to the new group. So are those that were given to an optimizer
+        before: the last one trains them. Where nothing is learned, this only checks
+        that the optimizer belongs to the model. Call it before making a scheduler,
+        and again whenever the optimizer is made anew: a training forward raises
+        `OptimizerError` if it finds that another optimizer took over without the extras.
 
         Args:
             optimizer: holds the model's parameters.
@@ -101,8 +106,13 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         Raises:
             OptimizerError: the optimizer holds no parameter of the model.
         """
-        add_extras(optimizer, self.model, self._extras(), {"lr": lr, **overrides})
+        extras, guard = self._extras(), self._optimizer_guard
+        earlier = guard.optimizer if guard is not None else None
+        add_extras(optimizer, self.model, extras, {"lr": lr, **overrides}, earlier)
         self.no_optimizer()
+        if extras:
+            self._optimizer_guard = OptimizerGuard(optimizer, self._learned)
+            self._guards.append(self.model.register_forward_pre_hook(self._optimizer_guard.check))
 
     def no_optimizer(self) -> None:
         """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
@@ -110,12 +120,17 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             guard.remove()
         self._guards.clear()
 
-    def model_size(self) -> Tensor:
+    def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
 
         Equation 8 of the DiffQ paper plus ranges, bit maps, and the tensors that are
         not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
         the device.
+
+        Args:
+            used_only: bits of tensors that the last training forward did not read, such
+                as those of a layer that LayerDrop left out, get no gradient (Section 5.2
+                of the paper). The size is the same.
 
         Returns:
             0-dim float32 tensor on the device of the model's parameters.
@@ -127,7 +142,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         bits = torch.full((), fixed, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        learned = [size for q in attachment.quantizers if (size := q.learned_size()) is not None]
+        learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
         for place in dict.fromkeys(logits.device for _, logits in learned):
             there = [size for size in learned if size[1].device == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
@@ -163,12 +178,20 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
         Raises:
             WeightError: the bitwidths are not finite.
+            AttachError: a quantized tensor was removed or replaced.
         """
+        self._attachment.check_places()
         widths = {q.plan.name: q.group_bits() for q in self._attachment.quantizers}
         return {name: torch.from_numpy(bits) for name, bits in widths.items() if bits is not None}
 
     def mean_bits(self) -> float:
-        """Average bitwidth of the quantized weights; NaN if there are none."""
+        """Average bitwidth of the quantized weights; NaN if there are none.
+
+        Raises:
+            WeightError: the bitwidths are not finite.
+            AttachError: a quantized tensor was removed or replaced.
+        """
+        self._attachment.check_places()
         totals = [q.level_totals() for q in self._attachment.quantizers]
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
@@ -294,20 +317,19 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         chosen = {**vars(settings), **plan.overrides}
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
 
-    def _learns(self) -> bool:
-        """Whether training moves the extras by now."""
-        return True
-
     def _refuse_training(self, module: nn.Module, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and self._learns():
-            raise OptimizerError(
-                "The quantizer learns parameters that no optimizer was given. "
-                "Call quantizer.setup_optimizer(optimizer) before training; "
-                "if they are meant to stay as they are, call quantizer.no_optimizer()."
-            )
+        if next(self._learned(), None) is not None:
+            refuse_training(module, args)
 
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]
+
+    def _learned(self) -> Iterator[nn.Parameter]:
+        """The extras that training still moves."""
+        for quantizer in self._by_name.values():
+            if quantizer.learning:
+                # parameters() takes tens of times as long, and this runs at each forward.
+                yield from (p for p in quantizer._parameters.values() if p is not None)
 
     def _raw_bits(self) -> float:
         raw = [plan.sites[0] for plan in self._plans if plan.name not in self._by_name]

@@ -84,11 +84,16 @@ class DiffQWeight(GridQuantizer):
         else:
             self.frozen_bits = torch.full((1,), float(fixed), device=device)
 
+    @property
+    def learning(self) -> bool:
+        """Whether the bitwidths are still learned."""
+        return self.stage is Stage.LEARNED
+
     @torch.no_grad()
     def bits(self) -> Tensor:
         """Bitwidths that training uses, float32 [groups]: real ones while they are learned."""
         if self.frozen_bits is None:
-            return self.law.bits(self.logits)
+            return self.law.bits(self.logits).float()
         return self.frozen_bits.float().expand(self.groups)
 
     def whole_bits(self) -> Tensor:
@@ -125,9 +130,11 @@ class DiffQWeight(GridQuantizer):
             return float(self.plan.numel * self.settings.bits + self.overhead_bits)
         return 0.0 if self._frozen_size is None else self._frozen_size
 
-    def learned_size(self) -> tuple[Grouping, Tensor] | None:
+    def learned_size(self, used_only: bool = False) -> tuple[Grouping, Tensor] | None:
         """Groups and logits, until the bits are frozen."""
-        return (self._grouping, self.logits) if self.frozen_bits is None else None
+        if self.frozen_bits is not None:
+            return None
+        return self._grouping, self.logits if self.used or not used_only else self.logits.detach()
 
     @property
     def _grouping(self) -> Grouping:

@@ -159,9 +159,6 @@ class ProductQuantizer(BaseQuantizer):
                 return names
         return ()
 
-    def _learns(self) -> bool:
-        return any(quantizer.fixed for quantizer in self._products())
-
     def _products(self) -> list[ProductWeight]:
         return [q for q in self._attachment.quantizers if isinstance(q, ProductWeight)]
 

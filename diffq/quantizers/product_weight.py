@@ -96,6 +96,11 @@ class ProductWeight(WeightQuantizer):
         self.register_buffer("indices", indices)
         self.register_buffer("counts", torch.ones_like(indices[:1]).repeat(size), persistent=False)
 
+    @property
+    def learning(self) -> bool:
+        """Whether centroids are trained: once the tensor is fixed."""
+        return self.fixed
+
     def sample(self, weight: Tensor) -> Tensor | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
         with torch.no_grad():

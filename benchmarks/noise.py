@@ -1,0 +1,102 @@
+"""What the parts of a training sample cost, beside the ways that were tried instead.
+
+    python benchmarks/noise.py                # 5.2M weights in groups of 8
+    python benchmarks/noise.py --weights 50   # millions
+
+The ways take turns; medians in milliseconds. docs/performance.md says what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffq import grid, noise
+from diffq.grid import BitsLaw
+from diffq.report import table
+
+LAW = BitsLaw(2, 15)
+ROW = 256
+
+
+def by_autograd(weight: Tensor, unit: Tensor, logits: Tensor, group_size: int) -> Tensor:
+    """Equation 6 as an expression, every part of it in the graph."""
+    step = grid.step_size(weight.amin().view(1), weight.amax().view(1), LAW.bits(logits))
+    added = (unit * 0.5 * step[:, None]).view(weight.shape)
+    return weight + added
+
+
+def by_hand(weight: Tensor, unit: Tensor, logits: Tensor, group_size: int) -> Tensor:
+    """The same sample without a graph, and its gradients by hand."""
+    with torch.no_grad():
+        value = by_autograd(weight, unit, logits, group_size)
+    return noise.pass_noise(weight, value, logits, LAW, group_size)
+
+
+def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
+    """What is timed, by the name of its row."""
+    weight = torch.randn(count // ROW, ROW).mul_(0.02).requires_grad_()
+    logits = torch.zeros(count // group_size, requires_grad=True)
+    stored, upstream, buffer = weight.detach(), torch.randn_like(weight), torch.empty(count)
+    unit = torch.randn(count // group_size, group_size)
+    step = torch.rand(count // group_size)
+    generator = np.random.Generator(np.random.SFC64(0))
+
+    def numpy_draw() -> None:
+        generator.standard_normal(out=buffer.numpy(), dtype=np.float32)
+
+    def gradients(sample: Callable[..., Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            noisy = sample(weight, unit, logits, group_size)
+            return torch.autograd.grad(noisy, (weight, logits), upstream)
+
+        return run
+
+    return {
+        "draw: torch.randn": lambda: torch.randn(count),
+        "draw: normal_ into a buffer": buffer.normal_,
+        "draw: NumPy's fastest generator": numpy_draw,
+        "draw: pieces in threads (used)": lambda: noise.draw_(buffer, "gaussian"),
+        "sample: draw, scale, add (used)": lambda: noise.perturb(
+            [stored], [step], [group_size], "gaussian"
+        ),
+        "copy of the weights, a floor": stored.clone,
+        "forward and backward: by autograd": gradients(by_autograd),
+        "forward and backward: by hand (used)": gradients(by_hand),
+        "place of minimum and maximum: argmin, argmax": lambda: (stored.argmin(), stored.argmax()),
+        "place of minimum and maximum: by rows (used)": lambda: grid.extremes(stored),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=float, default=5.2, help="millions (default: 5.2)")
+    parser.add_argument("--group-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
+    args = parser.parse_args()
+    multiple = math.lcm(ROW, args.group_size)
+    timed = ways(int(args.weights * 1e6) // multiple * multiple, args.group_size)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(args.rounds + 1):
+        for name, run in timed.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    rows = [
+        (name, f"{median(spent[1:]):.1f}", f"{min(spent):.1f}") for name, spent in times.items()
+    ]
+    print(f"{args.weights} M weights, {torch.get_num_threads()} threads\n")
+    print(table(("way", "ms", "least"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Training whose optimizer was made anew without the learned extras, and training that is sound."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import diffq
+from tests.models import QUANTIZERS, mlp, same_tensors, seeded, snapshot_of, step
+
+LEARNING = ["diffq", "diffq-rounding", "lsq"]
+INPUTS = torch.ones(2, 16)
+
+
+def _weights(model):
+    """The parameters of the plain model."""
+    return [p for name, p in model.named_parameters() if "original" in name]
+
+
+def _extras(model):
+    return [p for name, p in model.named_parameters() if "original" not in name]
+
+
+def _adam(parameters):
+    return torch.optim.Adam(parameters, 0.01)
+
+
+def _prepared(kind="diffq"):
+    """A model, its quantizer, and an optimizer that was set up and has made a step."""
+    model = seeded(mlp)
+    optimizer = _adam(model.parameters())
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer)
+    step(model, optimizer, INPUTS, quantizer)
+    return model, quantizer, optimizer
+
+
+def _keeps_training(model, quantizer, optimizer, steps=10):
+    """Trains on; each step must go through and, in all, move what is learned."""
+    before = snapshot_of(model)
+    for _ in range(steps):
+        step(model, optimizer, INPUTS, quantizer)
+    return not same_tensors(before, snapshot_of(model))
+
+
+# Lost
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_an_optimizer_made_anew(kind):
+    """The first training forward with a new optimizer that lacks the extras is refused."""
+    model, quantizer, optimizer = _prepared(kind)
+    del optimizer
+    optimizer = _adam(_weights(model))
+    with pytest.raises(diffq.OptimizerError, match=r"setup_optimizer.*no_optimizer"):
+        model(INPUTS)
+    with torch.no_grad():
+        model(INPUTS)
+    model.eval()(INPUTS)
+    quantizer.setup_optimizer(optimizer)
+    assert _keeps_training(model.train(), quantizer, optimizer)
+
+
+def test_extras_taken_out_of_the_optimizer():
+    """An optimizer whose groups were replaced by ones without the extras is noticed."""
+    model, _, optimizer = _prepared()
+    optimizer.param_groups[:] = optimizer.param_groups[:1]
+    with pytest.raises(diffq.OptimizerError, match="setup_optimizer"):
+        model(INPUTS)
+
+
+def test_the_error_leaves_everything_as_it_was():
+    """After the error the model has its weights, and no forward is counted."""
+    model, quantizer, optimizer = _prepared()
+    before = snapshot_of(model)
+    del optimizer
+    another = _adam(_weights(model))
+    for _ in range(2):
+        with pytest.raises(diffq.OptimizerError):
+            model(INPUTS)
+    assert len(another.param_groups) == 1
+    assert same_tensors(before, snapshot_of(model))
+    assert quantizer._attachment.forward_state.depth == 0
+
+
+def test_an_optimizer_made_much_later():
+    """Forwards without any optimizer do not tire the guard for good."""
+    model, _, optimizer = _prepared()
+    del optimizer
+    for _ in range(5):
+        model(INPUTS)
+    late = _adam(_weights(model))
+
+    def _train():
+        for _ in range(5):
+            step(model, late, INPUTS)
+
+    with pytest.raises(diffq.OptimizerError):
+        _train()
+
+
+# Sound
+
+
+def _same(model, quantizer, optimizer):
+    return optimizer
+
+
+def _made_after_attaching(model, quantizer, optimizer):
+    return _adam(model.parameters())
+
+
+def _set_up_again(model, quantizer, optimizer):
+    new = _adam(_weights(model))
+    quantizer.setup_optimizer(new)
+    return new
+
+
+def _loaded(model, quantizer, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+def _extras_in_a_group_of_their_own(model, quantizer, optimizer):
+    return torch.optim.SGD([{"params": _weights(model)}, {"params": _extras(model)}], 0.01)
+
+
+def _another_group_added(model, quantizer, optimizer):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    return optimizer
+
+
+def _meant(model, quantizer, optimizer):
+    quantizer.no_optimizer()
+    return _adam(_weights(model))
+
+
+def _bits_frozen(model, quantizer, optimizer):
+    quantizer.freeze_bits()
+    return _adam(_weights(model))
+
+
+def _extras_frozen(model, quantizer, optimizer):
+    for extra in _extras(model):
+        extra.requires_grad_(False)
+    return _adam(_weights(model))
+
+
+def _detached(model, quantizer, optimizer):
+    quantizer.detach()
+    return _adam(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _same,
+        _made_after_attaching,
+        _set_up_again,
+        _loaded,
+        _extras_in_a_group_of_their_own,
+        _another_group_added,
+        _meant,
+        _bits_frozen,
+        _extras_frozen,
+        _detached,
+    ],
+)
+def test_sound_training_goes_on(change):
+    """Training that knows what it does with the extras is not disturbed."""
+    model, quantizer, optimizer = _prepared()
+    optimizer = change(model, quantizer, optimizer)
+    assert _keeps_training(model, quantizer if change is not _detached else None, optimizer)
+
+
+def test_an_optimizer_that_only_a_scheduler_keeps():
+    """A scheduler keeps its optimizer alive, and the guard content."""
+    model = seeded(mlp)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    optimizer = _adam(model.parameters())
+    quantizer.setup_optimizer(optimizer)
+    scheduler = CosineAnnealingLR(optimizer, 10)
+    del optimizer
+    gc.collect()
+    for _ in range(3):
+        step(model, scheduler.optimizer, INPUTS, quantizer)
+        scheduler.step()
+
+
+class _Wrapper:
+    """Holds an optimizer, as accelerators do, and has no other tie to it."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def step(self):
+        self.inner.step()
+
+
+def test_an_optimizer_inside_of_a_wrapper():
+    """An optimizer that only a wrapper keeps is found alive."""
+    model, quantizer, optimizer = _prepared()
+    wrapper = _Wrapper(optimizer)
+    del optimizer
+    gc.collect()
+    assert _keeps_training(model, quantizer, wrapper)
+
+
+def test_an_optimizer_whose_parameters_were_flattened():
+    """A wrapper that trains flat copies, in the place of all parameters, is left in peace."""
+    model, quantizer, optimizer = _prepared()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()]).requires_grad_()
+    for group in optimizer.param_groups:
+        group["params"] = [flat]
+    for _ in range(5):
+        (model(INPUTS).sum() + quantizer.model_size()).backward()
+
+
+def test_one_optimizer_for_each_parameter():
+    """Optimizers that each train one parameter are together as good as one."""
+    model, quantizer, optimizer = _prepared()
+    del optimizer
+    single = [torch.optim.SGD([p], 0.01) for p in model.parameters()]
+    before = snapshot_of(model)
+    for _ in range(5):
+        (model(INPUTS).sum() + quantizer.model_size()).backward()
+        for optimizer in single:
+            optimizer.step()
+    assert not same_tensors(before, snapshot_of(model))
+
+
+def test_optimizers_of_other_models():
+    """The optimizer of another model, which holds nothing of this one, raises no alarm."""
+    model, _, optimizer = _prepared()
+    other = _adam(mlp().parameters())
+    del optimizer
+    for _ in range(5):
+        model(INPUTS).sum().backward()
+    assert other.param_groups
+
+
+def test_forwards_after_training():
+    """Once training is over and its optimizer gone, training forwards and gradients work."""
+    model, quantizer, optimizer = _prepared()
+    del optimizer
+    for _ in range(5):
+        (model(INPUTS).sum() + quantizer.model_size()).backward()
+
+
+def test_copies_need_no_optimizer():
+    """A copy of a model that was set up is not refused for the optimizer that it does not have."""
+    model, quantizer, optimizer = _prepared()
+    other = copy.deepcopy(model)
+    other(INPUTS).sum().backward()
+    assert _keeps_training(other, diffq.quantizer_of(other), _adam(other.parameters()))
+    assert _keeps_training(model, quantizer, optimizer)
+
+
+def test_compiled_training_is_not_slowed():
+    """The guard stays out of a compiled model's graph."""
+    model, quantizer, optimizer = _prepared()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert _keeps_training(compiled, quantizer, optimizer, steps=3)
+
+
+# Two optimizers
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_the_last_optimizer_gets_the_extras(kind):
+    """setup_optimizer on a second optimizer moves the extras there, moments and all forgotten."""
+    model, quantizer, first = _prepared(kind)
+    second = _adam(_weights(model))
+    quantizer.setup_optimizer(second, lr=0.5)
+    ids = {id(extra) for extra in _extras(model)}
+    held = [
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (first, second)
+    ]
+    assert not held[0] & ids
+    assert ids <= held[1]
+    assert not any(id(parameter) in ids for parameter in first.state)
+    assert _keeps_training(model, quantizer, second)
+
+
+def test_the_earlier_optimizer_works_on():
+    """The earlier optimizer, its state and its scheduler go on with the weights they hold."""
+    model, quantizer, first = _prepared()
+    scheduler = CosineAnnealingLR(first, 10)
+    second = _adam(_weights(model))
+    quantizer.setup_optimizer(second)
+    extras = [extra.detach().clone() for extra in _extras(model)]
+    for _ in range(2):
+        model(INPUTS).sum().backward()
+        first.step()
+        scheduler.step()
+    assert all(torch.equal(a, b) for a, b in zip(extras, _extras(model), strict=True))
+    assert len(first.param_groups) == len(scheduler.get_last_lr()) == 2
+    assert len(second.param_groups[1]["params"]) == len(extras)
+
+
+def test_a_refused_second_optimizer_changes_nothing():
+    """Where the second optimizer cannot take the extras, the first one keeps them."""
+    model, quantizer, first = _prepared()
+    second = _adam(_weights(model))
+    CosineAnnealingLR(second, 10)
+    with pytest.raises(diffq.OptimizerError, match="scheduler"):
+        quantizer.setup_optimizer(second)
+    assert _keeps_training(model, quantizer, first)
+    assert {id(p) for p in first.param_groups[1]["params"]} == {id(p) for p in _extras(model)}
+
+
+def test_phases_of_training_with_an_optimizer_each():
+    """An optimizer and a scheduler made anew for each phase train the extras in each."""
+    model = seeded(mlp)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    for _ in range(3):
+        optimizer = _adam(_weights(model))
+        quantizer.setup_optimizer(optimizer, lr=0.1)
+        scheduler = CosineAnnealingLR(optimizer, 10)
+        before = [extra.detach().clone() for extra in _extras(model)]
+        step(model, optimizer, INPUTS, quantizer)
+        scheduler.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, _extras(model), strict=True))
