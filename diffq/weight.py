@@ -202,7 +202,8 @@ class WeightQuantizer(nn.Module, ABC):
 
     def hold(self, weight: Tensor | None) -> None:
         """Fixes what training forwards return, until `hold(None)`."""
-        self._held = weight
+        # Not by setattr, which would make the weight itself a parameter of this module.
+        self.__dict__["_held"] = weight
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         """Sets the mode; the quantized weight is computed again after it."""

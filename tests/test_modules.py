@@ -340,3 +340,17 @@ def test_distributed_data_parallel(ranks, setting):
     assert same_tensors(one[0], other[0])
     assert one[1] == other[1]
     assert len({width for widths in one[1].values() for width in widths}) > 1
+
+
+@pytest.mark.parametrize(
+    ("make", "make_input"), [(Recurrent, tokens), (encoder, lambda: torch.randn(3, 7, 16))]
+)
+def test_held_weights_are_no_parameters_of_their_quantizer(make, make_input):
+    """Weights that a forward holds as they are do not end up among the quantizer's parameters."""
+    model = seeded(make)
+    quantizer = diffq.QATQuantizer(model, min_size=0, training=False)
+    names = list(model.state_dict())
+    model(make_input())
+    assert list(model.state_dict()) == names
+    assert list(quantizer._learned()) == []
+    assert all("_held" not in q._parameters for q in model.modules())
