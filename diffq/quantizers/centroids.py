@@ -35,8 +35,22 @@ class StoredCodebook:
 
     def values(self) -> Tensor:
         """The codewords that these stand for, float32 [K, d], rounded as readers round."""
-        values = self.words.float()
-        return (values - self.zero) * self.scale if self.words.dtype == torch.uint8 else values
+        return self._decode(self.words)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The codewords of some blocks, float32 [blocks, d].
+
+        Args:
+            indices: [blocks], of any integer dtype.
+        """
+        if self.words.dtype != torch.float16:
+            return self._decode(self.words[indices.long()])
+        # As integers, because torch.compile would leave out a rounding to float16 and back.
+        return self.words.view(torch.int16)[indices.long()].view(torch.float16).float()
+
+    def _decode(self, words: Tensor) -> Tensor:
+        values = words.float()
+        return (values - self.zero) * self.scale if words.dtype == torch.uint8 else values
 
     def record(self, weight: Tensor, indices: Tensor) -> ProductRecord:
         """The stored tensor.

@@ -202,7 +202,7 @@ class ProductWeight(WeightQuantizer):
         return weight.reshape(self.blocks, self.group_size)
 
     def _codewords(self, stored: StoredCodebook, indices: Tensor) -> Tensor:
-        return stored.values()[indices.long()].view(self.plan.shape)
+        return stored.take(indices).view(self.plan.shape)
 
     def _assign(self, weight: Tensor, stored: StoredCodebook) -> Tensor:
         """The codeword of each block: its own once fixed, else the nearest."""
@@ -247,11 +247,12 @@ class ProductWeight(WeightQuantizer):
             return blocks.new_zeros(())
         if self.settings.noise == "mean":
             return blocks.mean(0)
-        words = self._stored().values()
+        stored = self._stored()
+        words = stored.values()
         if blocks.device.type != "cpu" or torch.compiler.is_compiling():
             # How many are picked is not known there without waiting for the device.
-            return words[nearest(blocks, words)]
+            return stored.take(nearest(blocks, words))
         places = picked.nonzero().view(-1)
         noise = blocks.to(words.dtype, copy=True)
-        noise[places] = words[nearest(blocks[places], words)]
+        noise[places] = stored.take(nearest(blocks[places], words))
         return noise
