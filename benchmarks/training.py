@@ -1,8 +1,8 @@
 """Time and memory that quantizers add to training, beside plain training of the same model.
 
     python benchmarks/training.py                                    # all models, on the CPU
-    python benchmarks/training.py --rounds 2 --steps 1               # a quick look
-    python benchmarks/training.py --models lstm --contenders diffq-g8 qat
+    python benchmarks/training.py --models transformer-2x128 lstm --rounds 3 --steps 1  # quick
+    python benchmarks/training.py --models resnet18 --contenders diffq-g8 qat
     python benchmarks/training.py --earlier .venv-earlier/bin/python # PyPI diffq 0.2.4 too
     python benchmarks/training.py --device cuda                      # also the paper's transformer
 
@@ -10,8 +10,8 @@ A step is zero_grad, forward, loss + lambda * model_size(), backward and AdamW. 
 a process of its own, and they take turns: in each round, every one trains the same model for
 some steps and then evaluates it, one at a time and in an order that rotates, so that other work
 on the machine hits all alike. What is reported is the median over rounds of each one's time and
-of its ratio to plain training's in the same round. Memory is the most held in the first steps,
-without what plain training holds; a copy is the float32 size of the weights that are quantized.
+of its ratio to plain training's in the same round. Memory is the most that is held in a step
+beyond plain training's, in MB and in copies of the weights that are quantized.
 The earlier package is run as a black box, in an environment that earlier_package.sh makes.
 """
 
@@ -22,21 +22,17 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from processes import worker
 from training_cases import ALL_CASES, BIG_CASES, CASES, CONTENDERS
+from training_report import Answer, Row, Times, markdown, summarize, write
 
 Tick = Callable[[str], None]
-Answer = dict[str, Any]
-Row = dict[str, Any]
-#: Contender to one dict a round: "train" and "evaluate" to seconds of a step.
-Times = dict[str, list[dict[str, float]]]
 
 
 class Worker:
@@ -76,100 +72,39 @@ def measure(
     answers: dict[str, Answer] = {}
     for contender in workers:
         tick(f"{case}, memory: {contender.name}")
-        answers[contender.name] = contender.ask(case=case)
-    running = [contender for contender in workers if "error" not in answers[contender.name]]
-    times: Times = {contender.name: [] for contender in running}
+        answers[contender.name] = contender.ask(memory=case)
+        if "error" not in answers[contender.name]:
+            answers[contender.name] |= contender.ask(case=case)
+    times: Times = {contender.name: [] for contender in workers}
     for number in range(args.rounds):
         for contender in rotated(workers, number):
             tick(f"{case}, round {number + 1}: {contender.name}")
-            if contender in running:
-                answer = take_turn(contender, args.steps)
-                times[contender.name].append(answer)
-                if "error" in answer:
-                    answers[contender.name] = answer
-                    running.remove(contender)
-    for contender in running:
-        contender.ask(end=True)
+            take_turn(contender, args.steps, answers, times)
+    for contender in workers:
+        if "error" not in answers[contender.name]:
+            contender.ask(end=True)
+    if "error" in answers["plain"]:
+        sys.exit(f"plain training of {case} failed: {answers['plain']['error']}")
     return summarize(case, answers, times)
 
 
-def take_turn(contender: Worker, steps: int) -> Answer:
-    """Seconds of a training step and of a forward in eval mode."""
+def take_turn(contender: Worker, steps: int, answers: dict[str, Answer], times: Times) -> None:
+    """Adds the seconds of a training step and of a forward in eval mode, or an error."""
     seconds = {}
     for mode in ("train", "evaluate"):
+        if "error" in answers[contender.name]:
+            return
         answer = contender.ask(**{mode: steps})
         if "error" in answer:
-            return answer
-        seconds[mode] = answer["seconds"] / steps
-    return seconds
+            answers[contender.name] = answer
+        else:
+            seconds[mode] = answer["seconds"] / steps
+    times[contender.name].append(seconds)
 
 
 def rotated(workers: Sequence[Worker], by: int) -> list[Worker]:
     start = by % len(workers)
     return [*workers[start:], *workers[:start]]
-
-
-def summarize(case: str, answers: dict[str, Answer], times: Times) -> list[Row]:
-    """A row for each contender: medians, and what it adds to plain training."""
-    rows = []
-    for name, answer in answers.items():
-        row: Row = {"model": case, "contender": name}
-        if "error" in answer:
-            rows.append(row | {"error": answer["error"]})
-            continue
-        for mode in ("train", "evaluate"):
-            seconds, plain = ([turn[mode] for turn in times[n]] for n in (name, "plain"))
-            row |= compare(mode, seconds, plain)
-        added = answer["peak_mb"] - answers["plain"]["peak_mb"]
-        row |= {"peak_mb": answer["peak_mb"], "added_mb": added}
-        rows.append(row | {"copies": added / answer["quantized_mb"]})
-    return rows
-
-
-def compare(mode: str, seconds: Sequence[float], plain: Sequence[float]) -> Row:
-    """Medians over rounds of a time and of its ratio to plain's; the ratios' middle half."""
-    ratios = sorted(mine / its for mine, its in zip(seconds, plain, strict=True))
-    quarter = len(ratios) // 4
-    return {
-        f"{mode}_ms": 1000 * median(seconds),
-        f"{mode}_ratio": median(ratios),
-        f"{mode}_ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
-    }
-
-
-HEADER = (
-    "model",
-    "contender",
-    "step, ms",
-    "× plain (middle half)",
-    "added",
-    "eval, ms",
-    "× plain",
-    "memory over plain, MB",
-    "copies",
-)
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    table = [HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2), *map(cells, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def cells(row: Row) -> list[str]:
-    start = [row["model"], row["contender"]]
-    if "error" in row:
-        return [*start, row["error"].splitlines()[0], *[""] * (len(HEADER) - 3)]
-    low, high = row["train_ratio_quartiles"]
-    return [
-        *start,
-        f"{row['train_ms']:.1f}",
-        f"{row['train_ratio']:.2f} ({low:.2f}–{high:.2f})",
-        f"{row['train_ratio'] - 1:+.0%}",
-        f"{row['evaluate_ms']:.1f}",
-        f"{row['evaluate_ratio']:.2f}",
-        f"{row['added_mb']:.1f}",
-        f"{row['copies']:.1f}",
-    ]
 
 
 @contextmanager
@@ -248,13 +183,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
-
-
-def write(path: Path, settings: Row, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = {"settings": settings, "rows": rows}
-    Path(f"{path}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    Path(f"{path}.md").write_text(markdown(rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class Case:
     compiled: bool = False
 
 
-# The language model of the DiffQ paper, after Baevski and Auli (2019): 16 layers, 245M
+# The language model of the DiffQ paper, after Baevski and Auli (2019): 16 layers, 247M
 # parameters, and the 267,744 words of Wikitext-103 in three bands.
 _BANDS = ((20_000, 1024), (40_000, 256), (207_744, 64))
 _paper = partial(

@@ -1,20 +1,25 @@
 """One contender of benchmarks/training.py: trains the models that it is told to, when told to.
 
 Reads requests from its input, a JSON object a line, and answers each with one:
-    {"case": NAME}        makes the model in a process of its own; what its training takes
-    {"train": STEPS}      seconds of so many training steps
+    {"memory": NAME}      peak memory of a training step of the model, after a first one
+    {"case": NAME}        makes the model; the next requests are for it
+    {"train": STEPS}      seconds of so many training steps, after a first one
     {"evaluate": STEPS}   seconds of so many forwards in eval mode, after a first one
-    {"end": true}         ends that process
+    {"end": true}         drops the model
+The first two do so in a fork of this process, in which nothing was trained before.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +32,7 @@ from training_cases import ALL_CASES, CONTENDERS, Case, Contender
 
 MEGABYTE = 2**20
 LAMBDA = 0.1
-MEMORY_STEPS = 3
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Meter:
@@ -35,15 +40,19 @@ class Meter:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.name = torch.cuda.get_device_name() if self.cuda else platform.machine()
         self.before_mb = 0.0 if self.cuda else resident_mb()
 
-    def start_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats() if self.cuda else reset_peak()
-
-    def peak_mb(self) -> float:
-        """The most memory held since `start_peak()`, without what was held at first."""
+    def peak_mb(self, call: Callable[[], None]) -> float:
+        """The most memory held during a call, without what was held at first."""
         if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            call()
             return torch.cuda.max_memory_allocated() / MEGABYTE
+        # Where it is not allowed, the peak since this process began is hardly another.
+        with suppress(PermissionError):
+            reset_peak()
+        call()
         return peak_resident_mb() - self.before_mb
 
     def seconds(self, call: Callable[[], None], times: int) -> float:
@@ -67,9 +76,8 @@ class Trainer:
         self.device = device
         self.case = case
         self.plain_model = case.model().to(device)
-        limit = case.min_size * MEGABYTE
-        sizes = [4 * p.numel() for p in self.plain_model.parameters()]
-        self.quantized_mb = sum(size for size in sizes if size >= limit) / MEGABYTE
+        sizes_mb = [4 * p.numel() / MEGABYTE for p in self.plain_model.parameters()]
+        self.quantized_mb = sum(size for size in sizes_mb if size > case.min_size)
         self.optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=1e-4)
         self.quantizer = self._attach(contender)
         self.model = torch.compile(self.plain_model) if case.compiled else self.plain_model
@@ -109,16 +117,24 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def serve_case(name: str, contender: Contender, device: str) -> None:
+def measure_memory(case: Case, contender: Contender, device: str) -> None:
+    # Otherwise glibc decides by what happened before which freed memory it keeps.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     meter = Meter(device)
-    trainer = Trainer(ALL_CASES[name], contender, device)
-    meter.start_peak()
-    meter.seconds(trainer.step, MEMORY_STEPS)
-    result = {"peak_mb": meter.peak_mb(), "quantized_mb": trainer.quantized_mb}
+    trainer = Trainer(case, contender, device)
+    trainer.step()  # makes the optimizer's state, and compiles
+    peak_mb = meter.peak_mb(trainer.step)
+    answer({"device": meter.name, "peak_mb": peak_mb, "quantized_mb": trainer.quantized_mb})
+
+
+def serve_case(case: Case, contender: Contender, device: str) -> None:
+    meter = Meter(device)
+    trainer = Trainer(case, contender, device)
+    result: dict[str, float] = {}
     while True:
         trainer.release()
         answer(result)
-        request = next(requests())
+        request = next(requests(), {"end": True})
         if "end" in request:
             return answer({})
         result = {"seconds": turn(trainer, meter, request)}
@@ -133,8 +149,8 @@ def turn(trainer: Trainer, meter: Meter, request: dict[str, int]) -> float:
     return meter.seconds(call, request["train" if training else "evaluate"])
 
 
-def fork_case(name: str, contender: Contender, device: str) -> None:
-    """Serves one model in a fork of this process, which goes on reading when that ends."""
+def fork(task: Callable[[Case, Contender, str], None], *arguments: Any) -> None:
+    """Runs a task, which answers, in a fork of this process, and waits for its end."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -142,7 +158,7 @@ def fork_case(name: str, contender: Contender, device: str) -> None:
             answer({"error": f"ended with status {status}"})
         return
     try:
-        serve_case(name, contender, device)
+        task(*arguments)
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
     finally:
@@ -173,9 +189,12 @@ def main() -> None:
     contender = CONTENDERS[args.contender]
     if contender.quantizer:
         getattr(diffq, contender.quantizer)  # imported on first use, and counted as memory then
-    answer({"torch": torch.__version__, "threads": torch.get_num_threads()})
+    version = getattr(diffq, "__version__", None)
+    answer({"diffq": version, "torch": torch.__version__, "threads": torch.get_num_threads()})
     for request in requests():
-        fork_case(request["case"], contender, args.device)
+        [(kind, name)] = request.items()
+        task = measure_memory if kind == "memory" else serve_case
+        fork(task, ALL_CASES[name], contender, args.device)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
 from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
+from diffq.sharding import is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
+
+T = TypeVar("T")
 
 _DEAD: Any = weakref.ref(nn.Module())
 
@@ -101,16 +104,38 @@ class Attachment:
             for site in quantizer.plan.sites:
                 self._chain(site, quantizer)
 
-    def tied_tensor(self, plan: TensorPlan) -> Tensor:
-        """The tensor of a plan without quantizer.
+    def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
+        """What `call` gives for each weight quantizer; sharded extras are gathered for it."""
+        reshard(self.model)
+        results = []
+        for quantizer in self.quantizers:
+            with whole_parameters([quantizer]):
+                results.append(call(quantizer))
+        return results
+
+    def each_weight(self, call: Callable[[WeightQuantizer, Tensor], T]) -> list[T]:
+        """What `call` gives for each weight quantizer and its weight.
+
+        Sharded weights and extras are gathered for it, those of one tensor at a time.
+
+        Raises:
+            AttachError: as `weight`.
+        """
+        reshard(self.model)
+        results = []
+        for quantizer in self.quantizers:
+            with whole_parameters(self._chains_of(quantizer.plan)):
+                results.append(call(quantizer, self.weight(quantizer).detach()))
+        return results
+
+    def each_raw(self, plans: Iterable[TensorPlan], call: Callable[[Tensor], T]) -> list[T]:
+        """What `call` gives for the tensor of each plan without quantizer, gathered likewise.
 
         Raises:
             AttachError: tied tensors were untied, and differ.
         """
-        tensor, *others = (site.read(self.model) for site in plan.sites)
-        if any(other is not tensor and not torch.equal(other, tensor) for other in others):
-            raise AttachError(_untied(plan))
-        return tensor
+        reshard(self.model)
+        return [call(self._raw_tensor(plan)) for plan in plans]
 
     def detach(self) -> None:
         """Takes all weight quantizers off: same parameters, names, order and classes."""
@@ -159,16 +184,26 @@ class Attachment:
             raise AttachError(site.changed("was replaced or parametrized"))
         return chain
 
+    def _raw_tensor(self, plan: TensorPlan) -> Tensor:
+        with whole_parameters(self._chains_of(plan)):
+            read = dict.fromkeys(site.read(self.model) for site in plan.sites)
+        tensor, *others = (whole(each.detach()) for each in read)
+        if not all(torch.equal(other, tensor) for other in others):
+            raise AttachError(_untied(plan))
+        return tensor
+
+    def _chains_of(self, plan: TensorPlan) -> list[nn.Module]:
+        chains = (_chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
+        return [chain for chain in chains if chain is not None]
+
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
         for quantizer in self.quantizers:
-            if not quantizer.training:
-                continue
-            weight = self.weight(quantizer)
-            # Sharded tensors are whole only while their module runs.
-            if type(weight) in (nn.Parameter, Tensor):
-                kinds.setdefault(type(quantizer), []).append((quantizer, weight))
+            # FSDP's tensors are whole only while their module runs.
+            if quantizer.training and not is_managed(quantizer):
+                pair = quantizer, self.weight(quantizer)
+                kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
             values = kind.sample_all(*zip(*pairs, strict=True))
             for (quantizer, weight), value in zip(pairs, values, strict=True):

@@ -13,12 +13,10 @@ from diffq.errors import ConfigError
 MAX_BITS = 15
 
 
-def check_bits(bits: Any, name: str = "bits", least: int = 1) -> None:
+def check_bits(bits: Any, name: str = "bits", least: int = 1, most: int = MAX_BITS) -> None:
     """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
-    if not _is_whole(bits) or not least <= bits <= MAX_BITS:
-        raise ConfigError(
-            f"{name} must be a whole number from {least} to {MAX_BITS}, got {bits!r}."
-        )
+    if not _is_whole(bits) or not least <= bits <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {bits!r}.")
 
 
 def check_number(value: Any, name: str, least: float, most: float = math.inf) -> None:

@@ -4,6 +4,7 @@
     * ConfigError          an argument, a name pattern or a bitwidth breaks a rule
     * AttachError          this model cannot be quantized, or is quantized already
     * OptimizerError       the learned extras are missing from the optimizer
+    * CalibrationError     activations have no range yet, or saw no data to take it from
     * WeightError          a weight cannot be quantized (NaN, Inf, out of range)
     * StateError           a quantized state is damaged or incomplete
         * MismatchError    a sound state that belongs to another model
@@ -30,6 +31,10 @@ class AttachError(DiffqError, RuntimeError):
 
 class OptimizerError(DiffqError, RuntimeError):
     """The optimizer does not hold what the quantizer learns."""
+
+
+class CalibrationError(DiffqError, RuntimeError):
+    """Activations have no range yet, or calibration saw no data, NaN or Inf."""
 
 
 class WeightError(DiffqError, ValueError):

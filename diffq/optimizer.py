@@ -46,7 +46,8 @@ def add_extras(
         raise OptimizerError(
             "setup_optimizer needs the optimizer that trains this quantizer's model, "
             "but got one that holds none of its parameters. "
-            "Make it with model.parameters(), then call setup_optimizer."
+            "Make it with model.parameters(), after fully_shard if the model is sharded, "
+            "then call setup_optimizer."
         )
     if any("initial_lr" in group for group in optimizer.param_groups) and ids - held:
         raise OptimizerError(

@@ -23,9 +23,10 @@ from diffq.quantizers.grids import check_range
 from diffq.select import Rules, dtype_name
 from diffq.state import Snapshot, raw_record
 
-#: The running statistics of BatchNorm: never quantized nor rounded to float16. A state
-#: dict does not tell buffers from parameters; these are the ones that rounding would harm.
-STATISTICS = ("running_mean", "running_var")
+#: The running statistics of BatchNorm, and the ranges of activations: never quantized nor
+#: rounded to float16. A state dict does not tell buffers from parameters; these are the
+#: ones that rounding would harm.
+STATISTICS = ("running_mean", "running_var", "activation_range")
 
 
 @dataclass(frozen=True)

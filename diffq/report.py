@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from diffq.format.records import group_count
+from diffq.select import TensorPlan
 from diffq.size import MEGABYTE_BITS
 from diffq.weight import WeightQuantizer
 
@@ -34,32 +38,56 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join([aligned[0], rule, *aligned[1:]])
 
 
-def size_table(sized: Sequence[tuple[WeightQuantizer, int]], raw_bits: float, tensors: int) -> str:
+@dataclass(frozen=True)
+class TensorSize:
+    """What one tensor takes.
+
+    Attributes:
+        plan: the tensor.
+        group_size: weights that share a bitwidth.
+        stored_bits: bits of all that is stored of it.
+        level_bits: bits of its levels or indices; 0 if it has none.
+    """
+
+    plan: TensorPlan
+    group_size: int
+    stored_bits: int
+    level_bits: int
+
+
+def tensor_size(quantizer: WeightQuantizer, weight: Tensor) -> TensorSize:
+    """What a weight quantizer stores of its weight."""
+    stored_bits = quantizer.stored_bits(weight)
+    level_bits, _ = quantizer.level_totals()
+    return TensorSize(quantizer.plan, quantizer.group_size, stored_bits, level_bits)
+
+
+def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
     """The table of a quantizer: tensor, shape, groups, mean bits, MB.
 
     Args:
-        sized: each weight quantizer with the stored bits of its tensor.
+        sizes: what each tensor with a weight quantizer takes.
         raw_bits: bits of all tensors that have none.
         tensors: number of all tensors.
     """
-    counted = [quantizer.level_totals() for quantizer, _ in sized]
-    levels = [pair for pair, (_, weights) in zip(sized, counted, strict=True) if weights]
-    total = raw_bits + sum(bits for _, bits in sized)
-    rest = total - sum(bits for _, bits in levels)
-    mean = sum(bits for bits, _ in counted) / max(1, sum(count for _, count in counted))
-    rows = [_row(quantizer, bits) for quantizer, bits in levels]
+    levels = [size for size in sizes if size.level_bits]
+    total = raw_bits + sum(size.stored_bits for size in sizes)
+    rest = total - sum(size.stored_bits for size in levels)
+    weights = sum(size.plan.numel for size in levels)
+    mean = sum(size.level_bits for size in levels) / max(1, weights)
+    rows = [_row(size) for size in levels]
     rows.append((f"{tensors - len(rows)} without levels", "", "", "", _megabytes(rest)))
     rows.append(("total", "", "", f"{mean:.2f}" if levels else "", _megabytes(total)))
     return table(("tensor", "shape", "groups", "bits", "MB"), rows, left=2)
 
 
-def _row(quantizer: WeightQuantizer, stored_bits: int) -> tuple[str, ...]:
-    plan = quantizer.plan
-    bits, weights = quantizer.level_totals()
-    groups = group_count(weights, quantizer.group_size)
+def _row(size: TensorSize) -> tuple[str, ...]:
+    plan = size.plan
+    groups = group_count(plan.numel, size.group_size)
     shape = "x".join(map(str, plan.shape))
     names = " = ".join(plan.names)
-    return names, shape, str(groups), f"{bits / weights:.2f}", _megabytes(stored_bits)
+    mean = f"{size.level_bits / plan.numel:.2f}"
+    return names, shape, str(groups), mean, _megabytes(size.stored_bits)
 
 
 def _megabytes(bits: float) -> str:

@@ -14,6 +14,7 @@ from diffq.errors import MismatchError
 from diffq.legacy.layout import is_legacy
 from diffq.legacy.load import load_legacy
 from diffq.select import dtype_name, named_tensors
+from diffq.sharding import is_managed
 from diffq.state import Header, from_state, read_header, record_tensor
 
 
@@ -62,6 +63,11 @@ def match(model: nn.Module, header: Header) -> dict[str, Tensor]:
         MismatchError: the model has parametrizations, or names, shapes or dtypes differ.
     """
     for path, module in model.named_modules():
+        if is_managed(module):
+            raise MismatchError(
+                "Stored weights are restored into a plain model, but this one is sharded. "
+                "Restore first, then call fully_shard(model)."
+            )
         if parametrize.is_parametrized(module):
             raise MismatchError(
                 "Stored weights are restored into a plain model, "

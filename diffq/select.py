@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
+from diffq.pruning import is_pruned
 from diffq.size import MEGABYTE
 
 
@@ -86,6 +87,7 @@ class TensorPlan:
         dtype: the tensor's dtype.
         quantized: whether it gets integer levels; otherwise it stays raw.
         learned: whether it is a parameter; buffers are not.
+        pruned: whether `diffq.pruning.Pruned` holds some of it at zero.
         overrides: settings of this tensor that differ from the quantizer's.
     """
 
@@ -95,6 +97,7 @@ class TensorPlan:
     dtype: torch.dtype
     quantized: bool
     learned: bool
+    pruned: bool
     overrides: Mapping[str, Any]
 
     @property
@@ -232,6 +235,7 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
         dtype=tensor.dtype,
         quantized=learned and rules.select(names, tensor),
         learned=learned,
+        pruned=is_pruned(sites[0].owner(model), sites[0].attribute),
         overrides=rules.settings(names),
     )
 

@@ -17,6 +17,7 @@ from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
+from diffq.sharding import is_managed
 from diffq.size import Grouping
 
 
@@ -237,7 +238,9 @@ class WeightQuantizer(nn.Module, ABC):
 
     def _quantized(self, weight: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        quantized = self._evaluate(weight) if compiling else self._from_cache(weight)
+        # FSDP gathers weights into one tensor again and again, without a trace in its version.
+        uncached = compiling or is_managed(self)
+        quantized = self._evaluate(weight) if uncached else self._from_cache(weight)
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return quantized
         passed = straight_through(weight, quantized)

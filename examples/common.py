@@ -94,7 +94,7 @@ def train(
 ) -> None:
     """Minimizes `task_loss() + lam * model size in MB`; `task_loss` draws its own batches."""
     schedule = warmup_cosine(optimizer, steps, warmup)
-    with _progress() as progress:
+    with make_progress() as progress:
         task = progress.add_task(title, total=steps, status="")
         for _ in range(steps):
             loss = task_loss()
@@ -136,7 +136,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
 
 
-def _progress() -> Progress:
+def make_progress(visible: bool = True) -> Progress:
+    """A progress bar with a status behind it."""
     return Progress(
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=12),
@@ -144,4 +145,5 @@ def _progress() -> Progress:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[status]}"),
         console=console,
+        disable=not visible,
     )

@@ -125,12 +125,16 @@ class Result:
     seconds: float
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+
+
 def run(method: Method, train_text: Tensor, valid_text: Tensor, args: argparse.Namespace) -> Result:
     torch.manual_seed(args.seed)
     model = Transformer()
     float_mb = sum(4 * parameter.numel() for parameter in model.parameters()) / MEGABYTE
     quantizer = method.quantizer(model) if method.quantizer else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = make_optimizer(model)
     if quantizer is not None:
         quantizer.setup_optimizer(optimizer, lr=args.bits_lr)
     batches = torch.Generator().manual_seed(args.seed)

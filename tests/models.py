@@ -19,6 +19,10 @@ QUANTIZERS = {
     "diffq-fixed": partial(diffq.DiffQuantizer, min_size=0, bits=5),
     "qat": partial(diffq.QATQuantizer, min_size=0, bits=4),
     "qat-channel": partial(diffq.QATQuantizer, min_size=0, bits=4, per_channel=True),
+    "quant-noise": partial(diffq.QuantNoiseQuantizer, min_size=0, bits=4, p=0.5, block_size=4),
+    "quant-noise-fit": partial(
+        diffq.QuantNoiseQuantizer, min_size=0, bits=3, p=0.5, observer="histogram"
+    ),
     "lsq": partial(diffq.LSQQuantizer, min_size=0, bits=4),
     "product": partial(diffq.ProductQuantizer, min_size=0, block_size=2, codebook_size=4),
 }

@@ -23,9 +23,15 @@ STAGES = [
     "errors",
     "checks",
     "format",
+    "sharding",
     "grid",
     "size",
     "noise",
+    "observers",
+    "masks",
+    "losses",
+    "layers",
+    "pruning",
     "kmeans",
     "select",
     "state_entry",
@@ -38,6 +44,7 @@ STAGES = [
     "optimizer",
     "report",
     "quantizers",
+    "activations",
     "legacy",
     "restore",
     "file",
@@ -143,7 +150,14 @@ def test_public_names_have_docstrings(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer", "ProductQuantizer"]
+    "name",
+    [
+        "DiffQuantizer",
+        "QATQuantizer",
+        "LSQQuantizer",
+        "QuantNoiseQuantizer",
+        "ProductQuantizer",
+    ],
 )
 def test_every_argument_is_documented(name):
     """A quantizer's docstring has a line for each of its arguments, and for its errors."""
@@ -295,11 +309,14 @@ def test_quantizers_share_one_face():
         diffq.DiffQuantizer,
         diffq.QATQuantizer,
         diffq.LSQQuantizer,
+        diffq.QuantNoiseQuantizer,
         diffq.ProductQuantizer,
     ]
     faces = [{name for name in dir(c) if not name.startswith("_")} for c in classes]
-    assert faces[1] == faces[2] == faces[0] - {"freeze_bits"}
-    assert faces[1] == faces[3] - {"refresh", "quantize_stage", "stages"}
+    own = {"freeze_bits", "refresh", "quantize_stage", "stages"}
+    assert all(face - own == faces[1] for face in faces)
+    assert faces[0] & own == {"freeze_bits"}
+    assert faces[-1] & own == own - {"freeze_bits"}
     rules = ["min_size", "include", "exclude", "overrides", "float16"]
     for one in classes:
         parameters = inspect.signature(one).parameters

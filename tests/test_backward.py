@@ -178,6 +178,21 @@ def test_two_forwards_before_one_backward():
         assert torch.allclose(grad, gradients(single)[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("kind", ["diffq-rounding", "qat", "lsq"])
+def test_accumulated_gradients_with_the_size_penalty(kind):
+    """Over k backwards, losses and penalties divided by k give the gradient of the whole batch."""
+    inputs, found = torch.randn(6, 16), []
+    for parts in (1, 3):
+        model, quantizer = attached(mlp, kind)
+        for part in inputs.chunk(parts):
+            loss = model(part).square().mean() + 0.3 * quantizer.model_size()
+            (loss / parts).backward()
+        found.append(gradients(model))
+    whole, accumulated = found
+    for name, grad in whole.items():
+        assert torch.allclose(accumulated[name], grad, rtol=1e-4, atol=1e-7), name
+
+
 @pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
 def test_gradient_in_eval_mode(kind):
     """In eval mode the gradient passes straight through to the weights, and to nothing else."""

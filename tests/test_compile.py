@@ -4,11 +4,15 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.models import (
     QUANTIZERS,
     Recurrent,
+    SharedModule,
     TiedModules,
+    TwoNames,
     attached,
     gradients,
     learned,
@@ -21,17 +25,93 @@ from tests.models import (
 )
 
 
-@pytest.fixture
-def _compiler():
-    """Skips without a C compiler, and forgets compiled code before and after."""
-    if not any(map(shutil.which, ("gcc", "g++", "clang", "cc"))):
-        pytest.skip("torch.compile needs a C compiler, and none is on the path")
+@pytest.fixture(autouse=True)
+def _forgetful():
+    """Forgets compiled code before and after."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_compiler")
+def _linear():
+    return nn.Linear(16, 4)
+
+
+class _Compiled:
+    """A compiled model, and how many graphs were compiled so far; "eager" needs no compiler."""
+
+    def __init__(self, kind="diffq", make=_linear):
+        self.model, self.inputs = seeded(make), torch.ones(2, 16)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05)
+        self.quantizer = QUANTIZERS[kind](self.model)
+        self.quantizer.setup_optimizer(self.optimizer, lr=0.1)
+        self.counter = CompileCounterWithBackend("eager")
+        self.compiled = torch.compile(self.model, backend=self.counter)
+
+    def counts(self, *calls, rounds=5):
+        """How many graphs there are after each round of these calls."""
+        counts = []
+        for _ in range(rounds):
+            for call in calls:
+                call(self)
+            counts.append(self.counter.frame_count)
+        return counts
+
+    def train(self):
+        """A training step with the size penalty."""
+        step(self.compiled.train(), self.optimizer, self.inputs, self.quantizer)
+
+    def evaluate(self):
+        """An evaluation as users do it."""
+        with torch.no_grad():
+            self.compiled.eval()(self.inputs)
+
+    def evaluate_with_gradient(self):
+        """An evaluation whose gradient is taken."""
+        self.compiled.eval()(self.inputs).sum().backward()
+
+    def look(self):
+        """Sizes and states, which are not compiled."""
+        self.quantizer.true_model_size()
+        self.quantizer.get_quantized_state()
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize(
+    "call", [_Compiled.train, _Compiled.evaluate, _Compiled.evaluate_with_gradient]
+)
+def test_nothing_is_compiled_after_the_second_step(call, kind):
+    """In each mode, for each quantizer, the third step and later ones compile nothing."""
+    counts = _Compiled(kind).counts(call)
+    assert counts[0] > 0
+    assert counts[1:] == [counts[1]] * 4
+
+
+@pytest.mark.parametrize("kind", ["diffq", "lsq"])
+def test_modes_that_alternate_compile_nothing_more(kind):
+    """Training and evaluating in turns, with sizes and states between, settles likewise."""
+    run = _Compiled(kind)
+    counts = run.counts(_Compiled.train, _Compiled.look, _Compiled.evaluate, _Compiled.look)
+    assert counts[1:] == [counts[1]] * 4
+
+
+@pytest.mark.parametrize("make", [TwoNames, SharedModule])
+def test_ties_compile_nothing_more(make):
+    """Tied tensors and shared modules compile nothing after the second step."""
+    counts = _Compiled("diffq", make).counts(_Compiled.train, _Compiled.evaluate)
+    assert counts[1:] == [counts[1]] * 4
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_frozen_bits_compile_once_more(rounding):
+    """After freeze_bits there is nothing more to compile from the second step on either."""
+    run = _Compiled()
+    run.counts(_Compiled.train, rounds=2)
+    run.quantizer.freeze_bits(rounding=rounding)
+    counts = run.counts(_Compiled.train)
+    assert counts[1:] == [counts[1]] * 4
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind",
@@ -45,6 +125,8 @@ def _compiler():
 )
 def test_compiled_model(kind, backend):
     """A compiled model trains, evaluates like eager, and compiles once in each mode."""
+    if backend == "inductor" and not any(map(shutil.which, ("gcc", "g++", "clang", "cc"))):
+        pytest.skip("inductor needs a C compiler, and none is on the path")
     model = seeded(mlp)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     quantizer = QUANTIZERS[kind](model)
@@ -71,7 +153,6 @@ def test_compiled_model(kind, backend):
     assert all(p.grad is not None for _, p in learned(model))
 
 
-@pytest.mark.usefixtures("_compiler")
 def test_compiled_model_in_one_graph():
     """A compiled training forward is one graph, and its noise differs between steps."""
     model, _ = attached(mlp)
@@ -80,7 +161,6 @@ def test_compiled_model_in_one_graph():
     assert not torch.equal(compiled(inputs), compiled(inputs))
 
 
-@pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("make", [TiedModules, pytest.param(Recurrent, marks=pytest.mark.slow)])
 def test_compiled_ties_and_recurrent_layers(make):
     """Compiled models with ties or a recurrent layer train and evaluate like eager ones."""

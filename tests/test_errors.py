@@ -48,6 +48,7 @@ def test_tree_is_drawn():
         (diffq.ConfigError, ValueError),
         (diffq.AttachError, RuntimeError),
         (diffq.OptimizerError, RuntimeError),
+        (diffq.CalibrationError, RuntimeError),
         (diffq.WeightError, ValueError),
         (diffq.StateError, ValueError),
         (diffq.MismatchError, diffq.StateError),

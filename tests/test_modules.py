@@ -4,11 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import diffq
 from diffq import attach
@@ -264,82 +261,6 @@ def test_lsq_learns_from_zero():
         F.mse_loss(model(inputs), targets).backward()
         optimizer.step()
     assert model.eval().weight.count_nonzero() > 32
-
-
-# Distributed
-
-
-class _PartlyUsed(nn.Module):
-    """Uses its second layer when it is told to."""
-
-    def __init__(self):
-        super().__init__()
-        self.always, self.sometimes = nn.Linear(16, 8), nn.Linear(16, 8)
-
-    def forward(self, x, both):
-        return self.always(x) + (self.sometimes(x) if both else 0)
-
-
-def _train_distributed(rank, *, find_unused, skipping=False, freezing=False):
-    """Trains for four steps; returns the model's state and bits."""
-    model = seeded(_PartlyUsed)
-    quantizer = QUANTIZERS["diffq"](model)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
-    optimizer = torch.optim.Adam(wrapped.parameters(), 0.05)
-    quantizer.setup_optimizer(optimizer, lr=0.3)
-    torch.manual_seed(rank)
-    for index in range(4):
-        if freezing and index == 2:
-            quantizer.freeze_bits(rounding=True)
-        optimizer.zero_grad()
-        outputs = wrapped(torch.randn(4, 16), both=not skipping or index % 2 == 0)
-        (outputs.square().mean() + quantizer.model_size()).backward()
-        optimizer.step()
-    return snapshot_of(model), {name: bits.tolist() for name, bits in quantizer.bits().items()}
-
-
-_SETTINGS = {
-    "all-used": {"find_unused": False},
-    "find-unused": {"find_unused": True},
-    "some-unused": {"find_unused": True, "skipping": True},
-    "bits-frozen": {"find_unused": False, "freezing": True},
-}
-
-
-def _run_rank(rank, folder):
-    """Trains in each setting and writes what came of it; errors as text."""
-    torch.set_num_threads(1)
-    results = {}
-    for name, settings in _SETTINGS.items():
-        store = f"file://{folder}/{name}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        try:
-            results[name] = _train_distributed(rank, **settings)
-        except RuntimeError as error:
-            results[name] = str(error)
-        finally:
-            dist.destroy_process_group()
-    torch.save(results, f"{folder}/{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The results of two ranks; one pair of processes runs all settings."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("ddp")
-    mp.start_processes(_run_rank, args=(folder,), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.parametrize("setting", _SETTINGS)
-def test_distributed_data_parallel(ranks, setting):
-    """Under DDP, with a size penalty, both ranks end with the same weights and learned bits."""
-    one, other = (rank[setting] for rank in ranks)
-    assert not isinstance(one, str), one
-    assert same_tensors(one[0], other[0])
-    assert one[1] == other[1]
-    assert len({width for widths in one[1].values() for width in widths}) > 1
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,39 @@ def test_skipped_steps_change_nothing():
     assert not same_tensors(snapshot_of(model), before)
 
 
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
+def test_skipped_steps_leave_evaluation(kind):
+    """Evaluation, bits and the state are the same bits after a skipped step, and follow the next.
+
+    The weights of eval are cached: neither may a skipped step spoil them, nor a real one
+    leave them behind.
+    """
+    model = seeded(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer, lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    inputs = torch.randn(4, 16)
+
+    def _step_and_look(factor):
+        optimizer.zero_grad()
+        loss = model.train()(inputs).square().mean() * factor + quantizer.model_size()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            outputs = model.eval()(inputs)
+        assert torch.equal(restored(mlp, quantizer)(inputs), outputs)
+        return {"outputs": outputs, "bits": quantizer.bits(), "size": quantizer.true_model_size()}
+
+    first, skipped, second = (_step_and_look(factor) for factor in (1.0, float("inf"), 1.0))
+    assert scaler.get_scale() == 4.0
+    assert torch.equal(first["outputs"], skipped["outputs"])
+    assert same_tensors(first["bits"], skipped["bits"])
+    assert first["size"] == skipped["size"]
+    assert not torch.equal(second["outputs"], skipped["outputs"])
+
+
 # Casts
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import diffq
 from diffq.quantizers.blocks import layer_kind
-from tests.holder import Holder, all_bits, blank, bits_of, reloaded, weight_quantizers
+from tests.holder import Holder, all_bits, bits_of, blank, reloaded, weight_quantizers
 from tests.models import MODELS, ConvNet, Recurrent, TiedModules, mlp, restored, seeded, step
 
 attach = partial(diffq.ProductQuantizer, min_size=0, block_size=2, codebook_size=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,26 +13,27 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from diffq.attach import Attachment, quantizers_in
+from diffq.attach import Attachment
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError, WeightError
+from diffq.errors import AttachError, ConfigError, DiffqError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.optimizer import OptimizerGuard, add_extras, refuse_training
+from diffq.quantizers.guards import (
+    check_detachable,
+    check_finite,
+    check_model,
+    check_optimizer,
+    check_owners,
+)
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
-from diffq.report import size_table
+from diffq.report import size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
+from diffq.sharding import is_distributed, is_sharded, reshard, whole
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
-
-_WRAPPERS = (
-    "DistributedDataParallel",
-    "DataParallel",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-)
 
 
 class BaseQuantizer(QuantizeSwitch, ABC):
@@ -40,8 +42,13 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     In training mode the model computes with perturbed weights, in eval mode with
     the true quantized ones. A subclass says how one tensor is quantized.
 
+    After FSDP2's `fully_shard(model)`, what reads whole weights or bitwidths gathers
+    them from all ranks, one tensor after the other: every rank must call it, and each
+    gets what a single process with the whole model would get. The sharded model stays
+    as it is.
+
     Args:
-        model: a plain model. Attach before wrapping it in DDP or compiling it.
+        model: a plain model. Attach before wrapping it in DDP, sharding or compiling it.
         settings: what one tensor's quantizer is made with: a frozen dataclass.
         rules: which tensors are quantized, and their overrides of `settings`.
         float16: store parameters that are not quantized as float16.
@@ -56,7 +63,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     overridable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
-        _check_model(model)
+        check_model(model)
         check_flag(float16, "float16")
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
@@ -95,7 +102,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         they are moved to the new group. So are those that were given to an optimizer
         before: the last one trains them. Where nothing is learned, this only checks
         that the optimizer belongs to the model. Call it before making a scheduler,
-        and again whenever the optimizer is made anew: a training forward raises
+        after `fully_shard`, which puts other parameters in place, and again whenever
+        the optimizer is made anew: a training forward raises
         `OptimizerError` if it finds that another optimizer took over without the extras.
 
         Args:
@@ -106,6 +114,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         Raises:
             OptimizerError: the optimizer holds no parameter of the model.
         """
+        reshard(self.model)
         extras, guard = self._extras(), self._optimizer_guard
         earlier = guard.optimizer if guard is not None else None
         add_extras(optimizer, self.model, extras, {"lr": lr, **overrides}, earlier)
@@ -113,6 +122,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         if extras:
             self._optimizer_guard = OptimizerGuard(optimizer, self._learned)
             self._guards.append(self.model.register_forward_pre_hook(self._optimizer_guard.check))
+        if extras and is_distributed() and not is_sharded(self.model):
+            check = partial(self._check_first_step, optimizer)
+            self._guards.append(self.model.register_forward_pre_hook(check))
 
     def no_optimizer(self) -> None:
         """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
@@ -122,6 +134,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
     def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
+
+        The same on every rank of a sharded model; a collective there.
 
         Equation 8 of the DiffQ paper plus ranges, bit maps, and the tensors that are
         not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
@@ -142,7 +156,11 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         bits = torch.full((), fixed, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
+        learned = [
+            (size[0], whole(size[1]))
+            for q in attachment.quantizers
+            if (size := q.learned_size(used_only))
+        ]
         for place in dict.fromkeys(logits.device for _, logits in learned):
             there = [size for size in learned if size[1].device == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
@@ -151,6 +169,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def true_model_size(self) -> float:
         """Size in MB of the model as it is stored, to the bit.
 
+        A collective if the model is sharded.
+
         Equation 12 of the DiffQ paper for quantized tensors, each counted once
         however many names it has; other tensors and buffers at their stored width.
 
@@ -158,11 +178,13 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             WeightError: a weight or bitwidth is not finite.
         """
         attachment = self._attachment
-        bits = sum(q.stored_bits(attachment.weight(q)) for q in attachment.quantizers)
-        return (bits + self._raw_bits()) / MEGABYTE_BITS
+        bits = attachment.each_weight(lambda quantizer, weight: quantizer.stored_bits(weight))
+        return (sum(bits) + self._raw_bits()) / MEGABYTE_BITS
 
     def compressed_model_size(self, codec: Codec = "zstd") -> float:
         """Size in MB of the file that `diffq.save` would write now, without metadata.
+
+        A collective if the model is sharded.
 
         Encodes the whole model: meant for once an epoch, not for each step.
 
@@ -176,28 +198,34 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def bits(self) -> dict[str, Tensor]:
         """Rounded bitwidth of each group: tensor name to uint8 [groups] on the CPU.
 
+        A collective if the model is sharded.
+
         Raises:
             WeightError: the bitwidths are not finite.
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        widths = {q.plan.name: q.group_bits() for q in self._attachment.quantizers}
-        return {name: torch.from_numpy(bits) for name, bits in widths.items() if bits is not None}
+        widths = self._attachment.each_quantizer(lambda q: (q.plan.name, q.group_bits()))
+        return {name: torch.from_numpy(bits) for name, bits in widths if bits is not None}
 
     def mean_bits(self) -> float:
         """Average bitwidth of the quantized weights; NaN if there are none.
 
+        A collective if the model is sharded.
+
         Raises:
             WeightError: the bitwidths are not finite.
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        totals = [q.level_totals() for q in self._attachment.quantizers]
+        totals = self._attachment.each_quantizer(lambda q: q.level_totals())
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 
     def snapshot(self) -> Snapshot:
         """The whole model as frozen records: what is stored in a state or a file.
+
+        A collective if the model is sharded.
 
         Raises:
             WeightError: a weight to quantize or a bitwidth is not finite.
@@ -205,23 +233,21 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """
         attachment = self._attachment
         self._check_names()
+        raw = {plan.name: plan for plan in self._plans if plan.name not in self._by_name}
         records: dict[str, Record] = {}
-        aliases: dict[str, str] = {}
-        for plan in self._plans:
-            quantizer = self._by_name.get(plan.name)
-            if quantizer is None:
-                records[plan.name] = raw_record(attachment.tied_tensor(plan))
-            else:
-                records[plan.name] = quantizer.record(attachment.weight(quantizer).detach())
-            aliases.update(dict.fromkeys(plan.names[1:], plan.name))
-        return Snapshot(records, aliases)
+        quantized = attachment.each_weight(lambda quantizer, weight: quantizer.record(weight))
+        records.update(zip(self._by_name, quantized, strict=True))
+        records.update(zip(raw, attachment.each_raw(raw.values(), raw_record), strict=True))
+        aliases = {name: plan.name for plan in self._plans for name in plan.names[1:]}
+        return Snapshot({plan.name: records[plan.name] for plan in self._plans}, aliases)
 
     def get_quantized_state(self, packed: bool = True) -> dict[str, Any]:
         """The quantized model as a dict of tensors and plain containers.
 
         Save it with `torch.save`; `torch.load` reads it with `weights_only=True`, and
         `diffq.restore_quantized_state` fills a plain model with it. Buffers and
-        parameters that are not quantized are included.
+        parameters that are not quantized are included. A collective if the model is
+        sharded: call it on every rank, and let one of them save the state.
 
         Args:
             packed: store levels at each group's own bitwidth, and bitwidths in a bit
@@ -245,18 +271,17 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             The model.
 
         Raises:
-            AttachError: it was detached before.
+            AttachError: it was detached before, or the model is sharded.
             WeightError: with `quantized`, a weight is not finite; nothing has changed then.
             ConfigError: `quantized` is neither True nor False.
         """
         check_flag(quantized, "quantized")
         attachment = self._attachment
+        check_detachable(attachment.model)
         values: list[tuple[TensorPlan, Tensor]] = []
         if quantized:
             with torch.no_grad():
-                for quantizer in attachment.quantizers:
-                    value = quantizer.eval_weight(attachment.weight(quantizer).detach())
-                    values.append((quantizer.plan, value))
+                values = attachment.each_weight(lambda q, weight: (q.plan, q.eval_weight(weight)))
         self.no_optimizer()
         attachment.detach()
         self._attached = None
@@ -265,7 +290,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         return attachment.model
 
     def __repr__(self) -> str:
-        """A table: tensor, shape, groups, mean bits, MB."""
+        """A table: tensor, shape, groups, mean bits, MB. A collective if the model is sharded."""
         if self._attached is None:
             return f"{type(self).__name__}(detached)"
         try:
@@ -275,8 +300,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
 
     def _table(self) -> str:
         attachment = self._attachment
-        sized = [(q, q.stored_bits(attachment.weight(q))) for q in attachment.quantizers]
-        return f"{type(self).__name__}\n{size_table(sized, self._raw_bits(), len(self._plans))}"
+        sizes = attachment.each_weight(tensor_size)
+        return f"{type(self).__name__}\n{size_table(sizes, self._raw_bits(), len(self._plans))}"
 
     @property
     def _attachment(self) -> Attachment:
@@ -298,9 +323,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         self, plan: TensorPlan, settings: Any, float16: bool, model: nn.Module
     ) -> WeightQuantizer | None:
         if plan.quantized:
-            _check_owners(plan, model)
+            check_owners(plan, model)
             weight = plan.sites[0].read(model)
-            _check_finite(plan.name, weight)
+            check_finite(plan.name, weight)
             return self._make_quantizer(plan, settings, weight)
         if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
             return HalfQuantizer(plan)
@@ -320,6 +345,11 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def _refuse_training(self, module: nn.Module, args: Any) -> None:
         if next(self._learned(), None) is not None:
             refuse_training(module, args)
+
+    def _check_first_step(self, optimizer: Optimizer, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            check_optimizer(optimizer, module)
+            self.no_optimizer()
 
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]
@@ -352,44 +382,6 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
             if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
                 return attachment.face
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
-    wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
-    if wrapper:
-        raise AttachError(
-            f"Attach the quantizer to the plain model before {wrapper} wraps it:\n"
-            "    quantizer = DiffQuantizer(model)\n"
-            f"    model = {wrapper}(model)"
-        )
-    if quantizers_in(model):
-        raise AttachError(
-            "The model has a quantizer already. Call detach() on that one first; "
-            "to quantize parts in different ways, use overrides, include and exclude."
-        )
-
-
-def _check_owners(plan: TensorPlan, model: nn.Module) -> None:
-    for site in plan.sites:
-        owner = site.owner(model)
-        if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-            writes = getattr(owner, "max_norm", None) is not None
-            if owner.sparse or writes:
-                setting = "sparse=True" if owner.sparse else "max_norm"
-                raise AttachError(
-                    f"{site.name} belongs to an embedding with {setting}, which works on the "
-                    f"stored weight alone. Make it without, or pass exclude=[{site.name!r}]."
-                )
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        raise WeightError(
-            f"Weights to quantize must be finite, but {name} holds NaN or Inf. "
-            "Load a sound checkpoint first, or exclude the tensor."
-        )
 
 
 def _bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:

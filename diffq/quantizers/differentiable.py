@@ -19,6 +19,7 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
+from diffq.sharding import reshard, whole_parameters
 from diffq.size import Grouping, total_bits
 
 
@@ -73,6 +74,12 @@ class DiffQWeight(GridQuantizer):
         whole = fixed is not None or not settings.group_size
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
+        if plan.pruned and fixed is None and self.groups > 1:
+            raise ConfigError(
+                "A pruned tensor needs one bitwidth, because a range has a level at zero for one "
+                f"bitwidth only; {plan.name} has {self.groups} groups. "
+                f"Pass overrides={{{plan.name!r}: {{'group_size': None}}}}."
+            )
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
@@ -142,7 +149,9 @@ class DiffQWeight(GridQuantizer):
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        self._freeze_at(self.whole_bits(), Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+        with whole_parameters([self]):
+            bits = self.whole_bits()
+        self._freeze_at(bits, Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
 
     @property
     def _noise_kind(self) -> Noise:
@@ -199,10 +208,14 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     torch._foreach_expm1_(counts)
     spans = []
     for q, weight in pairs:
-        low, high = q.bounds(grid.widen(weight))
+        low, high = q.observe(grid.widen(weight))
         spans.append((high - low) * q.settings.noise_scale)
     steps = torch._foreach_div(spans, counts)
-    return noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+    noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+    return [
+        torch.where(weight == 0, 0, value) if q.plan.pruned else value
+        for (q, weight), value in zip(pairs, noisy, strict=True)
+    ]
 
 
 def _bits(quantizers: Sequence[DiffQWeight]) -> list[Tensor]:
@@ -284,7 +297,7 @@ class DiffQuantizer(BaseQuantizer):
         """Rounds the bitwidths and learns them no more, for the last part of a training.
 
         The freeze is part of the model's state dict. The size penalty has no
-        gradient from here on.
+        gradient from here on. A collective if the model is sharded.
 
         Args:
             rounding: also replace random noise by true rounding with a
@@ -295,6 +308,7 @@ class DiffQuantizer(BaseQuantizer):
             ConfigError: `rounding` is neither True nor False.
         """
         check_flag(rounding, "rounding")
+        reshard(self.model)
         for quantizer in self._attachment.quantizers:
             if isinstance(quantizer, DiffQWeight):
                 quantizer.freeze(rounding)

@@ -19,6 +19,7 @@ from diffq.format.records import (
     group_count,
     level_bits,
 )
+from diffq.observers import keep_zero
 from diffq.select import TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
 
@@ -69,6 +70,13 @@ class GridQuantizer(WeightQuantizer):
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Low and high of the grid, [1] or [groups]; of a pruned tensor, zero is a level."""
+        low, high = self.observe(weight)
+        if not self.plan.pruned:
+            return low, high
+        return keep_zero(low.float(), high.float(), self.whole_bits())
+
+    def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)

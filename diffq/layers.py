@@ -1,0 +1,184 @@
+"""Whole layers left out or used twice: LayerDrop, sharing in chunks, every other layer.
+
+The layers of a network are an `nn.Sequential` or `nn.ModuleList` of blocks that keep
+the shape of what passes through, such as residual or transformer blocks. Change them
+before a quantizer is attached.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from diffq.checks import check_number, check_whole
+from diffq.errors import ConfigError
+
+Layers = TypeVar("Layers", nn.Sequential, nn.ModuleList)
+
+
+class LayerDrop(nn.Sequential):
+    """Layers of which training leaves some out (Fan et al., arXiv:1909.11556).
+
+    Takes the place of the list or sequence that it is made from, with the same names:
+
+        model.layers = diffq.LayerDrop(model.layers, 0.2)
+
+    Each call, or each iteration over it, is one forward and draws anew which layers are
+    left out; in eval mode all are there. `children()` gives all of them in training too.
+    Where bits are learned, penalise `model_size(used_only=True)`, so that the bits of a
+    layer stay as they are in steps that leave it out (Section 5.2 of the DiffQ paper).
+
+    Attributes:
+        rate: probability that a layer is left out.
+
+    Args:
+        layers: blocks that keep the shape of their input.
+        rate: from 0 to 1.
+
+    Raises:
+        ConfigError: the rate is no probability.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], rate: float = 0.1) -> None:
+        check_number(rate, "rate", 0, 1)
+        names = layers._modules if isinstance(layers, nn.Module) else count()
+        super().__init__(OrderedDict(zip(map(str, names), _all(layers), strict=False)))
+        self.rate = rate
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The layers of one forward."""
+        layers = _all(self)
+        if not self.training:
+            return iter(layers)
+        # Drawn on the CPU, so that nothing waits for a device.
+        draws = torch.rand(len(layers)).tolist()
+        return iter([layer for layer, x in zip(layers, draws, strict=True) if x >= self.rate])
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; or, of a slice, a `LayerDrop` of the same rate."""
+        if isinstance(index, slice):
+            return type(self)(_all(self)[index], self.rate)
+        return super().__getitem__(index)
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Passes the input through the layers; each gets the other arguments too."""
+        for layer in self:
+            input = layer(input, *args, **kwargs)
+        return input
+
+    def extra_repr(self) -> str:
+        """Shows the rate."""
+        return f"rate={self.rate}"
+
+
+def share_layers(layers: Layers, chunk: int = 2) -> Layers:
+    """Lets adjacent layers share their weights, in place (Quant-Noise paper, Section 8.5).
+
+    The first layer of each chunk takes the place of the others: A B C D becomes A A C C.
+    Files and states hold each shared layer once.
+
+    Args:
+        layers: layers of one architecture.
+        chunk: how many adjacent layers share; the last chunk may have fewer.
+
+    Returns:
+        The same list.
+
+    Raises:
+        ConfigError: layers of a chunk differ in the names or shapes of their tensors.
+    """
+    check_whole(chunk, "chunk")
+    plain = _all(layers)
+    firsts = [plain[place - place % chunk] for place in range(len(plain))]
+    for place, (first, layer) in enumerate(zip(firsts, plain, strict=True)):
+        if _shapes(first) != _shapes(layer):
+            raise ConfigError(
+                f"Layers that share weights must be alike, but layers {place - place % chunk} and "
+                f"{place} differ in the names or shapes of their tensors. Share other chunks."
+            )
+    for place, first in enumerate(firsts):
+        layers[place] = first
+    return layers
+
+
+def every_other_layer(layers: Layers, chunk: int = 1) -> Layers:
+    """Keeps every other layer, or every other chunk of shared ones, beginning with the first.
+
+    The Every Other Layer strategy of LayerDrop (arXiv:1909.11556), which works at
+    inference after training with it: of A B C D, A C are kept, and with chunks of two A B.
+
+        model.layers = diffq.every_other_layer(model.layers)
+
+    Args:
+        layers: the trained layers, which stay as they are.
+        chunk: how many adjacent layers are kept or left out together.
+
+    Returns:
+        A list of the same kind with the layers that are kept, numbered from 0.
+
+    Raises:
+        ConfigError: the chunk is no whole number from 1.
+    """
+    check_whole(chunk, "chunk")
+    kept = [layer for place, layer in enumerate(_all(layers)) if _is_kept(place, chunk)]
+    if isinstance(layers, LayerDrop):
+        return type(layers)(kept, layers.rate)
+    return type(layers)(*kept) if isinstance(layers, nn.Sequential) else type(layers)(kept)
+
+
+def every_other_layer_state(state: Mapping[str, Any], name: str, chunk: int = 1) -> dict[str, Any]:
+    """The state dict of a model after `every_other_layer`, from the one before.
+
+    Carries learned bitwidths over: load it into the smaller model with a quantizer of
+    the same settings attached.
+
+    Args:
+        state: state dict of the whole model, with or without a quantizer.
+        name: the list's name in the model, such as "encoder.layers".
+        chunk: as for `every_other_layer`.
+
+    Raises:
+        ConfigError: the state has no layers under that name.
+    """
+    check_whole(chunk, "chunk")
+    prefix = f"{name}." if name else ""
+    result: dict[str, Any] = {}
+    found = False
+    for key, value in state.items():
+        number, dot, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix) or not number.isdecimal() or not dot:
+            result[key] = value
+            continue
+        found = True
+        if _is_kept(int(number), chunk):
+            result[f"{prefix}{_new_place(int(number), chunk)}.{rest}"] = value
+    if not found:
+        raise ConfigError(
+            f"The state must have layers named {prefix}0, {prefix}1 and so on, got "
+            f"{', '.join(list(state)[:3])} ... Pass the name of the list in the model."
+        )
+    return result
+
+
+def _is_kept(place: int, chunk: int) -> bool:
+    return place // chunk % 2 == 0
+
+
+def _new_place(place: int, chunk: int) -> int:
+    return place // (2 * chunk) * chunk + place % chunk
+
+
+def _all(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Every layer, also of a `LayerDrop` in training."""
+    if not isinstance(layers, nn.Module):
+        return list(layers)
+    return [layer for layer in layers._modules.values() if layer is not None]
+
+
+def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in layer.state_dict().items()]

@@ -1,0 +1,98 @@
+"""What a quantizer refuses: models that it does not fit, and training that would go wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffq.attach import quantizers_in
+from diffq.errors import AttachError, OptimizerError, WeightError
+from diffq.pruning import pruned_names
+from diffq.select import TensorPlan
+from diffq.sharding import is_dtensor, is_sharded
+
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises AttachError for a model that is wrapped, sharded or quantized already."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
+    wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
+    if wrapper:
+        raise AttachError(
+            f"Attach the quantizer to the plain model before {wrapper} wraps it:\n"
+            "    quantizer = DiffQuantizer(model)\n"
+            f"    model = {wrapper}(model)"
+        )
+    if is_sharded(model):
+        raise AttachError(
+            "Attach the quantizer to the plain model before fully_shard replaces its parameters:\n"
+            "    quantizer = DiffQuantizer(model)\n"
+            "    fully_shard(model)"
+        )
+    if quantizers_in(model):
+        raise AttachError(
+            "The model has a quantizer already. Call detach() on that one first; "
+            "to quantize parts in different ways, use overrides, include and exclude."
+        )
+    _check_pruning(model)
+
+
+def _check_pruning(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name in pruned_names(module):
+            raise AttachError(
+                f"{name} of {path or 'the model'} is pruned by torch.nn.utils.prune, which would "
+                "store its mask too. Call diffq.parametrize_pruning(model) first."
+            )
+
+
+def check_owners(plan: TensorPlan, model: nn.Module) -> None:
+    """Raises AttachError for a tensor of a module that works on the stored weight."""
+    for site in plan.sites:
+        owner = site.owner(model)
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            writes = getattr(owner, "max_norm", None) is not None
+            if owner.sparse or writes:
+                setting = "sparse=True" if owner.sparse else "max_norm"
+                raise AttachError(
+                    f"{site.name} belongs to an embedding with {setting}, which works on the "
+                    f"stored weight alone. Make it without, or pass exclude=[{site.name!r}]."
+                )
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises WeightError for a weight that holds NaN or Inf."""
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise WeightError(
+            f"Weights to quantize must be finite, but {name} holds NaN or Inf. "
+            "Load a sound checkpoint first, or exclude the tensor."
+        )
+
+
+def check_detachable(model: nn.Module) -> None:
+    """Raises AttachError for a sharded model."""
+    if is_sharded(model):
+        raise AttachError(
+            "detach() cannot undo fully_shard, which has taken up the places where the "
+            "quantizer keeps the parameters. Fill a plain model instead:\n"
+            "    state = quantizer.get_quantized_state()  # on every rank\n"
+            "    diffq.restore_quantized_state(plain_model, state)"
+        )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises OptimizerError where `fully_shard` has replaced what an optimizer holds."""
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    if is_sharded(model) and not any(map(is_dtensor, held)):
+        raise OptimizerError(
+            "fully_shard has replaced the parameters that the optimizer was given. Make the "
+            "optimizer after fully_shard, then call quantizer.setup_optimizer(optimizer)."
+        )

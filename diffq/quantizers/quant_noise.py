@@ -1,0 +1,120 @@
+"""Quant-Noise: in each forward only a random part of the weights is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffq.checks import check_bits, check_number, check_whole
+from diffq.masks import block_mask
+from diffq.observers import Observer, check_observer, fit_range
+from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.qat import QATSettings, QATWeight
+from diffq.select import Overrides, Rules, TensorPlan
+
+
+@dataclass(frozen=True)
+class QuantNoiseSettings:
+    """How one tensor is quantized; see `QuantNoiseQuantizer` for the meaning of each field."""
+
+    bits: int
+    p: float
+    observer: Observer
+    block_size: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_number(self.p, "p", 0, 1)
+        check_observer(self.observer)
+        check_whole(self.block_size, "block_size")
+
+
+class QuantNoiseWeight(QATWeight):
+    """One tensor whose training forwards quantize a random part of it."""
+
+    def __init__(
+        self, plan: TensorPlan, settings: QuantNoiseSettings, device: torch.device
+    ) -> None:
+        per_channel = settings.observer == "channel"
+        super().__init__(plan, QATSettings(settings.bits, per_channel, training=True), device)
+        self.noise_settings = settings
+
+    def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The observer's range, [1] or [channels]; follows the weights as they train."""
+        if self.noise_settings.observer == "histogram":
+            return fit_range(weight, self.noise_settings.bits, through_zero=self.plan.pruned)
+        return super().observe(weight)
+
+    @torch.no_grad()
+    def sample(self, weight: Tensor) -> Tensor | None:
+        """Equations 6 and 10: the blocks J quantized, the others exact."""
+        rate = self.noise_settings.p
+        if rate == 0:
+            return None
+        quantized = self.quantize(weight, *self.bounds(weight))
+        if rate == 1:
+            return quantized
+        return torch.where(
+            block_mask(weight, rate, self.noise_settings.block_size), quantized, weight
+        )
+
+
+class QuantNoiseQuantizer(BaseQuantizer):
+    """Quantizes a random part of the weights in each training forward.
+
+    Scalar Quant-Noise (Fan et al., arXiv:2004.07320, Equations 6 to 8 and 10): the other
+    weights stay exact and get gradients without the bias of the straight-through
+    estimator. In eval mode all are quantized. `p=1` is `QATQuantizer`. A trained model
+    is finetuned with the same call.
+
+    Args:
+        model: a plain model, changed in place until `detach()`.
+        bits: bitwidth of every quantized weight, 1 to 15.
+        p: probability that a block is quantized in a training forward, 0 to 1; the
+            paper uses 0.05 to 0.2.
+        observer: the grid's range, from the weights of each forward: "min-max" of the
+            tensor, "histogram" for the range of least squared error (weights outside
+            are clamped to its ends), or "channel" for the minimum and maximum of each
+            slice along the first dimension, which costs two float32 per slice.
+        block_size: consecutive weights of the flattened tensor that are quantized
+            together: 1 for single weights, 9 for whole 3x3 kernels.
+        min_size: only parameters of more than this many MB (in float32) are quantized.
+        include: name patterns; if given, only matching parameters are quantized.
+        exclude: name patterns of parameters to leave alone.
+        overrides: name pattern to a dict of `bits`, `p`, `observer` or `block_size` for
+            the parameters that match.
+        float16: store the parameters that are not quantized as float16.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf.
+    """
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "p", "observer", "block_size"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        bits: int = 8,
+        p: float = 0.1,
+        observer: Observer = "min-max",
+        block_size: int = 1,
+        min_size: float = 0.01,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        float16: bool = False,
+    ) -> None:
+        settings = QuantNoiseSettings(bits, p, observer, block_size)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: QuantNoiseSettings, weight: Tensor
+    ) -> QuantNoiseWeight:
+        return QuantNoiseWeight(plan, settings, weight.device)

@@ -1,0 +1,186 @@
+"""What holds under DistributedDataParallel, checked on each of two ranks."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import diffq
+from tests.distributed.ranks import batches, file_of, main, same_on_ranks
+from tests.models import QUANTIZERS, mlp, seeded
+
+
+class PartlyUsed(nn.Module):
+    """Uses its second layer when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x, both=True):
+        return self.always(x) + (self.sometimes(x) if both else 0)
+
+
+class Checkpointed(nn.Module):
+    """Computes its middle layer again in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(checkpoint(self.middle, self.first(x), use_reentrant=False))
+
+
+def inputs(generator):
+    """Four rows for the models here."""
+    return torch.randn(4, 16, generator=generator)
+
+
+def train(make=PartlyUsed, attach=QUANTIZERS["diffq"], calls=lambda step: {}, **options):
+    """Trains for four steps on other data and other noise on each rank."""
+    rank = dist.get_rank()
+    model = seeded(make)
+    quantizer = attach(model)
+    wrapped = DistributedDataParallel(model, **options)
+    optimizer = torch.optim.Adam(wrapped.parameters(), 0.05)
+    quantizer.setup_optimizer(optimizer, lr=0.3)
+    torch.manual_seed(rank)
+    for step, x in enumerate(batches(inputs, rank, 4)):
+        optimizer.zero_grad()
+        loss = wrapped(x, **calls(step)).square().mean()
+        (loss + quantizer.model_size()).backward()
+        optimizer.step()
+    return wrapped, quantizer
+
+
+def assert_trained_alike(wrapped, quantizer):
+    """Both ranks have the same weights and bitwidths, which are no longer those of the start."""
+    bits = quantizer.bits()
+    assert same_on_ranks(*wrapped.parameters(), *bits.values())
+    assert len({width for widths in bits.values() for width in widths.tolist()}) > 1
+
+
+def check_all_layers_used():
+    """With every layer in use, ranks end with the same weights and learned bits."""
+    assert_trained_alike(*train())
+
+
+def check_find_unused_parameters():
+    """`find_unused_parameters` is fine where everything is used."""
+    assert_trained_alike(*train(find_unused_parameters=True))
+
+
+def check_layer_left_out_of_steps():
+    """A layer may be left out of some steps on all ranks."""
+    calls = [{"both": True}, {"both": False}] * 2
+    assert_trained_alike(*train(calls=calls.__getitem__, find_unused_parameters=True))
+
+
+def check_layer_left_out_on_one_rank():
+    """A layer may be left out on one rank only."""
+    calls = {"both": dist.get_rank() == 0}
+    assert_trained_alike(*train(calls=lambda step: calls, find_unused_parameters=True))
+
+
+def check_static_graph():
+    """`static_graph` works, with checkpointing too."""
+    assert_trained_alike(*train(static_graph=True))
+    assert_trained_alike(*train(Checkpointed, static_graph=True))
+
+
+def check_checkpointing():
+    """A checkpointed layer is trained alike on both ranks."""
+    assert_trained_alike(*train(Checkpointed))
+
+
+def check_gradients_as_views():
+    """Gradients may be views of DDP's buckets."""
+    assert_trained_alike(*train(gradient_as_bucket_view=True))
+
+
+def check_frozen_bits():
+    """Bits may be frozen while DDP waits for the gradients of what it knows."""
+    wrapped, quantizer = train()
+    quantizer.freeze_bits(rounding=True)
+    frozen = quantizer.bits()
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    for _ in range(3):
+        wrapped(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+    assert_trained_alike(wrapped, quantizer)
+    assert all(torch.equal(frozen[name], bits) for name, bits in quantizer.bits().items())
+
+
+def check_every_quantizer():
+    """Every quantizer trains to the same weights and the same file on both ranks."""
+    for attach in QUANTIZERS.values():
+        wrapped, quantizer = train(mlp, attach)
+        assert same_on_ranks(*wrapped.parameters(), file_of(quantizer))
+
+
+def check_eval():
+    """In eval mode ranks compute the same, and report the same sizes."""
+    wrapped, quantizer = train(mlp)
+    wrapped.eval()
+    sizes = quantizer.true_model_size(), quantizer.compressed_model_size(), quantizer.mean_bits()
+    assert same_on_ranks(wrapped(torch.ones(2, 16)), quantizer.model_size(), *sizes)
+
+
+def check_outputs_changed_in_place():
+    """Outputs may be changed in place, wrapped in DDP and not."""
+    model = mlp()
+    diffq.DiffQuantizer(model, min_size=0).no_optimizer()
+    for called in (model, DistributedDataParallel(model)):
+        outputs = called(torch.ones(2, 16))
+        outputs += 1
+        outputs.mul_(2).sum().backward()
+
+
+def _without_noise(model):
+    return diffq.DiffQuantizer(model, min_size=0, group_size=4, noise_scale=0)
+
+
+def _descend(model, quantizer, steps, no_sync=nullcontext):
+    """Trains one step on the mean loss of each list of batches, synchronized at its last."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    quantizer.setup_optimizer(optimizer)
+    for step in steps:
+        optimizer.zero_grad()
+        for index, x in enumerate(step):
+            with no_sync() if index < len(step) - 1 else nullcontext():
+                loss = model(x).square().mean() + 1e5 * quantizer.model_size()
+                (loss / len(step)).backward()
+        optimizer.step()
+
+
+def _compare_with_one_process(accumulated):
+    """Trains under DDP, and without it on the batches of both ranks joined."""
+    batches_of = [[x.double() for x in batches(inputs, rank, 6)] for rank in range(2)]
+    steps = [[x[i : i + accumulated] for i in range(0, 6, accumulated)] for x in batches_of]
+    joined = [[torch.cat([*one, *other])] for one, other in zip(*steps, strict=True)]
+    start, alone, model = (seeded(mlp).double() for _ in range(3))
+    quantizers = [_without_noise(each) for each in (start, alone, model)]
+    wrapped = DistributedDataParallel(model)
+    _descend(alone, quantizers[1], joined)
+    _descend(wrapped, quantizers[2], steps[dist.get_rank()], wrapped.no_sync)
+    for name, expected in alone.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), expected)
+        assert not torch.equal(expected, start.get_parameter(name))
+
+
+def check_same_as_one_process():
+    """Without noise, DDP trains as one process does on the ranks' batches joined."""
+    _compare_with_one_process(accumulated=1)
+
+
+def check_no_sync():
+    """Gradients accumulated under `no_sync()` are those of one joined batch."""
+    _compare_with_one_process(accumulated=2)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,102 @@
+"""The benchmark of training: its arithmetic, its table, and one run of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.training_report import HEADER, compare, markdown, summarize, write
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
+
+ANSWERS = {
+    "plain": {"device": "cpu", "peak_mb": 100.0, "quantized_mb": 20.0},
+    "diffq-g8": {"device": "cpu", "peak_mb": 150.0, "quantized_mb": 20.0},
+    "earlier-g8": {"error": "ValueError: no such group\nand more"},
+}
+TIMES = {
+    "plain": [{"train": 0.1, "evaluate": 0.02}, {"train": 0.3, "evaluate": 0.02}],
+    "diffq-g8": [{"train": 0.2, "evaluate": 0.02}, {"train": 0.3, "evaluate": 0.03}],
+    "earlier-g8": [],
+}
+
+
+def test_rows():
+    """Times are medians, ratios are medians over rounds, and memory is what plain's is without."""
+    plain, ours, _ = summarize("lstm", ANSWERS, TIMES)
+    assert (ours["model"], ours["contender"], ours["device"]) == ("lstm", "diffq-g8", "cpu")
+    assert ours["train_ms"] == pytest.approx(250)
+    # The ratios of the rounds are 2 and 1: not the ratio of the medians, which is 1.25.
+    assert ours["train_ratio"] == pytest.approx(1.5)
+    assert ours["evaluate_ratio"] == pytest.approx(1.25)
+    assert (ours["added_mb"], ours["copies"]) == (50, 2.5)
+    assert (plain["train_ratio"], plain["evaluate_ratio"], plain["added_mb"]) == (1, 1, 0)
+
+
+def test_row_of_a_failure():
+    """A contender that failed keeps its row, with the error and without numbers."""
+    failed = summarize("lstm", ANSWERS, TIMES)[-1]
+    assert failed == {"model": "lstm", "contender": "earlier-g8", **ANSWERS["earlier-g8"]}
+
+
+def test_markdown():
+    """The table has a header, a line for each row, and as many cells in each."""
+    header, rule, *lines = markdown(summarize("lstm", ANSWERS, TIMES)).splitlines()
+    assert header == f"| {' | '.join(HEADER)} |"
+    assert {line.count("|") for line in (header, rule, *lines)} == {len(HEADER) + 1}
+    assert lines[1] == (
+        "| lstm | diffq-g8 | 250.0 | 1.50 (1.00–2.00) | +50% | 25.0 | 1.25 | 50.0 | 2.5 |"
+    )
+    assert lines[2].startswith("| lstm | earlier-g8 | ValueError: no such group |")
+
+
+def test_files(tmp_path):
+    """Both files hold the rows; the folder is made."""
+    rows = summarize("lstm", ANSWERS, TIMES)
+    write(tmp_path / "new" / "results", {"rounds": 2}, rows)
+    read = json.loads((tmp_path / "new" / "results.json").read_text(encoding="utf-8"))
+    assert read == {"settings": {"rounds": 2}, "rows": rows}
+    table = (tmp_path / "new" / "results.md").read_text(encoding="utf-8")
+    assert table == markdown(rows) + "\n"
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=20))
+def test_ratios_of_rounds(pairs):
+    """The median ratio lies in the middle half; an outlier round moves neither out of the range."""
+    row = compare("train", *zip(*pairs, strict=True))
+    low, high = row["train_ratio_quartiles"]
+    ratios = [mine / plain for mine, plain in pairs]
+    assert min(ratios) <= low <= row["train_ratio"] <= high <= max(ratios)
+
+
+@given(st.floats(1e-6, 1e3), st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=20))
+def test_slow_rounds_cancel(factor, plain):
+    """What slows a round down for all alike does not change the ratio."""
+    row = compare("train", [factor * seconds for seconds in plain], plain)
+    assert row["train_ratio"] == pytest.approx(factor)
+
+
+def test_run(tmp_path):
+    """The benchmark trains and evaluates a tiny model, and reports on each contender."""
+    command = [sys.executable, str(SCRIPT), "--models", "tiny", "--contenders", "diffq-g8"]
+    command += ["--rounds", "1", "--steps", "1", "--threads", "1", "--output", str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    assert results["settings"]["threads"] == 1
+    plain, ours = results["rows"]
+    assert (plain["contender"], ours["contender"]) == ("plain", "diffq-g8")
+    assert all(row["train_ms"] > 0 and row["evaluate_ms"] > 0 for row in (plain, ours))
+    assert done.stdout == (tmp_path / "t.md").read_text(encoding="utf-8")
+
+
+def test_earlier_package_needs_its_python():
+    """Naming a contender of the earlier package without --earlier is refused with the remedy."""
+    command = [sys.executable, str(SCRIPT), "--contenders", "earlier-g8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--earlier PYTHON" in done.stderr
