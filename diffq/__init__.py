@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffq.quantizers.compat import LSQ, UniformQuantizer
     from diffq.quantizers.differentiable import DiffQuantizer
     from diffq.quantizers.lsq import LSQQuantizer
+    from diffq.quantizers.product import ProductQuantizer
     from diffq.quantizers.qat import QATQuantizer
     from diffq.quantizers.quant_noise import QuantNoiseQuantizer
     from diffq.restore import restore_quantized_state
@@ -61,6 +62,7 @@ __all__ = [
     "LayerDrop",
     "MismatchError",
     "OptimizerError",
+    "ProductQuantizer",
     "QATQuantizer",
     "QuantNoiseQuantizer",
     "StateError",
@@ -87,6 +89,7 @@ _LAZY = {
     "LSQ": ("diffq.quantizers.compat", "LSQ"),
     "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
     "LayerDrop": ("diffq.layers", "LayerDrop"),
+    "ProductQuantizer": ("diffq.quantizers.product", "ProductQuantizer"),
     "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
     "QuantNoiseQuantizer": ("diffq.quantizers.quant_noise", "QuantNoiseQuantizer"),
     "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),

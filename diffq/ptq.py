@@ -118,7 +118,7 @@ class StatePlan:
         names = {name: [name] for name in tensors}
         for alias, name in self.aliases.items():
             names[name].append(alias)
-        settings.rules.check_patterns({n: tensor.numel() for n, tensor in state.items()})
+        settings.rules.check_patterns({n: tensor.shape for n, tensor in state.items()})
         self._order = list(tensors)
         self.grids: list[StateGrid] = []
         self.raw: dict[str, RawRecord] = {}

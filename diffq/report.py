@@ -1,17 +1,20 @@
-"""Tables as plain text."""
+"""Tables as plain text, and a line that tells how far a long task is."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffq.format.groups import stream_counts
 from diffq.format.records import group_count
 from diffq.select import TensorPlan
 from diffq.size import MEGABYTE_BITS
 from diffq.weight import WeightQuantizer
+
+_BAR_WIDTH = 24
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -43,7 +46,7 @@ class TensorSize:
         plan: the tensor.
         group_size: weights that share a bitwidth.
         stored_bits: bits of all that is stored of it.
-        level_bits: bits of its levels; 0 if it has none.
+        level_bits: bits of its levels or indices; 0 if it has none.
     """
 
     plan: TensorPlan
@@ -55,7 +58,7 @@ class TensorSize:
 def tensor_size(quantizer: WeightQuantizer, weight: Tensor) -> TensorSize:
     """What a weight quantizer stores of its weight."""
     stored_bits = quantizer.stored_bits(weight)
-    level_bits, _ = level_totals(quantizer)
+    level_bits, _ = quantizer.level_totals()
     return TensorSize(quantizer.plan, quantizer.group_size, stored_bits, level_bits)
 
 
@@ -78,15 +81,6 @@ def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> st
     return table(("tensor", "shape", "groups", "bits", "MB"), rows, left=2)
 
 
-def level_totals(quantizer: WeightQuantizer) -> tuple[int, int]:
-    """Bits of all levels of a tensor, and the number of its levels."""
-    bits = quantizer.group_bits()
-    if bits is None:
-        return 0, 0
-    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
-    return sum(width * count for width, count in counts.items()), quantizer.plan.numel
-
-
 def _row(size: TensorSize) -> tuple[str, ...]:
     plan = size.plan
     groups = group_count(plan.numel, size.group_size)
@@ -98,3 +92,38 @@ def _row(size: TensorSize) -> tuple[str, ...]:
 
 def _megabytes(bits: float) -> str:
     return f"{bits / MEGABYTE_BITS:.4f}"
+
+
+class ProgressBar:
+    """A line on stderr that tells how far a task is; nothing where stderr is no terminal.
+
+    Args:
+        task: what is being done.
+        total: steps in all.
+        delay: seconds before the line appears, so that short tasks print nothing.
+    """
+
+    def __init__(self, task: str, total: int, delay: float = 1.0) -> None:
+        self.task = task
+        self.total = total
+        self.done = 0
+        self._due = time.monotonic() + delay
+
+    def advance(self, steps: int, what: str) -> None:
+        """Counts steps; `what` is being worked on."""
+        self.done += steps
+        if sys.stderr.isatty() and time.monotonic() >= self._due:
+            full = _BAR_WIDTH * self.done // max(self.total, 1)
+            bar = "#" * full + "." * (_BAR_WIDTH - full)
+            self._write(f"{self.task} [{bar}] {self.done / max(self.total, 1):.0%} {what}")
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()

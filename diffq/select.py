@@ -120,6 +120,7 @@ class Rules:
         include: name patterns; if there are any, only parameters that match are quantized.
         exclude: name patterns of parameters that stay raw.
         overrides: name pattern to settings; where several match, later ones win.
+        least_dims: parameters of fewer dimensions stay raw.
 
     A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
     `encoder.*.weight`, or for its last part, such as `bias`.
@@ -129,6 +130,7 @@ class Rules:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     overrides: Overrides | None = None
+    least_dims: int = 0
 
     def __post_init__(self) -> None:
         check_number(self.min_size, "min_size", 0)
@@ -138,7 +140,7 @@ class Rules:
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
-        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.numel()):
+        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.shape):
             return False
         if self.include and not matches(self.include, names):
             return False
@@ -152,17 +154,17 @@ class Rules:
                 merged.update(settings)
         return merged
 
-    def check_patterns(self, sizes: Mapping[str, int]) -> None:
+    def check_patterns(self, shapes: Mapping[str, torch.Size]) -> None:
         """Checks that each pattern has an effect.
 
         Args:
-            sizes: every name of a parameter to its number of elements.
+            shapes: every name of a parameter to its shape.
 
         Raises:
             ConfigError: a pattern matches no name; or one of `include` or `overrides`
                 matches only parameters that are too small to be quantized.
         """
-        names = list(sizes)
+        names = list(shapes)
         for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
             if not matches([pattern], names):
                 close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
@@ -172,15 +174,16 @@ class Rules:
                 )
         for pattern in (*self.include, *(self.overrides or {})):
             matched = [name for name in names if matches([pattern], [name])]
-            if all(self._is_small(sizes[name]) for name in matched):
+            if all(self._is_small(shapes[name]) for name in matched):
+                least = f" or fewer than {self.least_dims} dimensions" if self.least_dims else ""
                 raise ConfigError(
                     f"The pattern {pattern!r} matches only parameters of at most "
-                    f"{self.min_size} MB, which are not quantized: "
+                    f"{self.min_size} MB{least}, which are not quantized: "
                     f"{', '.join(matched[:3])}. Lower min_size, or leave the pattern out."
                 )
 
-    def _is_small(self, numel: int) -> bool:
-        return numel <= self.min_size * MEGABYTE / 4
+    def _is_small(self, shape: torch.Size) -> bool:
+        return len(shape) < self.least_dims or shape.numel() <= self.min_size * MEGABYTE / 4
 
 
 def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
@@ -214,7 +217,7 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
             )
         tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
     plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
-    rules.check_patterns({n: plan.numel for plan in plans if plan.learned for n in plan.names})
+    rules.check_patterns({n: plan.shape for plan in plans if plan.learned for n in plan.names})
     return tuple(plans)
 
 

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from diffq.errors import FormatError, StateError
 from diffq.format import bitpack
+from diffq.format.product import ProductRecord
 from diffq.format.records import (
+    MAX_BITS,
     GridRecord,
     LevelRecord,
     RawRecord,
@@ -34,6 +36,16 @@ from diffq.format.records import (
     stream_counts,
 )
 from diffq.select import dtype_name
+from diffq.state_entry import (
+    as_tensor,
+    describe,
+    read_array,
+    read_dense,
+    read_floating,
+    read_shape,
+    read_typed,
+)
+from diffq.state_product import product_entry, read_product
 
 FORMAT = "diffq.state"
 VERSION = 1
@@ -111,26 +123,26 @@ def read_header(state: Any) -> Header:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise StateError(
             "A quantized state is what get_quantized_state() returns, a dict whose 'format' is "
-            f"{FORMAT!r}; got {_describe(state)}."
+            f"{FORMAT!r}; got {describe(state)}."
         )
     version = state.get("version")
     if type(version) is not int or version != VERSION:
         raise StateError(
             f"This diffq reads version {VERSION} of quantized states, "
-            f"got {_describe(version)}. Install the version that wrote it."
+            f"got {describe(version)}. Install the version that wrote it."
         )
-    entries, aliases = (_typed(state, key, dict, "the state") for key in ("tensors", "aliases"))
+    entries, aliases = (read_typed(state, key, dict, "the state") for key in ("tensors", "aliases"))
     for name, entry in entries.items():
         if not isinstance(name, str) or not isinstance(entry, Mapping):
             raise StateError(
-                f"Tensors are stored as name to dict, got {_describe(name)} to {_describe(entry)}."
+                f"Tensors are stored as name to dict, got {describe(name)} to {describe(entry)}."
             )
     for name, target in aliases.items():
         known = isinstance(target, str) and target in entries
         if not isinstance(name, str) or name in entries or not known:
             raise StateError(
                 "An alias must be a new name for a stored tensor, "
-                f"got {_describe(name)} for {_describe(target)}."
+                f"got {describe(name)} for {describe(target)}."
             )
     return Header({name: _read_kind(name, entry) for name, entry in entries.items()}, aliases)
 
@@ -151,21 +163,23 @@ def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
     if isinstance(record, RawRecord):
         stored: torch.dtype = getattr(torch, record.stored_dtype)
         return {**entry, "kind": "raw", "data": _typed_view(record.data, stored, record.shape)}
+    if isinstance(record, ProductRecord):
+        return {**entry, "kind": "product", "packed": packed, **product_entry(record, packed)}
     entry |= {"group_size": record.group_size, "min_bits": record.min_bits, "packed": packed}
     entry |= _pack_levels(record) if packed else _spell_levels(record)
     if isinstance(record, GridRecord):
-        return {**entry, "kind": "grid", "ranges": _tensor(record.ranges)}
-    return {**entry, "kind": "scaled", "scale": _tensor(record.scale)}
+        return {**entry, "kind": "grid", "ranges": as_tensor(record.ranges)}
+    return {**entry, "kind": "scaled", "scale": as_tensor(record.scale)}
 
 
 def _read_kind(name: str, entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     where = _where(name)
-    return _read_shape(entry, where), _typed(entry, "dtype", str, where)
+    return read_shape(entry, where), read_typed(entry, "dtype", str, where)
 
 
 def _from_entry(name: str, entry: Mapping[str, Any]) -> Record:
     where = _where(name)
-    kind = _typed(entry, "kind", str, where)
+    kind = read_typed(entry, "kind", str, where)
     if kind not in _READERS:
         raise StateError(f"{where} has kind {kind!r}; known kinds are {', '.join(_READERS)}.")
     try:
@@ -179,9 +193,8 @@ def _where(name: str) -> str:
 
 
 def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
-    shape, dtype = _read_shape(entry, where), _typed(entry, "dtype", str, where)
-    data = _typed(entry, "data", Tensor, where)
-    _check_dense(data, "data", where)
+    shape, dtype = read_shape(entry, where), read_typed(entry, "dtype", str, where)
+    data = read_dense(entry, "data", where)
     if tuple(data.shape) != shape:
         raise StateError(f"{where} has shape {list(shape)}, but its data has {list(data.shape)}.")
     record = raw_record(data)
@@ -189,7 +202,7 @@ def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
 
 
 def _read_grid(entry: Mapping[str, Any], where: str) -> GridRecord:
-    ranges = _array(entry, "ranges", torch.float32, where)
+    ranges = read_array(entry, "ranges", torch.float32, where)
     if ranges.ndim != 2 or ranges.shape[1] != 2:
         raise StateError(f"{where} needs 'ranges' of shape [n, 2], got {list(ranges.shape)}.")
     constant = bool((ranges[:, 0] == ranges[:, 1]).all())
@@ -197,7 +210,7 @@ def _read_grid(entry: Mapping[str, Any], where: str) -> GridRecord:
 
 
 def _read_scaled(entry: Mapping[str, Any], where: str) -> ScaledRecord:
-    scale = _array(entry, "scale", torch.float32, where)
+    scale = read_array(entry, "scale", torch.float32, where)
     return ScaledRecord(**_read_levels(entry, where, constant=False), scale=scale)
 
 
@@ -205,6 +218,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Record]] = {
     "raw": _read_raw,
     "grid": _read_grid,
     "scaled": _read_scaled,
+    "product": read_product,
 }
 
 
@@ -214,32 +228,34 @@ def _pack_levels(record: LevelRecord) -> dict[str, Any]:
     offsets = record.bits - np.uint8(record.min_bits)
     return {
         "map_width": width,
-        "bit_map": _tensor(bitpack.pack(offsets, width) if width else offsets[:0]),
+        "bit_map": as_tensor(bitpack.pack(offsets, width) if width else offsets[:0]),
         # Without a map, all groups share one bitwidth.
         "bits": int(record.bits[0]) if record.bits.size else record.min_bits,
-        "levels": _tensor(np.concatenate([*streams, np.empty(0, np.uint8)])),
+        "levels": as_tensor(np.concatenate([*streams, np.empty(0, np.uint8)])),
     }
 
 
 def _spell_levels(record: LevelRecord) -> dict[str, Any]:
-    return {"bit_map": _tensor(record.bits), "levels": _tensor(record.levels.astype(np.int16))}
+    return {"bit_map": as_tensor(record.bits), "levels": as_tensor(record.levels.astype(np.int16))}
 
 
 def _read_levels(entry: Mapping[str, Any], where: str, constant: bool) -> dict[str, Any]:
     """The fields that all kinds of level records share."""
-    shape = _read_shape(entry, where)
-    group_size, min_bits = (_typed(entry, key, int, where) for key in ("group_size", "min_bits"))
+    shape = read_shape(entry, where)
+    group_size, min_bits = (
+        read_typed(entry, key, int, where) for key in ("group_size", "min_bits")
+    )
     numel = int(np.prod(shape, dtype=object))
-    if not 1 <= group_size <= max(numel, 1) or not 1 <= min_bits <= bitpack.MAX_BITS:
+    if not 1 <= group_size <= max(numel, 1) or not 1 <= min_bits <= MAX_BITS:
         raise StateError(
             f"{where} has group_size {group_size} and min_bits {min_bits}; they must be "
-            f"from 1 to {max(numel, 1)} and from 1 to {bitpack.MAX_BITS}."
+            f"from 1 to {max(numel, 1)} and from 1 to {MAX_BITS}."
         )
-    read = _unpack_levels if _typed(entry, "packed", bool, where) else _unspell_levels
+    read = _unpack_levels if read_typed(entry, "packed", bool, where) else _unspell_levels
     bits, levels = read(entry, where, group_size, numel, min_bits, constant)
     return {
         "shape": shape,
-        "dtype": _floating(_typed(entry, "dtype", str, where), where),
+        "dtype": read_floating(entry, where),
         "group_size": group_size,
         "min_bits": min_bits,
         "bits": bits,
@@ -253,8 +269,8 @@ _Levels = tuple[NDArray[np.uint8], NDArray[np.uint16]]
 def _unpack_levels(
     entry: Mapping[str, Any], where: str, group_size: int, numel: int, min_bits: int, constant: bool
 ) -> _Levels:
-    width, shared = (_typed(entry, key, int, where) for key in ("map_width", "bits"))
-    bit_map, packed = (_array(entry, key, torch.uint8, where) for key in ("bit_map", "levels"))
+    width, shared = (read_typed(entry, key, int, where) for key in ("map_width", "bits"))
+    bit_map, packed = (read_array(entry, key, torch.uint8, where) for key in ("bit_map", "levels"))
     groups = group_count(numel, group_size)
     if not constant and 8 * packed.size < numel:
         raise StateError(f"{where} has {packed.size} bytes of levels, too few for {numel} weights.")
@@ -277,8 +293,8 @@ def _unpack_levels(
 def _unspell_levels(
     entry: Mapping[str, Any], where: str, group_size: int, numel: int, min_bits: int, constant: bool
 ) -> _Levels:
-    bits = _array(entry, "bit_map", torch.uint8, where)
-    levels = _array(entry, "levels", torch.int16, where).view(np.uint16)
+    bits = read_array(entry, "bit_map", torch.uint8, where)
+    levels = read_array(entry, "levels", torch.int16, where).view(np.uint16)
     if bits.size != group_count(numel, group_size) or levels.size != numel:
         raise StateError(
             f"{where} has {bits.size} bitwidths and {levels.size} levels for {numel} weights."
@@ -290,44 +306,9 @@ def _unspell_levels(
 
 
 def _bitwidth(bits: int, where: str) -> int:
-    if not 1 <= bits <= bitpack.MAX_BITS:
-        raise StateError(f"{where} has bits {bits}; they must be from 1 to {bitpack.MAX_BITS}.")
+    if not 1 <= bits <= MAX_BITS:
+        raise StateError(f"{where} has bits {bits}; they must be from 1 to {MAX_BITS}.")
     return bits
-
-
-def _floating(name: str, where: str) -> str:
-    if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise StateError(f"{where} has dtype {name!r}; quantized tensors are floating point.")
-    return name
-
-
-def _read_shape(entry: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    shape = _typed(entry, "shape", list, where)
-    if not all(type(size) is int and 0 <= size < 2**62 for size in shape):
-        raise StateError(f"{where} has shape {shape!r}; sizes must be whole numbers from 0.")
-    return tuple(shape)
-
-
-def _typed(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    value = entry.get(key)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise StateError(f"{where} needs {key!r} of type {kind.__name__}, got {_describe(value)}.")
-    return value
-
-
-def _array(entry: Mapping[str, Any], key: str, dtype: torch.dtype, where: str) -> NDArray[Any]:
-    tensor = _typed(entry, key, Tensor, where)
-    _check_dense(tensor, key, where)
-    if tensor.dtype != dtype:
-        raise StateError(f"{where} needs {key!r} as a {dtype} tensor, got {_describe(tensor)}.")
-    array: NDArray[Any] = tensor.detach().cpu().numpy()
-    return array
-
-
-def _check_dense(tensor: Tensor, key: str, where: str) -> None:
-    # An expanded tensor of few bytes must not be written out at its full size.
-    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
-        raise StateError(f"{where} needs {key!r} as a contiguous tensor, got {_describe(tensor)}.")
 
 
 def _typed_view(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -335,13 +316,3 @@ def _typed_view(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, .
     if not data.size:
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(data).view(dtype).view(shape)
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r:.60}"

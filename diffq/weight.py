@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
@@ -161,6 +162,14 @@ class WeightQuantizer(nn.Module, ABC):
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None
 
+    def level_totals(self) -> tuple[int, int]:
+        """Bits of all levels or indices, and the number of weights that they stand for."""
+        bits = self.group_bits()
+        if bits is None:
+            return 0, 0
+        counts = stream_counts(bits, self.group_size, self.plan.numel)
+        return sum(width * count for width, count in counts.items()), self.plan.numel
+
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the model computes with."""
         if not self.training:
@@ -200,7 +209,8 @@ class WeightQuantizer(nn.Module, ABC):
 
     def hold(self, weight: Tensor | None) -> None:
         """Fixes what training forwards return, until `hold(None)`."""
-        self._held = weight
+        # Not by setattr, which would make the weight itself a parameter of this module.
+        self.__dict__["_held"] = weight
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         """Sets the mode; the quantized weight is computed again after it."""

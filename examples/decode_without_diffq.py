@@ -27,9 +27,9 @@ SIGNATURE = b"\x89DFQ\r\n\x1a\n"
 # Section 4: the NumPy dtype of each code's bytes.
 INTEGERS = ("?", "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8")
 STORED = (*INTEGERS, "<f2", "<u2", "<f4", "<f8", "<c8", "<c16", "u1", "u1")
-BFLOAT16 = 10
+UINT8, BFLOAT16 = 1, 10
 
-RAW, GRID, SCALED = 0, 1, 2
+RAW, GRID, SCALED, PRODUCT = 0, 1, 2, 3
 PER_GROUP, CONSTANT = 1, 2
 
 
@@ -139,14 +139,25 @@ class Index:
 
     def read_tensor(self, cursor: Cursor) -> dict:
         tensor = {"kind": cursor.unsigned(1), "dtype": cursor.unsigned(1)}
-        check(tensor["kind"] in (RAW, GRID, SCALED), "a kind of tensor")
+        check(tensor["kind"] in (RAW, GRID, SCALED, PRODUCT), "a kind of tensor")
         shape = tuple(cursor.varint() for _ in range(cursor.unsigned(1)))
         numel = math.prod(shape)
         tensor |= {"shape": shape, "numel": numel}
-        if tensor["kind"] == RAW:
+        if tensor["kind"] in (RAW, PRODUCT):
             tensor["stored"] = cursor.unsigned(1)
             item = np.dtype(STORED[tensor["stored"]]).itemsize
+        if tensor["kind"] == RAW:
             parts = [("elements", item, numel, 1)]
+        elif tensor["kind"] == PRODUCT:
+            size, words = cursor.varint(), cursor.varint()
+            check(size > 0 and numel % size == 0 and 0 < words <= numel // size, "a codebook")
+            tensor |= {"block_size": size, "codewords": words}
+            if tensor["stored"] == UINT8:
+                tensor["scale"] = np.frombuffer(cursor.take(4), "<f4")[0]
+                tensor["zero"] = cursor.unsigned(1)
+            parts = [("codebook", item, words * size, 1)]
+            if words > 1:
+                parts.append(("indices", self.LEVELS, numel // size, numel // size))
         else:
             tensor["group_size"], tensor["min_bits"] = cursor.varint(), cursor.unsigned(1)
             flags = cursor.unsigned(1) if tensor["kind"] == GRID else 0
@@ -178,7 +189,7 @@ class Index:
         if segment["item"] == self.LEVELS:
             segment["payload"], used = cursor.varint(), cursor.unsigned(2)
             segment["map_width"] = cursor.unsigned(1)
-            widths = [bits for bits in range(1, 16) if used >> bits & 1]
+            widths = [bits for bits in range(1, 17) if used >> bits % 16 & 1]
             segment["widths"] = {bits: cursor.unsigned(1) for bits in widths}
 
 
@@ -198,8 +209,8 @@ def cut(item: int, count: int, group_size: int) -> list[int]:
 def unpack(data: bytes, count: int, width: int) -> tuple[np.ndarray, bytes]:
     """The packed numbers and the bytes after them."""
     values, left = np.zeros(count, np.uint16), width
-    for field in (8, 4, 2, 1):
-        if not width & field:
+    for field in (8, 8, 4, 2, 1):
+        if left < field:
             continue
         left -= field
         size = -(-count * field // 8)
@@ -244,7 +255,7 @@ def read_levels(segment: dict, payload: bytes) -> list[tuple[np.ndarray, np.ndar
     for width, packed_width in segment["widths"].items():
         chosen = all_bits == width
         levels[chosen], payload = unpack(payload, chosen.sum(), packed_width)
-        check((levels[chosen] < 1 << width).all(), "a level")
+        check((levels[chosen] <= (1 << width) - 1).all(), "a level")
     check(not payload and set(all_bits) == set(segment["widths"]), "a segment of levels")
     return pairs(of_weights, np.split(levels, np.cumsum([len(bits) for bits in of_weights])[:-1]))
 
@@ -262,7 +273,10 @@ def restore(tensor: dict, contents: list[list]) -> np.ndarray:
         if tensor["stored"] == BFLOAT16:
             data = (data.astype(np.uint32) << 16).view(np.float32)
         return data.astype(dtype).reshape(tensor["shape"])
-    values = restore_values(tensor, b"".join(pieces("parameters")), pieces("levels"))
+    if tensor["kind"] == PRODUCT:
+        values = restore_blocks(tensor, b"".join(pieces("codebook")), pieces("indices"))
+    else:
+        values = restore_values(tensor, b"".join(pieces("parameters")), pieces("levels"))
     if tensor["dtype"] == BFLOAT16:
         values = round_to_bfloat16(values)
     return values.astype(dtype).reshape(tensor["shape"])
@@ -281,6 +295,19 @@ def restore_values(tensor: dict, parameters: bytes, pieces: list) -> np.ndarray:
         low, high = (np.repeat(side, tensor["group_size"])[:numel] for side in (low, high))
     step = (high - low) / ((1 << bits) - 1).astype(np.float32)
     return levels.astype(np.float32) * step + low
+
+
+def restore_blocks(tensor: dict, codebook: bytes, pieces: list) -> np.ndarray:
+    words = np.frombuffer(codebook, STORED[tensor["stored"]]).astype(np.float32)
+    words = words.reshape(tensor["codewords"], tensor["block_size"])
+    if tensor["stored"] == UINT8:
+        words = (words - np.float32(tensor["zero"])) * tensor["scale"]
+    indices = np.zeros(tensor["numel"] // tensor["block_size"], np.uint16)
+    if pieces:
+        bits, indices = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        check(bool((bits == (tensor["codewords"] - 1).bit_length()).all()), "bits of an index")
+        check(bool((indices < tensor["codewords"]).all()), "an index")
+    return words[indices]
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:

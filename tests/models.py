@@ -24,6 +24,7 @@ QUANTIZERS = {
         diffq.QuantNoiseQuantizer, min_size=0, bits=3, p=0.5, observer="histogram"
     ),
     "lsq": partial(diffq.LSQQuantizer, min_size=0, bits=4),
+    "product": partial(diffq.ProductQuantizer, min_size=0, block_size=2, codebook_size=4),
 }
 
 
@@ -155,6 +156,11 @@ def step(model, optimizer, inputs, quantizer=None, lam=0.1):
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def learned(model):
+    """Name and parameter of all that training moves from the start: codebooks wait for a stage."""
+    return [(n, p) for n, p in model.named_parameters() if not n.endswith(".codebook")]
 
 
 def gradients(model):

@@ -32,7 +32,10 @@ STAGES = [
     "losses",
     "layers",
     "pruning",
+    "kmeans",
     "select",
+    "state_entry",
+    "state_product",
     "state",
     "weight",
     "reading",
@@ -147,7 +150,14 @@ def test_public_names_have_docstrings(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["DiffQuantizer", "QATQuantizer", "LSQQuantizer", "QuantNoiseQuantizer"]
+    "name",
+    [
+        "DiffQuantizer",
+        "QATQuantizer",
+        "LSQQuantizer",
+        "QuantNoiseQuantizer",
+        "ProductQuantizer",
+    ],
 )
 def test_every_argument_is_documented(name):
     """A quantizer's docstring has a line for each of its arguments, and for its errors."""
@@ -300,9 +310,13 @@ def test_quantizers_share_one_face():
         diffq.QATQuantizer,
         diffq.LSQQuantizer,
         diffq.QuantNoiseQuantizer,
+        diffq.ProductQuantizer,
     ]
     faces = [{name for name in dir(c) if not name.startswith("_")} for c in classes]
-    assert all(face == faces[0] - {"freeze_bits"} for face in faces[1:])
+    own = {"freeze_bits", "refresh", "quantize_stage", "stages"}
+    assert all(face - own == faces[1] for face in faces)
+    assert faces[0] & own == {"freeze_bits"}
+    assert faces[-1] & own == own - {"freeze_bits"}
     rules = ["min_size", "include", "exclude", "overrides", "float16"]
     for one in classes:
         parameters = inspect.signature(one).parameters

@@ -21,6 +21,7 @@ from diffq.format.entropy import entropy_bound_bits
 from diffq.format.records import GridRecord
 from diffq.ptq import Settings, quantize_state
 from diffq.state import raw_record
+from tests.format.samples import grid, product
 from tests.models import same_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,24 @@ def test_inspect_tells_what_the_file_holds(packed, run_json):
     sizes = [tensor["bytes"] for tensor in told["tensors"]]
     assert sum(sizes) + told["overhead_bytes"] == told["bytes"] == packed.stat().st_size
     assert told["metadata"] == {"classes": 10, "name": "[red]tiny"}
+
+
+def test_inspect_tells_of_codebooks(tmp_path, run, run_json):
+    """Codewords, block size and bits a weight of product-quantized tensors are told."""
+    path = tmp_path / "model.diffq"
+    records = {"a": product(640, 16, 8, "uint8"), "b": product(40, 1, 3), "c": grid(80)}
+    path.write_bytes(encode(records))
+    _, told = run_json("inspect", path)
+    facts = [(t["codewords"], t["block_size"], t["stored_dtype"]) for t in told["tensors"]]
+    assert facts == [(16, 8, "uint8"), (1, 3, "float16"), (None, None, None)]
+    means = [tensor["mean_bits"] for tensor in told["tensors"]]
+    assert means[:2] == [0.5, 0]
+    weights = 640 * 8 + 40 * 3 + 80
+    assert told["mean_bits"] == pytest.approx((640 * 4 + 80 * means[2]) / weights)
+    _, out, _ = run("inspect", path)
+    assert "product 16x8 uint8" in out
+    _, out, _ = run("inspect", path, "--index")
+    assert "product 1x3 float16" in out
 
 
 def test_inspect_compares_with_float32(state, packed, run_json):

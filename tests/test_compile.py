@@ -14,6 +14,7 @@ from tests.models import (
     TwoNames,
     attached,
     gradients,
+    learned,
     mlp,
     same_tensors,
     seeded,
@@ -129,6 +130,7 @@ def test_frozen_bits_compile_once_more(rounding):
         "diffq-rounding",
         pytest.param("qat", marks=pytest.mark.slow),
         pytest.param("lsq", marks=pytest.mark.slow),
+        pytest.param("product", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_model(kind, backend):
@@ -158,7 +160,7 @@ def test_compiled_model(kind, backend):
     assert not torch.equal(outputs[0], outputs[1])
     with torch.no_grad():
         assert torch.allclose(model(inputs), outputs[-1], atol=1e-5)
-    assert all(grad is not None for grad in gradients(model).values())
+    assert all(p.grad is not None for _, p in learned(model))
 
 
 def test_compiled_model_in_one_graph():
@@ -180,3 +182,25 @@ def test_compiled_ties_and_recurrent_layers(make):
     model.eval()
     with torch.no_grad():
         assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("centroids", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
+def test_compiled_centroids(backend, centroids):
+    """After a stage, a compiled model trains its centroids, and computes with the stored ones."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["product"](model, centroids=centroids)
+    quantizer.setup_optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    quantizer.quantize_stage()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    inputs = torch.randn(4, 16)
+    grads = []
+    for network in (model, compiled):
+        model.zero_grad()
+        network(inputs).square().mean().backward()
+        grads.append([p.grad for n, p in model.named_parameters() if n.endswith("codebook")])
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*grads, strict=True))
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)

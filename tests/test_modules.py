@@ -261,3 +261,17 @@ def test_lsq_learns_from_zero():
         F.mse_loss(model(inputs), targets).backward()
         optimizer.step()
     assert model.eval().weight.count_nonzero() > 32
+
+
+@pytest.mark.parametrize(
+    ("make", "make_input"), [(Recurrent, tokens), (encoder, lambda: torch.randn(3, 7, 16))]
+)
+def test_held_weights_are_no_parameters_of_their_quantizer(make, make_input):
+    """Weights that a forward holds as they are do not end up among the quantizer's parameters."""
+    model = seeded(make)
+    quantizer = diffq.QATQuantizer(model, min_size=0, training=False)
+    names = list(model.state_dict())
+    model(make_input())
+    assert list(model.state_dict()) == names
+    assert list(quantizer._learned()) == []
+    assert all("_held" not in q._parameters for q in model.modules())

@@ -9,7 +9,7 @@ import diffq
 from tests.models import (
     QUANTIZERS,
     fingerprint,
-    gradients,
+    learned,
     same_tensors,
     seeded,
     snapshot_of,
@@ -30,7 +30,7 @@ def test_weight_norm_present(kind):
     quantizer = QUANTIZERS[kind](model)
     quantizer.setup_optimizer(optimizer, lr=0.1)
     step(model, optimizer, inputs, quantizer)
-    assert all(grad is not None and grad.any() for grad in gradients(model).values())
+    assert all(p.grad is not None and p.grad.any() for _, p in learned(model))
     plain = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)))
     model.eval()
     diffq.restore_quantized_state(plain, quantizer.get_quantized_state())

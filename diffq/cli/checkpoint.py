@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffq.cli.common import level_counts, mean_bits
+from diffq.cli.common import coded_bits, mean_bits
 from diffq.errors import ConfigError, FormatError
 from diffq.format.chunks import MAGIC
 
@@ -40,7 +40,7 @@ class OpenModel:
         return (
             None
             if self.stored is None
-            else mean_bits(level_counts(self.stored.reader.record(name)))
+            else mean_bits([coded_bits(self.stored.reader.record(name))])
         )
 
 

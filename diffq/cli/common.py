@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,17 +77,28 @@ def budget(args: argparse.Namespace) -> int | None:
 
 def level_counts(record: Record) -> dict[int, int]:
     """Weights at each bitwidth, by rising bitwidth; none where no levels are stored."""
-    from diffq.format.records import RawRecord, stream_counts
+    from diffq.format.records import LevelRecord, stream_counts
 
-    if isinstance(record, RawRecord) or record.constant:
+    if not isinstance(record, LevelRecord) or record.constant:
         return {}
     return stream_counts(record.bits, record.group_size, record.numel)
 
 
-def mean_bits(counts: Mapping[int, int]) -> float | None:
-    """Bits per weight of what `level_counts` counted; None if it is nothing."""
-    weights = sum(counts.values())
-    return sum(width * count for width, count in counts.items()) / weights if weights else None
+def coded_bits(record: Record) -> tuple[int, int]:
+    """Bits of all levels or indices of a tensor, and the number of weights they stand for."""
+    from diffq.format.product import ProductRecord
+
+    if isinstance(record, ProductRecord):
+        return int(record.bits[0]) * record.indices.size, record.numel
+    counts = level_counts(record)
+    return sum(width * count for width, count in counts.items()), sum(counts.values())
+
+
+def mean_bits(coded: Iterable[tuple[int, int]]) -> float | None:
+    """Bits per weight of what `coded_bits` counted for some tensors; None without weights."""
+    pairs = list(coded)
+    weights = sum(count for _, count in pairs)
+    return sum(bits for bits, _ in pairs) / weights if weights else None
 
 
 def positive(text: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from diffq.cli.common import (
     add_budget,
     add_command,
     budget,
+    coded_bits,
     level_counts,
     mean_bits,
     megabytes,
@@ -28,6 +28,7 @@ from diffq.cli.common import (
 if TYPE_CHECKING:
     from diffq.file import StoredModel
     from diffq.format.entries import Entry
+    from diffq.format.records import Record
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -79,14 +80,16 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
     tied: dict[str, list[str]] = {name: [] for name in stored.entries}
     for alias, name in stored.aliases.items():
         tied[name].append(alias)
-    tensors = []
+    tensors, coded = [], []
     for number, (name, entry) in enumerate(stored.entries.items()):
         report("reading levels", number, len(tied) if decode else 0)
-        tensors.append(_describe_tensor(stored, name, entry, tied[name], decode))
+        described = _describe_tensor(stored, name, entry, tied[name])
+        if decode:
+            record = stored.reader.record(name)
+            described |= _describe_record(record)
+            coded.append(coded_bits(record))
+        tensors.append(described)
     in_float32 = sum(_float32_bytes(entry) for entry in stored.entries.values())
-    counts: Counter[int] = Counter()
-    for tensor in tensors:
-        counts.update({int(width): count for width, count in (tensor["bits"] or {}).items()})
     return {
         "file": str(stored.path),
         "bytes": stored.size,
@@ -95,17 +98,18 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         "times_smaller": in_float32 / stored.size,
         "entropy_bound_bytes": sum(t["entropy_bound_bytes"] for t in tensors) if decode else None,
         "quantized_weights": sum(t["weights"] for t in tensors if t["kind"] != "raw"),
-        "mean_bits": mean_bits(counts),
+        "mean_bits": mean_bits(coded),
         "metadata": dict(stored.metadata),
         "tensors": tensors,
     }
 
 
 def _describe_tensor(
-    stored: StoredModel, name: str, entry: Entry, tied: list[str], decode: bool
+    stored: StoredModel, name: str, entry: Entry, tied: list[str]
 ) -> dict[str, Any]:
+    """What the index tells."""
     size = stored.stored_bytes(name)
-    described = {
+    return {
         "name": name,
         "tied": tied,
         "shape": list(entry.shape),
@@ -115,24 +119,24 @@ def _describe_tensor(
         "stored_dtype": entry.stored_dtype or None,
         "group_size": entry.group_size or None,
         "groups": entry.groups,
+        "block_size": entry.block_size or None,
+        "codewords": entry.codewords or None,
         "bits": None,
         "mean_bits": None,
         "bytes": size,
         "share": size / stored.size,
         "entropy_bound_bytes": None,
     }
-    return described | (_describe_levels(stored, name) if decode else {})
 
 
-def _describe_levels(stored: StoredModel, name: str) -> dict[str, Any]:
-    """What only the decoded levels tell."""
+def _describe_record(record: Record) -> dict[str, Any]:
+    """What only the decoded levels or indices tell."""
     from diffq.format.entropy import entropy_bound_bits
 
-    record = stored.reader.record(name)
     counts = level_counts(record)
     return {
         "bits": {str(width): count for width, count in counts.items()} or None,
-        "mean_bits": mean_bits(counts),
+        "mean_bits": mean_bits([coded_bits(record)]),
         "entropy_bound_bytes": entropy_bound_bits(record) / 8,
     }
 
@@ -175,20 +179,26 @@ def _print(described: dict[str, Any]) -> None:
 
 
 def _row(tensor: dict[str, Any]) -> list[str]:
-    levels = tensor["kind"] != "raw"
-    # A raw tensor can be stored in another dtype than it is restored to.
-    stored = "" if levels or tensor["stored_dtype"] == tensor["dtype"] else tensor["stored_dtype"]
     return [
         printable(" = ".join([tensor["name"], *tensor["tied"]])),
         "x".join(map(str, tensor["shape"])) or "()",
         tensor["dtype"],
-        f"{tensor['kind']} {stored}".rstrip(),
-        str(tensor["groups"]) if levels else "-",
+        _kind(tensor),
+        str(tensor["groups"]) if tensor["group_size"] else "-",
         histogram(tensor["bits"]) if tensor["bits"] else "-",
         ratio(tensor["mean_bits"]),
         f"{tensor['bytes']:,}",
         f"{tensor['share']:.1%}",
     ]
+
+
+def _kind(tensor: dict[str, Any]) -> str:
+    """The kind, with the size of a codebook and what elements are stored as, if it is special."""
+    kind, stored = tensor["kind"], tensor["stored_dtype"]
+    if kind == "product":
+        return f"product {tensor['codewords']}x{tensor['block_size']} {stored}"
+    # A raw tensor can be stored in another dtype than it is restored to.
+    return kind if stored in (None, tensor["dtype"]) else f"{kind} {stored}"
 
 
 def _share(described: dict[str, Any]) -> str:

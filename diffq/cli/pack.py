@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
@@ -14,7 +13,7 @@ from diffq.cli.common import (
     Report,
     Subparsers,
     add_command,
-    level_counts,
+    coded_bits,
     mean_bits,
     megabytes,
     nonnegative,
@@ -198,7 +197,7 @@ def _summary(
     from diffq.format.records import RawRecord
     from diffq.state import record_tensor
 
-    counts: Counter[int] = Counter()
+    coded = []
     decoded = in_float32 = weights = 0
     error = power = 0.0
     for name, record in snapshot.records.items():
@@ -207,7 +206,7 @@ def _summary(
         in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         if not isinstance(record, RawRecord):
             weights += record.numel
-            counts.update(level_counts(record))
+            coded.append(coded_bits(record))
             error += float((record_tensor(record).double() - tensor.double()).square().sum())
             power += float(tensor.double().square().sum())
     return {
@@ -217,7 +216,7 @@ def _summary(
         "float32_bytes": in_float32,
         "times_smaller": in_float32 / size,
         "quantized_weights": weights,
-        "mean_bits": mean_bits(counts),
+        "mean_bits": mean_bits(coded),
         "relative_error": math.sqrt(error / power) if power else None,
         "snr_db": 10 * math.log10(power / error) if power and error else None,
         "needs_budget_bytes": decoded if decoded > default_budget(size) else None,

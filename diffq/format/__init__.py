@@ -4,6 +4,7 @@ From the inside out, each module importing only from those above it:
 
     bitpack      integers of 1 to 15 bits to bytes
     groups       levels sorted by bitwidth
+    product      one tensor as indices into a codebook
     records      one tensor as integers: what states and files are made of
     wire         bounded reading of numbers
     frames       one zstd frame

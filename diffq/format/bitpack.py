@@ -1,10 +1,11 @@
-"""Pack integers of 1 to 15 bits into bytes and back, vectorised with NumPy.
+"""Pack integers of 1 to 16 bits into bytes and back, vectorised with NumPy.
 
 Layout. The binary digits of the bitwidth cut each value into fields of 8, 4, 2
 and 1 bits, most significant field first: 7 bits are a field of 4, one of 2 and
-one of 1. Each field of all values is a stream of its own, one after the other.
-Within a byte the first value sits in the lowest bits, and each stream ends on a
-whole byte, padded with zeros. A count that divides by 8 is packed without loss.
+one of 1; 16 bits are two fields of 8. Each field of all values is a stream of its
+own, one after the other. Within a byte the first value sits in the lowest bits, and
+each stream ends on a whole byte, padded with zeros. A count that divides by 8 is
+packed without loss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffq.errors import FormatError
 
-MAX_BITS = 15
+MAX_BITS = 16
 
 # Values are handled in blocks that stay in a core's cache; a multiple of 8.
 _BLOCK = 1 << 16
@@ -34,13 +35,13 @@ def fields(bits: int) -> list[tuple[int, int]]:
     """Cuts a bitwidth into `(width, shift)` fields, most significant first.
 
     Raises:
-        FormatError: `bits` is not an integer from 1 to 15.
+        FormatError: `bits` is not an integer from 1 to 16.
     """
     if not 1 <= bits <= MAX_BITS:
         raise FormatError(f"A bitwidth must be between 1 and {MAX_BITS}, got {bits}.")
     cut, shift = [], bits
-    for width in (8, 4, 2, 1):
-        if bits & width:
+    for width in (8, 8, 4, 2, 1):
+        if shift >= width:
             shift -= width
             cut.append((width, shift))
     return cut
@@ -56,13 +57,13 @@ def pack(values: NDArray[np.unsignedinteger], bits: int) -> NDArray[np.uint8]:
 
     Args:
         values: one-dimensional array of any unsigned dtype.
-        bits: bitwidth of every value, 1 to 15.
+        bits: bitwidth of every value, 1 to 16.
 
     Returns:
         `packed_size(len(values), bits)` bytes.
 
     Raises:
-        FormatError: a bitwidth outside 1 to 15, or a value that needs more bits.
+        FormatError: a bitwidth outside 1 to 16, or a value that needs more bits.
     """
     streams = fields(bits)
     if values.size and int(values.max()) >> bits:
@@ -88,7 +89,7 @@ def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint1
     Args:
         packed: exactly `packed_size(count, bits)` bytes.
         count: number of values.
-        bits: bitwidth of every value, 1 to 15.
+        bits: bitwidth of every value, 1 to 16.
 
     Raises:
         FormatError: the number of bytes differs from what `count` and `bits` need, or

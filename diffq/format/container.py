@@ -24,8 +24,9 @@ from diffq.format.index import Storage, write_index
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
+from diffq.format.product import ProductRecord
 from diffq.format.reader import Buffer, Reader
-from diffq.format.records import GridRecord, LevelRecord, RawRecord, Record
+from diffq.format.records import Coded, GridRecord, RawRecord, Record
 from diffq.format.threads import in_threads
 
 Codec = Literal["zstd", "packed"]
@@ -131,17 +132,20 @@ def _encode_segment(
 
 
 def _levels(piece: Piece, entry: Entry, record: Record) -> entropy.LevelPiece:
-    # Only tensors of levels have parts that are not whole bytes.
-    source = cast(LevelRecord, record)
+    # Raw tensors have no parts that are not whole bytes.
+    source = cast(Coded, record)
     levels = source.levels[piece.start : piece.stop]
     where = f"tensor {entry.name!r}"
     return entropy.LevelPiece(where, source.bits[piece.groups], levels, piece.group_size)
 
 
 def _elements(piece: Piece, record: Record) -> NDArray[np.uint8]:
-    """The bytes of a raw tensor or of the float parameters, little-endian."""
+    """The bytes of a raw tensor, a codebook or the float parameters, little-endian."""
     if isinstance(record, RawRecord):
         data = record.data
+    elif isinstance(record, ProductRecord):
+        little = record.codebook.dtype.newbyteorder("<")
+        data = np.ascontiguousarray(record.codebook, little).reshape(-1).view(np.uint8)
     else:
         parameters = record.ranges if isinstance(record, GridRecord) else record.scale
         data = np.ascontiguousarray(parameters, "<f4").reshape(-1).view(np.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from diffq.format.entries import Entry
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
 from diffq.format.layout import Piece
+from diffq.format.product import (
+    ProductRecord,
+    check_codewords,
+    check_indices,
+    codeword_values,
+    index_bits,
+)
 from diffq.format.records import (
+    MAX_BITS,
     GridRecord,
     RawRecord,
     Record,
@@ -36,8 +44,9 @@ class Target:
 
     Attributes:
         entry: what the index says about it.
-        elements: uint8, the bytes of a raw tensor or of the float parameters.
-        out: flat, receives the levels (uint16) or the values (float32); empty to check alone.
+        elements: uint8, the bytes of a raw tensor, the float parameters or the codebook.
+        out: flat, receives the levels or indices (uint16) or the values (float32); empty to
+            check alone.
         maps: first weight of a piece -> the bitwidths of its groups.
     """
 
@@ -84,11 +93,15 @@ class Target:
         """Takes the levels of a piece.
 
         Raises:
-            FormatError: a bitwidth is below the tensor's minimum, or the scale too large.
+            FormatError: a bitwidth is below the tensor's minimum or above 15, or the scale
+                too large.
         """
         if min(decoded.streams) < self.entry.min_bits:
             rule = f"bitwidths are at least {self.entry.min_bits}"
             raise damaged(self.where, rule, min(decoded.streams))
+        if max(decoded.streams) > MAX_BITS:
+            rule = f"bitwidths of levels are at most {MAX_BITS}"
+            raise damaged(self.where, rule, max(decoded.streams))
         if self.entry.kind == "scaled":
             with _blaming(self.where):
                 check_scale(self.parameters, max(decoded.streams))
@@ -157,6 +170,72 @@ class Target:
         """Raises FormatError if segments that share a group disagree about its bitwidth."""
         with _blaming(self.where):
             self.bits()
+
+
+class ProductTarget(Target):
+    """A tensor of indices into a codebook in the making."""
+
+    def check_parameters(self) -> None:
+        """Checks the codewords.
+
+        Raises:
+            FormatError: one is not finite.
+        """
+        with _blaming(self.where):
+            check_codewords(self._codebook)
+
+    def add_levels(self, piece: Piece, decoded: DecodedPiece) -> None:
+        """Takes the indices of a piece.
+
+        Raises:
+            FormatError: their bitwidth is another one than they need, or one names no codeword.
+        """
+        width = index_bits(self.entry.codewords)
+        if list(decoded.streams) != [width]:
+            rule = f"indices of {self.entry.codewords} codewords have {width} bits"
+            raise damaged(self.where, rule, max(decoded.streams))
+        indices = decoded.streams[width]
+        with _blaming(self.where):
+            check_indices(indices, self.entry.codewords)
+        if self.out.dtype == np.uint16:
+            self.out[piece.start : piece.stop] = indices
+        elif self.out.size:
+            blocks = self.out.reshape(-1, self.entry.block_size)[piece.start : piece.stop]
+            # With a mode other than "raise", NumPy writes to `out` without a copy.
+            np.take(self._words, indices, axis=0, out=blocks, mode="clip")
+
+    def record(self) -> Record:
+        """The tensor as a record.
+
+        Raises:
+            FormatError: what was decoded contradicts itself.
+        """
+        entry = self.entry
+        with _blaming(self.where):
+            scale = entry.scale, entry.zero
+            return ProductRecord(entry.shape, entry.dtype, self._codebook, self.out, *scale)
+
+    def values(self) -> NDArray[np.float32]:
+        """The decoded weights in the tensor's shape."""
+        if self.entry.codewords == 1:
+            self.out.reshape(-1, self.entry.block_size)[:] = self._words
+        return self.out.reshape(self.entry.shape)
+
+    def check_bits(self) -> None:
+        """Nothing: each piece's bitwidth was checked by itself."""
+
+    @property
+    def _codebook(self) -> NDArray[Any]:
+        """The codewords as they are stored, [codewords, block_size]."""
+        stored = np.dtype(self.entry.stored_dtype)
+        little = self.elements.view(stored.newbyteorder("<"))
+        words: NDArray[Any] = little.astype(stored, copy=False)
+        return words.reshape(-1, self.entry.block_size)
+
+    @cached_property
+    def _words(self) -> NDArray[np.float32]:
+        """The codewords that the stored ones stand for."""
+        return codeword_values(self._codebook, self.entry.scale, self.entry.zero)
 
 
 @contextmanager

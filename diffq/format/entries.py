@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from diffq.errors import FormatError
-from diffq.format import bitpack, layout
+from diffq.format import layout
 from diffq.format.layout import Part
+from diffq.format.product import (
+    CODEBOOK_DTYPES,
+    ProductRecord,
+    check_codebook_shape,
+    check_scale_and_zero,
+)
 from diffq.format.records import (
     FLOAT_DTYPES,
     ITEM_SIZES,
+    MAX_BITS,
     GridRecord,
     RawRecord,
     Record,
@@ -45,7 +52,7 @@ DTYPES = (
 )
 
 #: A kind's code is its place in this list.
-KINDS = ("raw", "grid", "scaled")
+KINDS = ("raw", "grid", "scaled", "product")
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,18 @@ class Entry:
 
     Attributes:
         name: the tensor's name.
-        kind: "raw", "grid" or "scaled", after the record it decodes to.
+        kind: "raw", "grid", "scaled" or "product", after the record it decodes to.
         shape: the tensor's shape.
         dtype: the dtype to restore, by its torch name.
-        stored_dtype: the dtype of a raw tensor's bytes; "" for levels.
-        group_size: weights per group; 0 for raw tensors.
-        min_bits: the bitwidth that the bit map counts from; 0 for raw tensors.
+        stored_dtype: the dtype of a raw tensor's bytes, or of a codebook; "" for levels.
+        group_size: weights per group; 0 for tensors without levels.
+        min_bits: the bitwidth that the bit map counts from; 0 for tensors without levels.
         ranges: low and high of a grid are stored once (1) or for each group; 0 otherwise.
         constant: a grid whose parameters alone give the values; no level is stored.
+        block_size: weights per codeword; 0 without a codebook.
+        codewords: number of codewords; 0 without a codebook.
+        scale: of uint8 codewords.
+        zero: the uint8 codeword that stands for 0.
     """
 
     name: str
@@ -73,6 +84,10 @@ class Entry:
     min_bits: int = 0
     ranges: int = 0
     constant: bool = False
+    block_size: int = 0
+    codewords: int = 0
+    scale: float = 1.0
+    zero: int = 0
 
     @property
     def numel(self) -> int:
@@ -81,7 +96,7 @@ class Entry:
 
     @property
     def groups(self) -> int:
-        """Groups that have a bitwidth; 0 for raw tensors."""
+        """Groups that have a bitwidth; 0 for tensors without levels."""
         return group_count(self.numel, self.group_size) if self.group_size else 0
 
     @property
@@ -90,10 +105,23 @@ class Entry:
         return 1 if self.kind == "scaled" else 2 * self.ranges
 
     @property
+    def blocks(self) -> int:
+        """Blocks of weights that have an index; 0 without a codebook."""
+        return self.numel // self.block_size if self.block_size else 0
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of the elements: a raw tensor, float parameters or a codebook."""
+        return sum(part.item * part.count for part in self.parts.values())
+
+    @property
     def decoded_bytes(self) -> int:
-        """Memory that the decoded tensor needs: 4 bytes a weight, or the stored elements."""
+        """Memory that the decoded tensor needs (section 11)."""
         if self.kind == "raw":
-            return self.numel * ITEM_SIZES[self.stored_dtype]
+            return self.element_bytes
+        if self.kind == "product":
+            words = self.codewords * self.block_size
+            return 4 * (self.numel + words) + self.element_bytes + 2 * self.blocks
         return 4 * (self.numel + self.parameters) + self.groups
 
     @property
@@ -101,6 +129,11 @@ class Entry:
         """The arrays that are stored, in the order of the file; empty ones are not."""
         if self.kind == "raw":
             parts = {"elements": Part(ITEM_SIZES[self.stored_dtype], self.numel)}
+        elif self.kind == "product":
+            words = self.codewords * self.block_size
+            parts = {"codebook": Part(ITEM_SIZES[self.stored_dtype], words)}
+            if self.codewords > 1:
+                parts["indices"] = Part(layout.LEVELS, self.blocks, self.blocks)
         else:
             parts = {"parameters": Part(4, self.parameters)}
             if not self.constant:
@@ -125,10 +158,22 @@ class Entry:
             return
         if self.dtype not in FLOAT_DTYPES:
             self._refuse(f"levels decode to one of {', '.join(FLOAT_DTYPES)}", self.dtype)
+        if self.kind == "product":
+            self._check_codebook()
+            return
         if not 1 <= self.group_size <= max(self.numel, 1):
             self._refuse(f"a group has from 1 to {max(self.numel, 1)} weights", self.group_size)
-        if not 1 <= self.min_bits <= bitpack.MAX_BITS:
-            self._refuse(f"min_bits is from 1 to {bitpack.MAX_BITS}", self.min_bits)
+        if not 1 <= self.min_bits <= MAX_BITS:
+            self._refuse(f"min_bits is from 1 to {MAX_BITS}", self.min_bits)
+
+    def _check_codebook(self) -> None:
+        if self.stored_dtype not in CODEBOOK_DTYPES:
+            self._refuse(f"codewords are {', '.join(CODEBOOK_DTYPES)}", self.stored_dtype)
+        try:
+            check_codebook_shape(self.numel, self.block_size, self.codewords)
+            check_scale_and_zero(self.stored_dtype, self.scale, self.zero)
+        except FormatError as error:
+            raise FormatError(f"tensor {self.name!r}: {error}") from error
 
     def _refuse(self, rule: str, got: object) -> NoReturn:
         raise FormatError(f"tensor {self.name!r}: {rule}, got {got}.")
@@ -163,6 +208,19 @@ def entry_of(name: str, record: Record) -> Entry:
     """
     if isinstance(record, RawRecord):
         entry = Entry(name, "raw", record.shape, record.dtype, record.stored_dtype)
+    elif isinstance(record, ProductRecord):
+        codewords, block_size = record.codebook.shape
+        entry = Entry(
+            name,
+            "product",
+            record.shape,
+            record.dtype,
+            record.stored_dtype,
+            block_size=block_size,
+            codewords=codewords,
+            scale=record.scale,
+            zero=record.zero,
+        )
     else:
         grid = isinstance(record, GridRecord)
         entry = Entry(

@@ -82,9 +82,9 @@ def entropy_bits(counts: NDArray[np.integer]) -> float:
 def entropy_bound_bits(record: Record) -> float:
     """Bits that no coder of single symbols can go below for this tensor.
 
-    The zeroth-order entropy of the levels of each bitwidth and of the bit map, plus
-    what a raw tensor or a grid's float parameters take as they are. Coders that look
-    at several symbols at once, as ours can, may end up a little below.
+    The zeroth-order entropy of the levels of each bitwidth and of the bit map, or of the
+    indices, plus what a raw tensor, float parameters or a codebook take as they are.
+    Coders that look at several symbols at once, as ours can, may end up a little below.
     """
     if isinstance(record, RawRecord):
         return float(record.stored_bits())

@@ -6,6 +6,7 @@ before it touches the data.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,8 @@ _WHERE = "The index"
 _PER_GROUP, _CONSTANT = 1, 2
 # Bytes that the description of a segment takes at least.
 _LEAST_STORAGE = 5
-# The streams of a segment end on whole bytes: at most 1 + 15 of them, of at most 4 fields.
-_MOST_PADDING = 64
+# The streams of a segment end on whole bytes: at most 1 + 16 of them, of at most 4 fields.
+_MOST_PADDING = 68
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,20 @@ def write_index(
 def _write_entry(entry: Entry) -> bytes:
     head = [KINDS.index(entry.kind), DTYPES.index(entry.dtype), len(entry.shape)]
     out = [bytes(head), *(varint(size) for size in entry.shape)]
-    if entry.kind == "raw":
+    if entry.stored_dtype:
         out.append(bytes([DTYPES.index(entry.stored_dtype)]))
-    else:
+    if entry.kind == "product":
+        out += [varint(entry.block_size), varint(entry.codewords), _write_scale(entry)]
+    elif entry.kind != "raw":
         out += [varint(entry.group_size), bytes([entry.min_bits])]
     if entry.kind == "grid":
         out.append(bytes([(entry.ranges != 1) * _PER_GROUP | entry.constant * _CONSTANT]))
     return b"".join(out)
+
+
+def _write_scale(entry: Entry) -> bytes:
+    scaled = entry.stored_dtype == "uint8"
+    return struct.pack("<fB", entry.scale, entry.zero) if scaled else b""
 
 
 def _write_storage(storage: Storage) -> bytes:
@@ -100,7 +108,7 @@ def _write_storage(storage: Storage) -> bytes:
     if storage.coding is None:
         return out
     widths = storage.coding.stored_widths
-    used = sum(1 << width for width in widths)
+    used = sum(1 << width % 16 for width in widths)
     stored = bytes([storage.coding.map_width, *widths.values()])
     return out + varint(storage.payload) + used.to_bytes(2, "little") + stored
 
@@ -170,20 +178,32 @@ def _read_entry(cursor: Cursor, name: str) -> Entry:
     dtype = _choose(DTYPES, cursor, "dtype", where)
     rank = cursor.fixed(1, "a rank")
     shape = tuple(cursor.varint("a size") for _ in range(rank))
-    stored_dtype, group_size, min_bits = "", 0, 0
-    if kind == "raw":
-        stored_dtype = _choose(DTYPES, cursor, "stored dtype", where)
-    else:
-        group_size = cursor.varint("a group size")
-        min_bits = cursor.fixed(1, "min_bits")
+    entry = Entry(name, kind, shape, dtype)
+    if kind in ("raw", "product"):
+        entry = replace(entry, stored_dtype=_choose(DTYPES, cursor, "stored dtype", where))
+    if kind == "product":
+        entry = _read_codebook(cursor, entry)
+    elif kind != "raw":
+        group_size, min_bits = cursor.varint("a group size"), cursor.fixed(1, "min_bits")
+        entry = replace(entry, group_size=group_size, min_bits=min_bits)
     flags = cursor.fixed(1, "the flags") if kind == "grid" else 0
-    entry = Entry(name, kind, shape, dtype, stored_dtype, group_size, min_bits)
     try:
         entry.check()
     except FormatError as error:
         raise FormatError(f"{error} {REMEDY}") from error
-    if kind != "grid":
-        return entry
+    return _read_flags(entry, flags) if kind == "grid" else entry
+
+
+def _read_codebook(cursor: Cursor, entry: Entry) -> Entry:
+    block_size, codewords = (cursor.varint(f"the {what}") for what in ("block size", "codewords"))
+    scale, zero = 1.0, 0
+    if entry.stored_dtype == "uint8":
+        scale, zero = struct.unpack("<fB", cursor.take(5, "a scale and a zero point"))
+    return replace(entry, block_size=block_size, codewords=codewords, scale=scale, zero=zero)
+
+
+def _read_flags(entry: Entry, flags: int) -> Entry:
+    where = f"tensor {entry.name!r}"
     if flags > _PER_GROUP | _CONSTANT:
         raise damaged(where, "only the flags 1 and 2 are known", flags)
     ranges = entry.groups if flags & _PER_GROUP else 1
@@ -234,9 +254,9 @@ def _read_storage(cursor: Cursor, segment: Segment, where: str) -> Storage:
 
 def _read_coding(cursor: Cursor, where: str) -> Coding:
     used = cursor.fixed(2, "the bitwidths in use")
-    if not used or used & 1:
-        raise damaged(where, "a segment of levels uses some of the bitwidths 1 to 15", bin(used))
-    widths = [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width & 1]
+    if not used:
+        raise damaged(where, "a segment of levels uses some of the bitwidths 1 to 16", "none")
+    widths = [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width % 16 & 1]
     map_width = _read_width(cursor, (widths[-1] - widths[0]).bit_length(), where)
     return Coding(map_width, {width: _read_width(cursor, width, where) for width in widths})
 

@@ -17,7 +17,7 @@ from diffq.format import layout
 from diffq.format.bitpack import MAX_BITS
 from diffq.format.entries import Entry
 from diffq.format.layout import Layout, Part
-from diffq.format.records import LevelRecord, Record, split_levels
+from diffq.format.records import Coded, RawRecord, Record, split_levels
 
 # Longer parts gain nothing from company.
 _LONGEST = 1 << 18
@@ -72,7 +72,7 @@ class Pooling:
         """The segment to join, or `opened` for a new one."""
         if part.count * max(part.item, 1) > _LONGEST:
             return opened
-        if part.item == layout.LEVELS and isinstance(record, LevelRecord):
+        if part.item == layout.LEVELS and not isinstance(record, RawRecord):
             return self._choose_pool(part, record, opened)
         number = self._elements.get(part.item, opened)
         if not self._fits(part, number):
@@ -80,7 +80,7 @@ class Pooling:
         self._elements[part.item] = number
         return number
 
-    def _choose_pool(self, part: Part, record: LevelRecord, opened: int) -> int:
+    def _choose_pool(self, part: Part, record: Coded, opened: int) -> int:
         counts = _counts(record) if self.compress else _count_bits(record)
         cost = _compressed_cost if self.compress else _packed_cost
         pools = [pool for pool in self._levels if self._fits(part, pool.number)]
@@ -98,7 +98,7 @@ class Pooling:
         return number < len(segments) and segments[number].count + part.count <= part.limit
 
 
-def _counts(record: LevelRecord) -> _Counts:
+def _counts(record: Coded) -> _Counts:
     """How often each symbol occurs: row 0 for the bit map, row b for levels of b bits.
 
     Of levels above 8 bits only the highest 8 are counted: the rest is packed as it is.
@@ -111,7 +111,7 @@ def _counts(record: LevelRecord) -> _Counts:
     return counts
 
 
-def _count_bits(record: LevelRecord) -> _Counts:
+def _count_bits(record: Coded) -> _Counts:
     return np.bincount(record.bits, minlength=MAX_BITS + 1)[None]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diffq.errors import ConfigError
 from diffq.format import chunks, elements, entropy, frames
-from diffq.format.decoding import Target
+from diffq.format.decoding import ProductTarget, Target
 from diffq.format.entries import Entry
 from diffq.format.index import read_index
 from diffq.format.metadata import read_metadata
@@ -184,7 +184,7 @@ class Reader:
             FormatError: something is damaged.
         """
         targets = {
-            number: Target(entry, np.empty(4 * entry.parameters, np.uint8), np.empty(0))
+            number: _make_target(entry, np.empty(0))
             for number, entry in enumerate(self._entries)
             if entry.kind != "raw"
         }
@@ -213,9 +213,11 @@ class Reader:
             if dtype == np.float32:
                 rule = "Only tensors stored as levels have values"
                 raise ConfigError(f"{rule}; read the record of {entry.name!r} instead.")
-            return Target(entry, np.empty(entry.decoded_bytes, np.uint8), np.empty(0, dtype))
-        out = np.zeros(entry.numel, dtype) if entry.constant else np.empty(entry.numel, dtype)
-        return Target(entry, np.empty(4 * entry.parameters, np.uint8), out)
+            return _make_target(entry, np.empty(0, dtype))
+        count = entry.blocks if entry.kind == "product" and dtype == np.uint16 else entry.numel
+        # What is not stored is zero: the levels of a constant, the indices of one codeword.
+        stored = "levels" in entry.parts or "indices" in entry.parts
+        return _make_target(entry, np.empty(count, dtype) if stored else np.zeros(count, dtype))
 
     def _decode(self, targets: Mapping[int, Target]) -> None:
         """Fills the targets: parameters and raw elements first, then levels."""
@@ -274,6 +276,11 @@ class Reader:
         first = self._entries[pieces[0].record].name
         others = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
         return f"Segment {number} (tensor {first!r}{others})"
+
+
+def _make_target(entry: Entry, out: NDArray[Any]) -> Target:
+    kind = ProductTarget if entry.kind == "product" else Target
+    return kind(entry, np.empty(entry.element_bytes, np.uint8), out)
 
 
 def _flat(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:

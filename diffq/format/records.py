@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import FormatError
-from diffq.format import bitpack
 from diffq.format.groups import merge_groups, split_groups
 from diffq.format.groups import stream_counts as stream_counts
+from diffq.format.product import ProductRecord
 
 #: Bits that Equation 12 of the DiffQ paper (arXiv:2104.09987) gives to a tensor's
 #: minimum and maximum, and to the width of its bit map.
@@ -27,6 +27,9 @@ RANGE_BITS = 2 * 32
 #: more than the roundings of `level * step + low`, so that no level decodes to infinity.
 MAX_RANGE = float(np.finfo(np.float32).max) * (1 - 2**-20)
 WIDTH_BITS = 8
+
+#: Largest bitwidth of a level.
+MAX_BITS = 15
 
 
 def group_count(numel: int, group_size: int) -> int:
@@ -149,7 +152,7 @@ class LevelRecord(ABC):
                 f"The group size must be from 1 to the tensor's {self.numel} weights, "
                 f"got {self.group_size}."
             )
-        if not 1 <= self.min_bits <= bitpack.MAX_BITS:
+        if not 1 <= self.min_bits <= MAX_BITS:
             raise FormatError(f"min_bits must be from 1 to 15, got {self.min_bits}.")
         groups = group_count(self.numel, self.group_size)
         if self.bits.shape != (groups,) or self.levels.shape != (self.numel,):
@@ -157,9 +160,9 @@ class LevelRecord(ABC):
                 f"A tensor of shape {self.shape} in groups of {self.group_size} has {groups} "
                 f"bitwidths and {self.numel} levels, got {self.bits.shape} and {self.levels.shape}."
             )
-        if groups and not self.min_bits <= self.bits.min() <= self.bits.max() <= bitpack.MAX_BITS:
+        if groups and not self.min_bits <= self.bits.min() <= self.bits.max() <= MAX_BITS:
             raise FormatError(
-                f"Bitwidths must be from {self.min_bits} to {bitpack.MAX_BITS}, "
+                f"Bitwidths must be from {self.min_bits} to {MAX_BITS}, "
                 f"got {self.bits.min()} to {self.bits.max()}."
             )
 
@@ -305,8 +308,8 @@ def check_scale(scale: NDArray[np.float32], bits: int) -> None:
         raise FormatError(f"A scaled tensor has one scale of at most {largest:.8g}, got {scale}.")
 
 
-def split_levels(record: LevelRecord) -> dict[int, NDArray[np.uint16]]:
-    """The levels of each bitwidth in use, in the order of their weights.
+def split_levels(record: Coded) -> dict[int, NDArray[np.uint16]]:
+    """The levels or indices of each bitwidth in use, in the order of their weights.
 
     Returns:
         bitwidth -> uint16 levels, by rising bitwidth; empty for a constant tensor.
@@ -329,5 +332,8 @@ def merge_levels(
     return levels
 
 
+#: Records whose integers are entropy-coded: levels, or indices of codewords.
+Coded = LevelRecord | ProductRecord
+
 #: Everything that a state or a file can hold under one name.
-Record = RawRecord | GridRecord | ScaledRecord
+Record = RawRecord | GridRecord | ScaledRecord | ProductRecord

@@ -26,7 +26,7 @@ from diffq.quantizers.guards import (
 )
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
-from diffq.report import level_totals, size_table, tensor_size
+from diffq.report import size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
 from diffq.sharding import is_managed, layout_of, reshard
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
@@ -72,7 +72,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._guards = [
-            module.register_forward_pre_hook(refuse_training)
+            module.register_forward_pre_hook(self._refuse_training)
             for module in dict.fromkeys([model, *self._attached.owners()])
             if self._extras()
         ]
@@ -209,7 +209,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        totals = self._attachment.each_quantizer(level_totals)
+        totals = self._attachment.each_quantizer(lambda q: q.level_totals())
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 
@@ -332,6 +332,10 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             )
         chosen = {**vars(settings), **plan.overrides}
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
+
+    def _refuse_training(self, module: nn.Module, args: Any) -> None:
+        if next(self._learned(), None) is not None:
+            refuse_training(module, args)
 
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]

@@ -71,6 +71,14 @@ def scaled(shape=(8,), group_size=8, min_bits=2, places=(0, 0)):
     return head + bytes([min_bits]) + b"".join(leb(place) for place in places)
 
 
+def product(shape=(8,), block_size=2, codewords=4, places=(0, 0), stored=FLOAT32, scale=b""):
+    """A product-quantized tensor of the index; `scale` holds the bytes of scale and zero point."""
+    sizes = b"".join(leb(size) for size in shape)
+    head = bytes([3, FLOAT32, len(shape)]) + sizes + bytes([stored])
+    head += leb(block_size) + leb(codewords) + scale
+    return head + b"".join(leb(place) for place in places)
+
+
 @dataclass
 class Elements:
     """A segment of elements."""

@@ -19,6 +19,7 @@ from tests.format.craft import (
     grid,
     leb,
     name,
+    product,
     raw,
     scaled,
     text,
@@ -89,6 +90,20 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"evil"
 def framed(stored, size=1000):
     """A raw tensor of `size` bytes with the given stored bytes."""
     return one(raw((size,), dtype=1), Elements(stored))
+
+
+WORDS = floats(*range(8))
+
+
+def indexed_words(stored=b"\xe4", tensor=None, words=WORDS, **fields):
+    """A file of four blocks of two weights and their codebook, by default of four codewords."""
+    return one(tensor or product(), Elements(words), Levels(stored, **fields))
+
+
+def scaled_words(scale=1.0, zero=0, words=bytes(8)):
+    """A file of four blocks of two weights with uint8 codewords."""
+    scale = floats(scale) + bytes([zero])
+    return indexed_words(tensor=product(stored=1, scale=scale), words=words)
 
 
 # A group of 2^20 + 8 weights at 2 bits fills two segments: 2^18 and 2 bytes.
@@ -202,7 +217,7 @@ INDEX = {
     "alias to nothing": (named("w", aliases=("a",), targets=(1,)), "one of 1 tensors, got 1"),
     "alias to itself": (named("w", aliases=("a",), targets=(1,)), "one of 1 tensors"),
     "alias without tensors": (named(aliases=("a",), targets=(0,)), "one of 0 tensors"),
-    "unknown kind": (one(raw(kind=3)), "knows the kinds 0 to 2, got 3.*upgrade"),
+    "unknown kind": (one(raw(kind=4)), "knows the kinds 0 to 3, got 4.*upgrade"),
     "unknown dtype": (one(raw(dtype=17)), "knows the dtypes 0 to 16, got 17"),
     "unknown stored dtype": (one(raw(stored=200)), "stored dtypes 0 to 16, got 200"),
     "int stored as float16": (one(raw(dtype=6, stored=9)), "only floats"),
@@ -284,9 +299,9 @@ INDEX = {
         "stored in 1 to as many",
     ),
     "levels longer than they are": (levels(b"\xe4\x1b\x00", payload=2), "2 bytes is stored in 1"),
-    "payload of 2^62": (levels(payload=HUGE), "8 levels in 1 groups take at most 81"),
-    "no bitwidths in use": (levels(used=0, widths=()), "some of the bitwidths 1 to 15"),
-    "bitwidth 0 in use": (levels(used=0b101), "some of the bitwidths 1 to 15"),
+    "payload of 2^62": (levels(payload=HUGE), "8 levels in 1 groups take at most 85"),
+    "no bitwidths in use": (levels(used=0, widths=()), "some of the bitwidths 1 to 16"),
+    "stream of 16 bits at 8": (levels(used=1, widths=(8,)), "symbols of 16 bits"),
     "map without need": (levels(map_width=1), "symbols of 0 bits are packed at 0"),
     "no map where one is needed": (levels(used=0b1100, widths=(2, 3)), "symbols of 1 bits"),
     "stream at 0 bits": (levels(widths=(0,)), "symbols of 2 bits are packed at 2"),
@@ -418,6 +433,72 @@ CONTENT = {
     ),
 }
 
+PRODUCT = {
+    "blocks of 0 weights": (indexed_words(tensor=product(block_size=0)), "got blocks of 0"),
+    "blocks that do not divide": (
+        indexed_words(tensor=product(block_size=3)),
+        "divide a tensor's 8 weights, got blocks of 3",
+    ),
+    "blocks of 2^62 weights": (indexed_words(tensor=product(block_size=HUGE)), "got blocks of"),
+    "no codewords": (indexed_words(tensor=product(codewords=0)), "from 1 to 4 codewords, got 0"),
+    "more codewords than blocks": (
+        indexed_words(tensor=product(codewords=5)),
+        "from 1 to 4 codewords, got 5",
+    ),
+    "2^62 codewords": (indexed_words(tensor=product(codewords=HUGE)), "from 1 to 4 codewords"),
+    "more than 65536 codewords": (
+        indexed_words(tensor=product((1 << 17,), 1, (1 << 16) + 1)),
+        "from 1 to 65536 codewords, got 65537",
+    ),
+    "product without weights": (indexed_words(tensor=product((0,))), "from 1 to 0 codewords"),
+    "blocks beyond the budget": (indexed_words(tensor=product((2**40,))), "budget of .*larger"),
+    "codebook beyond the budget": (
+        indexed_words(tensor=product((1 << 20,), 1 << 10, 1 << 10)),
+        "budget of .*larger",
+    ),
+    "codewords of int8": (indexed_words(tensor=product(stored=2)), "codewords are uint8"),
+    "codewords of float64": (indexed_words(tensor=product(stored=12)), "codewords are uint8"),
+    "product of an integer": (
+        indexed_words(tensor=product().replace(b"\x03\x0b", b"\x03\x06", 1)),
+        "levels decode to one of",
+    ),
+    "no scale": (
+        indexed(leb(1) + leb(0) + name("w") + product(stored=1, places=())),
+        "a scale and a zero point needs 5 more bytes",
+    ),
+    "uint8 scale of NaN": (scaled_words(np.nan), "scale from 0"),
+    "uint8 scale of infinity": (scaled_words(np.inf), "scale from 0"),
+    "uint8 scale below zero": (scaled_words(-1), "scale from 0"),
+    "uint8 scale that overflows": (scaled_words(2e36), "scale from 0"),
+    "codeword of NaN": (indexed_words(words=floats(0, 0, 0, np.nan, *[0] * 4)), "must be finite"),
+    "codeword of a signaling NaN": (
+        indexed_words(words=b"\x01\x00\xa0\x7f" + floats(*range(7))),
+        "must be finite",
+    ),
+    "codeword of infinity": (
+        indexed_words(tensor=product(stored=9), words=b"\x00\x7c" + bytes(14)),
+        "must be finite",
+    ),
+    "codebook too short": (indexed_words(words=floats(*range(7))), "28 b5 2f fd"),
+    "index above the codewords": (
+        indexed_words(tensor=product(codewords=3), words=floats(*range(6))),
+        "below 3, got 3",
+    ),
+    "indices of another bitwidth": (
+        indexed_words(b"\x00\x00", used=1 << 3, widths=(3,)),
+        "indices of 4 codewords have 2 bits, got 3",
+    ),
+    "indices among elements": (
+        indexed_words(tensor=product(places=(0, 1))),
+        "items of 0 bytes must join",
+    ),
+    "index for one codeword": (
+        indexed_words(tensor=product(codewords=1, places=(0,)), words=floats(0, 1)),
+        "left over",
+    ),
+    "levels of 16 bits": (levels(bytes(16), used=1, widths=(16,)), "levels are at most 15, got 16"),
+}
+
 METADATA = {
     "no JSON": (meta("{"), "must be JSON"),
     "metadata of nothing": (meta(""), "must be JSON"),
@@ -437,4 +518,4 @@ METADATA = {
     "more than 1 MiB": (meta(json.dumps({"a": "x" * (1 << 20)})), "at most 1048576 bytes"),
 }
 
-CASES = CONTAINER | TEXT | INDEX | FRAMES | CONTENT | METADATA
+CASES = CONTAINER | TEXT | INDEX | FRAMES | CONTENT | PRODUCT | METADATA

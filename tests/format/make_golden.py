@@ -13,9 +13,10 @@ import numpy as np
 
 from diffq.format import layout
 from diffq.format.container import encode
+from diffq.format.product import ProductRecord
 from diffq.format.records import FLOAT_DTYPES, ITEM_SIZES, GridRecord, RawRecord, ScaledRecord
 from tests.format.craft import File, chunk
-from tests.format.samples import expected_array, grid, random_levels, raw, small_model
+from tests.format.samples import expected_array, grid, product, random_levels, raw, small_model
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -81,6 +82,36 @@ def shared_segments():
     return {**sizes, **biases}
 
 
+def codebooks():
+    """Indices of 0 to 12 bits, codewords of every dtype, and blocks of every kind of layer."""
+    records = {}
+    for width in range(13):
+        codewords = (1 << width >> 1) + 1
+        stored = ("uint8", "float16", "float32")[width % 3]
+        records[f"of_{codewords}"] = product(max(codewords, 50), codewords, 1 + width % 2, stored)
+    for dtype in FLOAT_DTYPES:
+        one = product(30, 7, 4, "uint8", seed=1)
+        records[f"to_{dtype}"] = ProductRecord(**{**vars(one), "dtype": dtype})
+    shapes = {"linear": (6, 16, 8), "conv": (4, 3, 3, 3, 9), "kernels": (4, 4, 3, 3, 18)}
+    shapes |= {"pointwise": (6, 8, 1, 1, 4), "depthwise": (5, 1, 5, 5, 5)}
+    for name, (*shape, block_size) in shapes.items():
+        blocks = np.prod(shape) // block_size
+        records[name] = product(blocks, min(blocks, 8), block_size, shape=tuple(shape))
+    return records
+
+
+def long_codebooks():
+    """Indices of 16 bits, and more indices than a segment holds; both compress well."""
+    long = np.arange(33_000).astype(np.uint16)
+    words = (long % 256).astype(np.uint8)[:, None]
+    indices = np.resize(np.arange(3, dtype=np.uint16), layout.MAX_WEIGHTS + 1000)
+    pairs = np.float16([[0.5, -0.5], [1, 2], [-0.0, 3]])
+    return {
+        "codewords": ProductRecord((33_000,), "float32", words, long, 0.5, 3),
+        "blocks": ProductRecord((indices.size, 2), "float32", pairs, indices),
+    }
+
+
 def example():
     """The example of docs/format.md."""
     levels = np.uint16([0, 1, 2, 3, 0, 1, 6, 7, 3, 2, 1, 0])
@@ -106,6 +137,9 @@ MODELS = {
     "long": (long_tensors(), {}, {}, "zstd"),
     "shared": (shared_segments(), {}, {}, "zstd"),
     "no_tensors": ({}, {}, {}, "zstd"),
+    "product": (codebooks(), {}, {}, "zstd"),
+    "product_packed": (codebooks(), {}, {}, "packed"),
+    "product_long": (long_codebooks(), {}, {}, "zstd"),
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from diffq.format.product import CODEBOOK_DTYPES, ProductRecord
 from diffq.format.records import (
     FLOAT_DTYPES,
     ITEM_SIZES,
@@ -80,12 +81,31 @@ def scaled_records(draw):
     return ScaledRecord(*draw(level_fields()), np.float32([draw(FLOATS)]))
 
 
-RECORDS = st.one_of(raw_records(), grid_records(), scaled_records())
+@st.composite
+def product_records(draw):
+    """Indices into codebooks of every dtype, from one weight and one codeword upward."""
+    block_size = draw(st.integers(1, 9))
+    shape = *draw(hnp.array_shapes(min_dims=0, max_dims=2, max_side=12)), block_size
+    blocks = math.prod(shape) // block_size
+    codewords = draw(st.integers(1, blocks))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    codebook = random.standard_normal((codewords, block_size)) * draw(st.sampled_from([1e-3, 40]))
+    stored, scaled = draw(st.sampled_from(CODEBOOK_DTYPES)), {}
+    if stored == "uint8":
+        codebook = random.integers(0, 256, codebook.shape)
+        scale = draw(st.floats(0, 2.0**100, width=32))
+        scaled = {"scale": scale, "zero": draw(st.integers(0, 255))}
+    indices = random.integers(0, codewords, blocks).astype(np.uint16)
+    dtype = draw(st.sampled_from(FLOAT_DTYPES))
+    return ProductRecord(shape, dtype, codebook.astype(stored), indices, **scaled)
+
+
+RECORDS = st.one_of(raw_records(), grid_records(), scaled_records(), product_records())
 
 
 def as_stored(record):
     """The record with what a constant tensor comes back with: no levels, the fewest bits."""
-    if isinstance(record, RawRecord) or not record.constant:
+    if not isinstance(record, GridRecord) or not record.constant:
         return record
     bits, levels = np.full_like(record.bits, record.min_bits), np.zeros_like(record.levels)
     head = record.shape, record.dtype, record.group_size, record.min_bits
@@ -122,6 +142,19 @@ def grid(numel, group_size=8, bits=(2, 6), seed=0, tail=None, shape=None):
     return GridRecord(shape, "float32", group_size, least, group_bits, levels, ranges)
 
 
+def product(blocks, codewords, block_size=8, stored="float16", seed=0, shape=None):
+    """Indices as k-means leaves them: frequent codewords first, the rarest half as frequent."""
+    random = np.random.default_rng(seed)
+    codebook, scaled = random.standard_normal((codewords, block_size)).astype("f4"), {}
+    if stored == "uint8":
+        codebook = np.round(codebook * 40 + 128).clip(0, 255)
+        scaled = {"scale": 0.125, "zero": 128}
+    shares = np.linspace(2, 1, codewords)
+    indices = random.choice(codewords, blocks, p=shares / shares.sum()).astype(np.uint16)
+    shape = shape or (blocks, block_size)
+    return ProductRecord(shape, "float32", codebook.astype(stored), indices, **scaled)
+
+
 def raw(values, dtype="float32"):
     """A raw tensor of NumPy values."""
     array = np.asarray(values)
@@ -154,6 +187,16 @@ def small_model():
         "norm.mask": raw(np.eye(3, dtype=bool), "bool"),
         "norm.steps": raw(np.int64(1500), "int64"),
         "empty": raw(np.zeros((0, 3), np.float32)),
+    }
+
+
+def codebook_model():
+    """Small tensors with codebooks of every dtype, beside one of levels."""
+    return {
+        "conv.weight": product(12, 5, 9, "uint8", shape=(4, 3, 3, 3)),
+        "head.weight": product(20, 6, 2, shape=(4, 10)),
+        "one.weight": product(3, 1, 4, "float32"),
+        "embed.weight": grid(50, 8, (1, 5), shape=(5, 10)),
     }
 
 

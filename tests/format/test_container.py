@@ -13,6 +13,7 @@ from diffq.errors import ConfigError, FormatError
 from diffq.format import layout
 from diffq.format import reader as reader_module
 from diffq.format.container import decode, encode, encode_parts
+from diffq.format.product import ProductRecord
 from diffq.format.reader import Reader, default_budget
 from diffq.format.records import ITEM_SIZES, GridRecord, RawRecord, ScaledRecord, group_count
 from tests.format.samples import (
@@ -20,6 +21,7 @@ from tests.format.samples import (
     RECORDS,
     as_stored,
     assert_same,
+    codebook_model,
     grid,
     grid_records,
     random_levels,
@@ -147,6 +149,7 @@ def model_of_many_sizes():
     """Large, small and raw tensors, so that every kind of segment occurs."""
     return {
         **small_model(),
+        **{f"product.{name}": record for name, record in codebook_model().items()},
         "large": grid(layout.MAX_WEIGHTS + 100, 8, seed=2),
         "raw.large": raw(np.random.default_rng(3).standard_normal(300_000).astype(np.float32)),
         **{f"layer.{i}": grid(3000 + i, 8, seed=i, tail=3 + i % 4) for i in range(8)},
@@ -209,7 +212,7 @@ def test_parts_are_the_file():
 
 def test_index_says_it_all():
     """Names, kinds, shapes, dtypes and group sizes are known before any tensor is read."""
-    records = small_model()
+    records = codebook_model() | small_model()
     reader = Reader(encode(records, {"tied": "embed.weight"}, {"epoch": 3}))
     assert list(reader.entries) == list(records)
     assert reader.aliases == {"tied": "embed.weight"}
@@ -219,6 +222,10 @@ def test_index_says_it_all():
         assert (entry.name, entry.shape, entry.dtype) == (name, record.shape, record.dtype)
         if isinstance(record, RawRecord):
             assert (entry.kind, entry.stored_dtype) == ("raw", record.stored_dtype)
+        elif isinstance(record, ProductRecord):
+            assert (entry.kind, entry.stored_dtype) == ("product", record.stored_dtype)
+            assert (entry.codewords, entry.block_size) == record.codebook.shape
+            assert (entry.scale, entry.zero) == (record.scale, record.zero)
         else:
             assert entry.kind == ("scaled" if isinstance(record, ScaledRecord) else "grid")
             assert entry.group_size == record.group_size
@@ -242,7 +249,7 @@ def test_bytes_of_tensors_add_up():
     reader = Reader(data)
     total = sum(reader.stored_bytes(name) for name in records)
     assert total == reader.size - reader.overhead
-    assert 0 < reader.overhead < 1500
+    assert 0 < reader.overhead < 1600
 
 
 def test_values_into_memory_of_the_caller():

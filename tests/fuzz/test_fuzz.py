@@ -5,15 +5,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffq.format.container import encode
-from tests.format.craft import Elements, File, Levels, floats, grid, leb, name, raw, scaled
+from tests.format.craft import (
+    Elements,
+    File,
+    Levels,
+    floats,
+    grid,
+    leb,
+    name,
+    product,
+    raw,
+    scaled,
+)
 from tests.format.make_golden import FOLDER
-from tests.format.samples import RECORDS, small_model
+from tests.format.samples import RECORDS, codebook_model, small_model
 from tests.fuzz.target import read_and_write, read_repaired, take_apart
 
 SEEDS = [
     encode(small_model(), {"tied": "empty"}, {"a": [1, {"b": None}]}),
     encode(small_model(), codec="packed"),
     File().build(),
+    encode(codebook_model()),
+    encode(codebook_model(), codec="packed"),
     *((FOLDER / f"{stem}.diffq").read_bytes() for stem in ("example", "every_dtype", "shared")),
 ]
 FUZZ = settings(max_examples=300)
@@ -109,6 +122,15 @@ TENSORS = st.one_of(
         NUMBERS,
         st.integers(0, 17),
         st.lists(NUMBERS, min_size=1, max_size=2),
+    ),
+    st.builds(
+        product,
+        st.lists(NUMBERS, max_size=3),
+        NUMBERS,
+        NUMBERS,
+        st.lists(NUMBERS, min_size=1, max_size=2),
+        st.sampled_from([1, 9, 11]) | st.integers(0, 17),
+        st.binary(min_size=5, max_size=5) | st.just(b""),
     ),
 )
 SEGMENTS = st.one_of(
