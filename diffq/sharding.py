@@ -81,7 +81,7 @@ def gather_from(ranks: Layout, values: Tensor) -> Tensor:
         [parts, *shape]; ranks that hold the same part count once.
     """
     stacked = _loaded("torch.distributed.tensor", "DTensor").from_local(values[None], *ranks)
-    gathered: Tensor = stacked.full_tensor()
+    gathered: Tensor = stacked.full_tensor().to(values.device)
     return gathered
 
 
