@@ -21,7 +21,7 @@ from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
 from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
-from diffq.sharding import is_managed, reshard, whole, whole_parameters
+from diffq.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
 
 T = TypeVar("T")
@@ -196,13 +196,33 @@ class Attachment:
         chains = (_chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
         return [chain for chain in chains if chain is not None]
 
+    def _weight_to_sample(self, quantizer: WeightQuantizer) -> Tensor:
+        """`weight`, found at once where nothing is unusual: many are asked for in each step."""
+        site, *others = quantizer.plan.sites
+        modules = site.owner(self.model)._modules.get("parametrizations")
+        chain: Any = modules._modules.get(site.attribute) if modules is not None else None
+        if others or chain is None or list(chain._modules.values()) != [quantizer]:
+            return self.weight(quantizer)
+        original: Tensor | None = chain._parameters.get("original")
+        if original is None or original.shape != quantizer.plan.shape:
+            return self.weight(quantizer)
+        return original
+
     def _enter_forward(self, module: nn.Module, args: Any) -> None:
         self.forward_state.running.append(True)
+        training = [q for q in self.quantizers if q.training]
+        if training:
+            # Apart from this function, which torch.compile gives up once it did nothing in eval.
+            self._sample(training)
+
+    def _sample(self, quantizers: list[WeightQuantizer]) -> None:
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
-        for quantizer in self.quantizers:
-            # FSDP's tensors are whole only while their module runs.
-            if quantizer.training and not is_managed(quantizer):
-                pair = quantizer, self.weight(quantizer)
+        for quantizer in quantizers:
+            if is_managed(quantizer):
+                # FSDP's tensors are whole only while their module runs: each reading samples.
+                quantizer.used = False
+            else:
+                pair = quantizer, self._weight_to_sample(quantizer)
                 kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
             values = kind.sample_all(*zip(*pairs, strict=True))
@@ -222,7 +242,7 @@ class Attachment:
         # Hooks that are always called run while an exception of the forward is handled.
         if told or sys.exc_info()[0] is not None:
             take_samples_away(samples)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
         return output
 

@@ -12,6 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from diffq.errors import OptimizerError
+from diffq.sharding import is_dtensor, is_sharded
+
+_REPLACED = (
+    "fully_shard has replaced the parameters that the optimizer was given. Make the "
+    "optimizer after fully_shard, then call quantizer.setup_optimizer(optimizer)."
+)
 
 
 def add_extras(
@@ -112,6 +118,7 @@ class OptimizerGuard:
     def __init__(self, optimizer: Optimizer, learned: Callable[[], Iterator[nn.Parameter]]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._learned = learned
+        self._shard = _first_shard(optimizer)
         self._pause = 1
         self._pausing = 0
 
@@ -130,7 +137,15 @@ class OptimizerGuard:
             return
         extra = next((extra for extra in self._learned() if extra.requires_grad), None)
         optimizer = self.optimizer
+        if extra is not None and self._shard is not None:
+            # FSDP puts whole parameters in the places of those that optimizers hold.
+            extra = self._shard
         if extra is None or (optimizer is not None and _holds(optimizer, extra)):
+            return
+        if optimizer is not None and is_sharded(module):
+            self._shard = _first_shard(optimizer)
+            if self._shard is None:
+                raise OptimizerError(_REPLACED)
             return
         # To look for other optimizers takes long, so it is done ever more seldom.
         if self._pausing:
@@ -159,6 +174,12 @@ class OptimizerGuard:
                 "anew; if bitwidths and scales are meant to stay, call quantizer.no_optimizer()."
             )
         return None
+
+
+def _first_shard(optimizer: Optimizer) -> nn.Parameter | None:
+    """The first sharded parameter of the group that was added last: the extras'."""
+    extras = optimizer.param_groups[-1]["params"]
+    return next((extra for extra in extras if is_dtensor(extra)), None)
 
 
 def _holds(optimizer: Optimizer, extra: nn.Parameter) -> bool:

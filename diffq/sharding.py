@@ -10,10 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+#: A device mesh and a placement for each of its dimensions; a device and none if not sharded.
+Layout: TypeAlias = tuple[Any, tuple[Any, ...]]
 
 
 def is_distributed() -> bool:
@@ -57,6 +60,47 @@ def put(parameter: Tensor, value: Tensor) -> None:
         value = distribute_tensor(moved, sharded.device_mesh, sharded.placements)
     with torch.no_grad():
         parameter.copy_(value)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds, differentiable; it may be empty."""
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
+    return part
+
+
+def holds_end(tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor that is sharded along its first dimension ends it."""
+    sharded: Any = tensor
+    mesh, start, length = sharded.device_mesh, 0, len(tensor)
+    for dimension, placement in enumerate(sharded.placements):
+        if placement.is_shard():
+            # As torch.chunk cuts: parts of one length, then a shorter one, then empty ones.
+            chunk = -(-length // mesh.size(dimension))
+            skipped = min(chunk * mesh.get_local_rank(dimension), length)
+            start, length = start + skipped, min(chunk, length - skipped)
+    return length > 0 and start + length == len(tensor)
+
+
+def gather_from(ranks: Layout, values: Tensor) -> Tensor:
+    """Stacks what each rank computed from its parts of tensors, without graph.
+
+    Args:
+        ranks: how the tensors are sharded.
+        values: this rank's, of a shape that all ranks share.
+
+    Returns:
+        [parts, *shape]; ranks that hold the same part count once.
+    """
+    stacked = _loaded("torch.distributed.tensor", "DTensor").from_local(values[None], *ranks)
+    gathered: Tensor = stacked.full_tensor().to(values.device)
+    return gathered
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Where a tensor is: equal for tensors that are sharded alike, or are on one device."""
+    sharded: Any = tensor
+    return (sharded.device_mesh, sharded.placements) if is_dtensor(tensor) else (tensor.device, ())
 
 
 def reshard(model: nn.Module) -> None:

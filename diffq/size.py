@@ -11,6 +11,7 @@ from torch import Tensor
 from diffq import grid
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.grid import BitsLaw
+from diffq.sharding import Layout, gather_from, holds_end, is_dtensor, layout_of, local_part
 
 MEGABYTE = 2**20
 MEGABYTE_BITS = 8 * MEGABYTE
@@ -49,25 +50,42 @@ class LearnedBits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(groupings: Sequence[Grouping], *logits: Tensor) -> Tensor:
-        """The sum over all tensors, 0-dim."""
-        return total_bits(grid.bits_of_all([g.law for g in groupings], logits), groupings)
+    def forward(
+        groupings: Sequence[Grouping],
+        wholes: Sequence[Grouping],
+        ranks: Layout | None,
+        *logits: Tensor,
+    ) -> Tensor:
+        """The sum over all tensors, 0-dim.
+
+        Args:
+            groupings: what this rank holds of each tensor.
+            wholes: each tensor.
+            ranks: how the tensors are sharded; None if this process holds them whole.
+            *logits: as `groupings`.
+        """
+        bits = grid.bits_of_all([g.law for g in groupings], logits)
+        levels, most = _level_bits(bits, groupings), _largest(bits)
+        if ranks is not None:
+            gathered = gather_from(ranks, torch.cat([levels.view(1), most]))
+            levels, most = gathered[:, 0].sum(), gathered[:, 1:].amax(0)
+        return levels + _overhead_bits(most, wholes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the logits."""
         ctx.groupings = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each group, times what its bitwidth gains per logit."""
-        each = zip(ctx.groupings, ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        each = zip(ctx.groupings, ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
         grads = [
             _gradient(grouping, logits, grad) if needed else None
             for grouping, logits, needed in each
         ]
-        return None, *grads
+        return None, None, None, *grads
 
 
 def learned_bits(groupings: Sequence[Grouping], logits: Sequence[Tensor]) -> Tensor:
@@ -75,13 +93,25 @@ def learned_bits(groupings: Sequence[Grouping], logits: Sequence[Tensor]) -> Ten
 
     Args:
         groupings: one for each tensor.
-        logits: one for each tensor, [groups]; all on one device.
+        logits: one for each tensor, [groups]; all on one device, or all sharded alike.
+            Then this is a collective.
 
     Returns:
         0-dim tensor in float32 at least, differentiable in the logits.
     """
-    result: Tensor = LearnedBits.apply(groupings, *logits)  # type: ignore[no-untyped-call]
+    held, parts, ranks = groupings, logits, None
+    if is_dtensor(logits[0]):
+        parts, ranks = [local_part(each) for each in logits], layout_of(logits[0])
+        ends = map(holds_end, logits)
+        held = [_held(*each) for each in zip(groupings, parts, ends, strict=True)]
+    result: Tensor = LearnedBits.apply(held, groupings, ranks, *parts)  # type: ignore[no-untyped-call]
     return result
+
+
+def _held(grouping: Grouping, logits: Tensor, end: bool) -> Grouping:
+    """The part of a tensor that has these logits, and its last group if it is the end."""
+    numel = logits.numel() * grouping.group_size
+    return grouping._replace(numel=numel - grouping.missing if end else numel)
 
 
 @torch.no_grad()
@@ -95,19 +125,29 @@ def total_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
     Returns:
         0-dim tensor.
     """
+    return _level_bits(bits, groupings) + _overhead_bits(_largest(bits), groupings)
+
+
+def _level_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
     sums = [part.sum() for part in bits]
     parts = list(torch._foreach_mul(sums, [float(g.group_size) for g in groupings]))
     parts += [b[-1] * -g.missing for b, g in zip(bits, groupings, strict=True) if g.missing]
-    parts += torch._foreach_mul(_map_widths(bits, groupings), [float(g.groups) for g in groupings])
-    return torch.stack(parts).sum() + len(bits) * (RANGE_BITS + WIDTH_BITS)
+    return torch.stack(parts).sum()
 
 
-def _map_widths(bits: list[Tensor], groupings: Sequence[Grouping]) -> list[Tensor]:
-    most = torch.stack([part.max() for part in bits]).round()
+def _largest(bits: list[Tensor]) -> Tensor:
+    """The largest bitwidth of each tensor, [tensors]; -inf for the empty part of a rank."""
+    return torch.stack([b.max() if b.numel() else b.new_full((), -torch.inf) for b in bits])
+
+
+def _overhead_bits(largest: Tensor, groupings: Sequence[Grouping]) -> Tensor:
+    """Bit maps, ranges and bitwidths."""
     least = [grouping.law.min_bits for grouping in groupings]
-    above = torch._foreach_sub(list(most.unbind()), least)
+    above = torch._foreach_sub(list(largest.round().unbind()), least)
     # frexp's exponent is the bit length of a whole number.
-    return list(torch.frexp(torch.stack(above)).exponent.to(most.dtype).unbind())
+    widths = list(torch.frexp(torch.stack(above)).exponent.to(largest.dtype).unbind())
+    maps = torch._foreach_mul(widths, [float(g.groups) for g in groupings])
+    return torch.stack(maps).sum() + len(maps) * (RANGE_BITS + WIDTH_BITS)
 
 
 def _gradient(grouping: Grouping, logits: Tensor, grad: Tensor) -> Tensor:

@@ -51,18 +51,23 @@ class Sample:
     """What one training forward computes with in place of a weight.
 
     Attributes:
-        weight: the tensor that it was made for.
+        weight: the parameter that it was made for; None for a weight that another
+            parametrization computes anew at each access.
         value: the perturbed or quantized weight, a constant.
         connected: the value with its gradient; None where the forward needs none.
         read_without_grad: the value was read where gradients are off.
         read_again: it was read in a backward, which computes parts of its forward again.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     value: Tensor
     connected: Tensor | None
     read_without_grad: bool = False
     read_again: bool = False
+
+    def serves(self, weight: Tensor) -> bool:
+        """Whether a reading of this weight gets the sample."""
+        return self.weight is None or self.weight is weight
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,8 @@ class WeightQuantizer(nn.Module, ABC):
             return self._held
         self.used = True
         current = self.current
-        if current is not None and current.weight is weight and self._goes_on():
-            return self._read(current)
+        if current is not None and current.serves(weight) and self._goes_on():
+            return self._read(current, weight)
         value = self.sample(weight)
         return weight if value is None else self.connect(weight, value)
 
@@ -184,21 +189,22 @@ class WeightQuantizer(nn.Module, ABC):
         self.current = None
         if value is not None:
             connected = self.connect(weight, value) if torch.is_grad_enabled() else None
-            self.current = Sample(weight, value, connected)
+            parameter = weight if isinstance(weight, nn.Parameter) else None
+            self.current = Sample(parameter, value, connected)
 
     def _goes_on(self) -> bool:
         return self.forward_state.depth > 0 or _in_backward()
 
-    def _read(self, current: Sample) -> Tensor:
+    def _read(self, current: Sample, weight: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             current.read_without_grad = True
-            return current.value.to(current.weight.dtype)
+            return current.value.to(weight.dtype)
         current.read_again = current.read_again or _in_backward()
         # Reentrant checkpoints run without gradients first, and then build a graph of their
         # own for each part: two of them must not share a node.
         own_graph = current.read_again and current.read_without_grad
         if current.connected is None or own_graph:
-            return self.connect(current.weight, current.value)
+            return self.connect(weight, current.value)
         return current.connected
 
     def hold(self, weight: Tensor | None) -> None:
@@ -228,7 +234,7 @@ class WeightQuantizer(nn.Module, ABC):
         """What `forward` would return, where nothing is left to compute; otherwise None."""
         if self.training:
             current = self.current
-            if current is None or current.weight is not weight or self.forward_state.depth == 0:
+            if current is None or not current.serves(weight) or self.forward_state.depth == 0:
                 return None
             self.used = True
             return current.connected if torch.is_grad_enabled() else None

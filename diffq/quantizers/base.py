@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,14 +22,13 @@ from diffq.quantizers.guards import (
     check_detachable,
     check_finite,
     check_model,
-    check_optimizer,
     check_owners,
 )
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.report import size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import is_distributed, is_sharded, reshard, whole
+from diffq.sharding import is_managed, layout_of, reshard
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
@@ -122,9 +120,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         if extras:
             self._optimizer_guard = OptimizerGuard(optimizer, self._learned)
             self._guards.append(self.model.register_forward_pre_hook(self._optimizer_guard.check))
-        if extras and is_distributed() and not is_sharded(self.model):
-            check = partial(self._check_first_step, optimizer)
-            self._guards.append(self.model.register_forward_pre_hook(check))
 
     def no_optimizer(self) -> None:
         """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
@@ -156,13 +151,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         bits = torch.full((), fixed, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        learned = [
-            (size[0], whole(size[1]))
-            for q in attachment.quantizers
-            if (size := q.learned_size(used_only))
-        ]
-        for place in dict.fromkeys(logits.device for _, logits in learned):
-            there = [size for size in learned if size[1].device == place]
+        learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
+        for place in dict.fromkeys(layout_of(logits) for _, logits in learned):
+            there = [size for size in learned if layout_of(size[1]) == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
         return bits / MEGABYTE_BITS
 
@@ -346,11 +337,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         if next(self._learned(), None) is not None:
             refuse_training(module, args)
 
-    def _check_first_step(self, optimizer: Optimizer, module: nn.Module, args: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            check_optimizer(optimizer, module)
-            self.no_optimizer()
-
     def _extras(self) -> list[nn.Parameter]:
         return [parameter for q in self._by_name.values() for parameter in q.parameters()]
 
@@ -362,9 +348,15 @@ class BaseQuantizer(QuantizeSwitch, ABC):
                 yield from (p for p in quantizer._parameters.values() if p is not None)
 
     def _raw_bits(self) -> float:
-        raw = [plan.sites[0] for plan in self._plans if plan.name not in self._by_name]
-        tensors = [site.read(self.model) for site in raw]
-        return float(sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors))
+        raw = [plan for plan in self._plans if plan.name not in self._by_name]
+        return float(sum(self._bits_of(plan) for plan in raw))
+
+    def _bits_of(self, plan: TensorPlan) -> int:
+        site = plan.sites[0]
+        tensor = site.read(self.model)
+        # What FSDP puts in place may be in the lower precision of its policy.
+        dtype = plan.dtype if is_managed(site.owner(self.model)) else tensor.dtype
+        return 8 * tensor.numel() * dtype.itemsize
 
 
 def quantizer_of(model: nn.Module) -> BaseQuantizer:

@@ -19,7 +19,7 @@ from diffq.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
-from diffq.sharding import reshard, whole_parameters
+from diffq.sharding import is_dtensor, is_managed, reshard, whole_parameters
 from diffq.size import Grouping, total_bits
 
 
@@ -141,7 +141,11 @@ class DiffQWeight(GridQuantizer):
         """Groups and logits, until the bits are frozen."""
         if self.frozen_bits is not None:
             return None
-        return self._grouping, self.logits if self.used or not used_only else self.logits.detach()
+        logits = self.logits if self.used or not used_only else self.logits.detach()
+        if is_managed(self) and not is_dtensor(logits):
+            # FSDP may free what it has gathered before a backward asks for it.
+            logits = logits.clone()
+        return self._grouping, logits
 
     @property
     def _grouping(self) -> Grouping:

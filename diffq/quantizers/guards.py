@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from diffq.attach import quantizers_in
-from diffq.errors import AttachError, OptimizerError, WeightError
+from diffq.errors import AttachError, WeightError
 from diffq.pruning import pruned_names
 from diffq.select import TensorPlan
-from diffq.sharding import is_dtensor, is_sharded
+from diffq.sharding import is_sharded
 
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -85,14 +84,4 @@ def check_detachable(model: nn.Module) -> None:
             "quantizer keeps the parameters. Fill a plain model instead:\n"
             "    state = quantizer.get_quantized_state()  # on every rank\n"
             "    diffq.restore_quantized_state(plain_model, state)"
-        )
-
-
-def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises OptimizerError where `fully_shard` has replaced what an optimizer holds."""
-    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    if is_sharded(model) and not any(map(is_dtensor, held)):
-        raise OptimizerError(
-            "fully_shard has replaced the parameters that the optimizer was given. Make the "
-            "optimizer after fully_shard, then call quantizer.setup_optimizer(optimizer)."
         )

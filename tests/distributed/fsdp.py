@@ -1,5 +1,6 @@
 """What holds for models that FSDP2 shards, checked on each of two ranks."""
 
+import gc
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import diffq
+from diffq import optimizer as optimizer_guards
 from diffq import sharding
 from diffq.attach import quantizers_in
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
@@ -184,12 +186,15 @@ def check_replicated_shards():
 def check_mixed_precision():
     """Under a mixed precision policy, the full precision weights are exported."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, quantizer = train(mp_policy=policy)
-    alone = gathered(model)[1]
+    attach = partial(DIFFQ, exclude=["*.bias"])
+    model, quantizer = train(attach=attach, mp_policy=policy)
+    alone = gathered(model, attach=attach)[1]
+    size = quantizer.model_size()
     with torch.no_grad():
         model(tokens(None))
     # FSDP has left the whole embedding in place, in the lower precision.
     assert model.head.parametrizations.weight.original.dtype == torch.bfloat16
+    torch.testing.assert_close(quantizer.model_size(), size, rtol=1e-3, atol=0)
     assert_exported_alike(quantizer, alone)
 
 
@@ -239,6 +244,19 @@ def check_size_gradient():
         assert (parameter.grad is None) == (single is None)
         if single is not None:
             torch.testing.assert_close(parameter.grad.full_tensor(), single)
+
+
+def check_unused_blocks():
+    """With `used_only`, a block that the last forward left out gets no gradient."""
+    model, quantizer = train()
+    model.zero_grad()
+    left_out, model.blocks = model.blocks[1], model.blocks[:1]
+    model(tokens(None))
+    model.blocks.append(left_out)
+    quantizer.model_size(used_only=True).backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad is not None and bool(sharding.whole(parameter.grad).any())
+        assert gradient == ("logits" in name and "blocks.1" not in name)
 
 
 def check_export_between_forward_and_backward():
@@ -338,6 +356,23 @@ def check_optimizer_made_before():
         model(tokens(None))
     with pytest.raises(diffq.OptimizerError, match="after fully_shard"):
         quantizer.setup_optimizer(optimizer)
+
+
+def check_optimizer_is_known():
+    """The optimizer that was set up is known again, with no search among all objects."""
+    with mock.patch.object(optimizer_guards, "_live_optimizers", side_effect=AssertionError):
+        train()
+
+
+def check_optimizer_made_anew():
+    """A new optimizer without the extras is refused; set up, it is fine."""
+    model, quantizer = train(steps=1)
+    gc.collect()
+    weights = [p for name, p in model.named_parameters() if "logits" not in name]
+    optimizer = torch.optim.SGD(weights, 0.1)
+    with pytest.raises(diffq.OptimizerError, match="made anew"):
+        model(tokens(None))
+    quantizer.setup_optimizer(optimizer)
 
 
 def check_optimizer_given_new_parameters():
