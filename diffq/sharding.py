@@ -50,6 +50,18 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Writes a whole tensor to a parameter; to its parts, the first rank's, if it is sharded."""
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        moved = value.to(sharded.device_mesh.device_type)
+        value = distribute_tensor(moved, sharded.device_mesh, sharded.placements)
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this rank holds, differentiable; it may be empty."""
     sharded: Any = tensor

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffq.checks import check_patterns
 from diffq.errors import ConfigError
+from diffq.kmeans import Clustering
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.blocks import BlockSize, check_blocks, choose_block_size, layer_kind
 from diffq.quantizers.centroids import Centroids
@@ -108,6 +109,12 @@ class ProductQuantizer(BaseQuantizer):
     def _choose(
         self, plan: TensorPlan, settings: ProductSettings, float16: bool, model: nn.Module
     ) -> WeightQuantizer | None:
+        if plan.quantized and plan.pruned:
+            raise ConfigError(
+                f"A block is stored as its codeword, so the pruned weights of {plan.name} would "
+                f"not stay zero. Pass exclude=[{plan.name!r}], or make the pruning permanent with "
+                "torch.nn.utils.parametrize.remove_parametrizations."
+            )
         if plan.quantized:
             kind, size = layer_kind(plan.sites[0].owner(model), plan.shape), settings.block_size
             if isinstance(size, Mapping) or "block_size" not in plan.overrides:
@@ -130,6 +137,7 @@ class ProductQuantizer(BaseQuantizer):
         """Learns the codebooks anew from the weights as they are now; meant for once an epoch.
 
         k-means goes on from the present codebooks. Tensors that a stage has fixed keep theirs.
+        A collective if the model is sharded.
 
         Raises:
             AttachError: the quantizer was detached.
@@ -141,7 +149,8 @@ class ProductQuantizer(BaseQuantizer):
         """Fixes the tensors of the next stage to their nearest codewords, of fresh codebooks.
 
         From then on they are the same in training and in eval, and the optimizer that
-        `setup_optimizer` was given trains their centroids in their place.
+        `setup_optimizer` was given trains their centroids in their place. A collective if the
+        model is sharded.
 
         Returns:
             The names of these tensors; empty once all stages are done.
@@ -155,7 +164,7 @@ class ProductQuantizer(BaseQuantizer):
             if waiting:
                 self._learn(waiting, warm=True)
                 for quantizer in waiting:
-                    quantizer.fix(self._attachment.weight(quantizer).detach())
+                    quantizer.fix()
                 return names
         return ()
 
@@ -163,16 +172,17 @@ class ProductQuantizer(BaseQuantizer):
         return [q for q in self._attachment.quantizers if isinstance(q, ProductWeight)]
 
     def _learn(self, quantizers: list[ProductWeight], warm: bool) -> None:
-        weights = [self._attachment.weight(q).detach() for q in quantizers]
-        real = [
-            (q, weight) for q, weight in zip(quantizers, weights, strict=True) if not weight.is_meta
-        ]
-        for quantizer, weight in real:
-            quantizer.check(weight)
-        total = sum(q.settings.iterations * weight.numel() for q, weight in real)
+        """Learns the codebooks of some tensors: all of them or, after an error, none."""
+        total = sum(q.settings.iterations * q.plan.numel for q in quantizers)
+
+        def learn(q: WeightQuantizer, weight: Tensor) -> tuple[ProductWeight, Clustering] | None:
+            if not isinstance(q, ProductWeight) or q not in quantizers or weight.is_meta:
+                return None
+            return q, q.learn(weight, self._seed, warm, bar)
+
         with ProgressBar("k-means", total) as bar:
-            found = [q.cluster(weight, self._seed, warm, bar) for q, weight in real]
-        for (quantizer, _), clusters in zip(real, found, strict=True):
+            found = self._attachment.each_weight(learn)
+        for quantizer, clusters in filter(None, found):
             quantizer.take(clusters)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -22,6 +22,7 @@ from diffq.quantizers.centroids import (
 )
 from diffq.report import ProgressBar
 from diffq.select import TensorPlan
+from diffq.sharding import put
 from diffq.weight import WeightQuantizer
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
@@ -142,37 +143,45 @@ class ProductWeight(WeightQuantizer):
         """Bits of all indices, and the number of weights."""
         return index_bits(len(self.codebook)) * self.blocks, self.plan.numel
 
-    def cluster(self, weight: Tensor, seed: int, warm: bool, bar: ProgressBar) -> Clustering:
-        """k-means of the weight's blocks, from random blocks or from the codebook."""
+    def learn(self, weight: Tensor, seed: int, warm: bool, bar: ProgressBar) -> Clustering:
+        """k-means of the weight's blocks, from random blocks or from the codebook.
+
+        Returns:
+            The codebook, and the indices of what is nearest once it is stored.
+
+        Raises:
+            WeightError: the weight is not finite.
+        """
+        self._check_finite(weight)
         step = self.plan.numel
 
         def report(iteration: int) -> None:
             bar.advance(step, self.plan.name)
 
-        return kmeans(
-            self._in_blocks(weight).float(),
+        blocks = self._in_blocks(weight).float()
+        found = kmeans(
+            blocks,
             len(self.codebook),
             self.settings.iterations,
             torch.Generator().manual_seed(seed),
             self.codebook.detach() if warm else None,
             report,
         )
+        stored = store_codebook(found.codebook, self.settings.centroids)
+        return replace(found, indices=nearest(blocks, stored.values()))
 
     @torch.no_grad()
     def take(self, found: Clustering) -> None:
-        """Takes a codebook that was learned."""
-        self.codebook.copy_(found.codebook)
+        """Takes what was learned."""
+        put(self.codebook, found.codebook)
         self.indices.copy_(found.indices)
         self.forget()
 
-    @torch.no_grad()
-    def fix(self, weight: Tensor) -> None:
-        """Gives each block its nearest codeword for good."""
-        self.indices.copy_(self._assign(weight, self._stored()))
+    def fix(self) -> None:
+        """Has each block keep the codeword that it was given last."""
         self._set_fixed(True)
 
-    def check(self, weight: Tensor) -> None:
-        """Raises WeightError for weights that cannot be clustered."""
+    def _check_finite(self, weight: Tensor) -> None:
         if not torch.isfinite(weight).all():
             raise WeightError(
                 f"Weights to quantize must be finite, but {self.plan.name} holds NaN or Inf. "
@@ -209,7 +218,7 @@ class ProductWeight(WeightQuantizer):
         if self.fixed:
             return self.indices
         if not torch.compiler.is_compiling():
-            self.check(weight)
+            self._check_finite(weight)
         return nearest(self._in_blocks(weight), stored.values())
 
     def _stored(self) -> StoredCodebook:

@@ -1,6 +1,7 @@
 """What holds under DistributedDataParallel, checked on each of two ranks."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,23 @@ def check_every_quantizer():
     for attach in QUANTIZERS.values():
         wrapped, quantizer = train(mlp, attach)
         assert same_on_ranks(*wrapped.parameters(), file_of(quantizer))
+
+
+def check_codebooks():
+    """Codebooks are learned and centroids trained alike on both ranks, without asking for more."""
+    wrapped, quantizer = train(mlp, partial(QUANTIZERS["product"], stages=["0.*"]))
+    quantizer.refresh()
+    assert quantizer.quantize_stage() == ("0.weight",)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
+    quantizer.setup_optimizer(optimizer, lr=0.3)
+    codebook = wrapped.module[0].parametrizations.weight[0].codebook
+    before = codebook.detach().clone()
+    for x in batches(inputs, dist.get_rank(), 3):
+        optimizer.zero_grad()
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+    assert same_on_ranks(*wrapped.parameters(), *wrapped.buffers(), file_of(quantizer))
+    assert not torch.equal(codebook, before)
 
 
 def check_eval():

@@ -112,15 +112,48 @@ def assert_exported_alike(quantizer, alone):
     assert same_on_ranks(quantizer.model_size(), sizes[0], file_of(quantizer))
 
 
+PRODUCT = partial(
+    diffq.ProductQuantizer,
+    min_size=0,
+    codebook_size=4,
+    block_size=2,
+    overrides={"blocks.*.2.weight": {"block_size": 3}},
+)
+
+
 def check_every_quantizer():
     """What is exported while sharded is what one process exports of the gathered weights."""
-    for attach in (*QUANTIZERS.values(), partial(DIFFQ, float16=True, exclude=["*.bias"])):
+    kinds = {**QUANTIZERS, "product": PRODUCT}
+    for attach in (*kinds.values(), partial(DIFFQ, float16=True, exclude=["*.bias"])):
         model, quantizer = train(attach=attach)
         before = parameters_of(model)
         assert_exported_alike(quantizer, gathered(model, attach=attach)[1])
         for (one, value), (other, after) in zip(before, parameters_of(model), strict=True):
             assert one == other
             assert torch.equal(value, after)
+
+
+def check_codebooks():
+    """Codebooks are learned from whole weights, and centroids trained, alike on all ranks."""
+    attach = partial(PRODUCT, stages=["blocks.*"], centroids="int8")
+    model, quantizer = train(attach=attach)
+    alone, expected = gathered(model, attach=attach)
+    quantizer.refresh()
+    expected.refresh()
+    indices = [(n, buffer) for n, buffer in alone.named_buffers() if n.endswith("indices")]
+    assert all(torch.equal(buffer, model.get_buffer(name)) for name, buffer in indices)
+    assert len(quantizer.quantize_stage()) == 4
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    quantizer.setup_optimizer(optimizer, lr=0.3)
+    codebook = model.blocks[0][0].parametrizations.weight[0].codebook
+    before = codebook.full_tensor().clone()
+    for batch in batches(tokens, dist.get_rank(), 2):
+        model(batch).square().mean().backward()
+        optimizer.step()
+    sharding.reshard(model)
+    codebook = model.blocks[0][0].parametrizations.weight[0].codebook
+    assert not torch.equal(codebook.full_tensor(), before)
+    assert_exported_alike(quantizer, gathered(model, attach=attach)[1])
 
 
 def check_whole_tensor_groups():
