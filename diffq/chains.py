@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diffq.select import TensorPlan
 from diffq.weight import WeightQuantizer
 
 
@@ -74,3 +76,15 @@ def reorder(owner: nn.Module, order: list[str]) -> None:
     parameters.update(owner._parameters)
     owner._parameters.clear()
     owner._parameters.update(parameters)
+
+
+def bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
+    """Sets a tensor of a detached model at every place; whatever computed it is removed."""
+    for site in plan.sites:
+        if parametrize.is_parametrized(site.owner(model), site.attribute):
+            # The tensor was computed from others, which cannot give this very value.
+            parametrize.remove_parametrizations(
+                site.owner(model), site.attribute, leave_parametrized=True
+            )
+    with torch.no_grad():
+        plan.sites[0].read(model).copy_(value)
