@@ -83,6 +83,8 @@ def work(contender: str, threads: int) -> dict[str, Any]:
 
 def measure(contender: str, python: str, threads: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    # Threads that wait must not take the cores from those that work.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     command = [python, __file__, "--work", contender, "--threads", str(threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

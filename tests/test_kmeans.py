@@ -89,6 +89,11 @@ def test_nearest_in_chunks(count, size):
     assert torch.equal(nearest(blocks, codebook), brute_force(blocks, codebook).argmin(1))
 
 
+def test_nearest_of_nothing():
+    """No blocks have no codewords."""
+    assert nearest(torch.empty(0, 3), torch.ones(2, 3)).shape == (0,)
+
+
 def test_first_of_equals():
     """Of several codewords at the same distance, the first is taken, in other tiles too."""
     codebook = torch.zeros(600, 2)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import diffq
@@ -375,3 +376,13 @@ def test_blocks_of_convolutions_that_cut_kernels():
     with pytest.raises(diffq.ConfigError, match=r"whole kernels of 9.*got block_size 6.*size': 9"):
         attach(model, overrides={"0.weight": {"block_size": 6}})
     attach(model, overrides={"0.weight": {"block_size": 3}})
+
+
+def test_pruned_weights_are_refused():
+    """Codewords would not keep pruned weights at zero, so a pruned tensor is refused by name."""
+    model = seeded(mlp)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    diffq.parametrize_pruning(model)
+    with pytest.raises(diffq.ConfigError, match=r"0\.weight would not stay zero.*exclude"):
+        attach(model)
+    attach(model, exclude=["0.weight"])
