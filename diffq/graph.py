@@ -51,11 +51,11 @@ def call_before_backward(output: Any, call: Callable[[], None]) -> bool:
     is over before that of an earlier one begins.
     """
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    for leaf in leaves:
-        # Parameters among the outputs outlive this forward, and so would a hook on them.
-        if leaf.requires_grad and not leaf.is_leaf:
-            leaf.register_hook(lambda grad: call())  # type: ignore[no-untyped-call]
-    return bool(leaves)
+    # Parameters among the outputs outlive this forward, and so would a hook on them.
+    computed = [leaf for leaf in leaves if leaf.requires_grad and not leaf.is_leaf]
+    for leaf in computed:
+        leaf.register_hook(lambda grad: call())  # type: ignore[no-untyped-call]
+    return bool(computed) or (bool(leaves) and not torch.is_grad_enabled())
 
 
 def use_samples(samples: dict[WeightQuantizer, Sample]) -> None:
@@ -63,18 +63,10 @@ def use_samples(samples: dict[WeightQuantizer, Sample]) -> None:
     for quantizer, sample in samples.items():
         quantizer.current = sample
     engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: _end_backward(samples))
+    engine.queue_callback(lambda: take_samples_away(samples))
 
 
 def take_samples_away(quantizers: Iterable[WeightQuantizer]) -> None:
     """Leaves weight quantizers without the sample of a forward."""
     for quantizer in quantizers:
         quantizer.current = None
-
-
-def _end_backward(samples: dict[WeightQuantizer, Sample]) -> None:
-    take_samples_away(samples)
-    # The output may outlive its backward by long, and this goes with it. Only where parts
-    # of the forward were computed again can another backward through them come.
-    if not any(sample.read_again for sample in samples.values()):
-        samples.clear()

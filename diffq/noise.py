@@ -137,7 +137,7 @@ class PseudoNoise(torch.autograd.Function):
         weight, value, logits = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _twice_differentiable(weight, value, logits, ctx.law, ctx.group_size, grad)
-        sums = _group_sums((value - weight).mul_(grad), ctx.group_size)
+        sums = _group_sums((grid.widen(value) - weight).mul_(grad), ctx.group_size)
         for_weight = _add_range_gradient(grad, weight, sums.sum())
         if logits is None:
             return for_weight, None, None, None, None
@@ -197,9 +197,10 @@ def _twice_differentiable(
             step = step * (count.detach() / count)
         error = grid.to_groups((value - weight).detach(), group_size)
         noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
-        inputs = [weight] if logits is None else [weight, logits]
+        inputs = [t for t in (weight, logits) if t is not None and t.requires_grad]
         grads = torch.autograd.grad(noisy.to(weight.dtype), inputs, grad, create_graph=True)
-    return grads[0], None, grads[1] if logits is not None else None, None, None
+    found = {id(t): gradient for t, gradient in zip(inputs, grads, strict=True)}
+    return found.get(id(weight)), None, found.get(id(logits)), None, None
 
 
 class StraightThrough(torch.autograd.Function):

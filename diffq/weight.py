@@ -55,6 +55,7 @@ class Sample:
             parametrization computes anew at each access.
         value: the perturbed or quantized weight, a constant.
         connected: the value with its gradient; None where the forward needs none.
+        reads: how often the forward read it.
         read_without_grad: the value was read where gradients are off.
         read_again: it was read in a backward, which computes parts of its forward again.
     """
@@ -62,6 +63,7 @@ class Sample:
     weight: Tensor | None
     value: Tensor | None
     connected: Tensor | None
+    reads: int = 0
     read_without_grad: bool = False
     read_again: bool = False
 
@@ -72,9 +74,10 @@ class Sample:
     def release(self) -> None:
         """Lets go of the value once its gradient is complete, so that memory is freed early.
 
-        Whatever computes parts of the forward again has read it by then.
+        Read once, it was either in a part of the forward that this backward has computed
+        again by now, or in one that none will. Of several readings, some may still come.
         """
-        if not self.read_again:
+        if self.reads < 2 and not self.read_again:
             self.value = self.connected = None
 
 
@@ -82,7 +85,7 @@ class Sample:
 class _Cached:
     """The true quantized weight, and what it was computed from."""
 
-    weight: weakref.ref[Tensor]
+    sources: tuple[weakref.ref[Tensor], ...]
     key: tuple[int, ...]
     quantized: Tensor
     version: int
@@ -200,7 +203,7 @@ class WeightQuantizer(nn.Module, ABC):
             parameter = weight if isinstance(weight, nn.Parameter) else None
             self.current = Sample(parameter, value, connected)
             if connected is not None and connected.requires_grad:
-                _release_after_backward(connected, self.current)
+                _release_after_backward(connected, self.current, self.forward_state)
 
     def _goes_on(self) -> bool:
         return self.forward_state.depth > 0 or _in_backward()
@@ -209,6 +212,7 @@ class WeightQuantizer(nn.Module, ABC):
         value = current.value
         if value is None:
             raise RuntimeError("A sample that was released serves no reading.")
+        current.reads += 1
         if not torch.is_grad_enabled():
             current.read_without_grad = True
             return value.to(weight.dtype)
@@ -249,8 +253,11 @@ class WeightQuantizer(nn.Module, ABC):
             current = self.current
             if current is None or not current.serves(weight) or self.forward_state.depth == 0:
                 return None
+            if not torch.is_grad_enabled() or current.connected is None:
+                return None
             self.used = True
-            return current.connected if torch.is_grad_enabled() else None
+            current.reads += 1
+            return current.connected
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
         return self._cached_for(weight, self._fingerprint(weight))
@@ -283,22 +290,30 @@ class WeightQuantizer(nn.Module, ABC):
             return cached
         quantized = self._evaluate(weight)
         if key is not None:
-            self._cached = _Cached(weakref.ref(weight), key, quantized, quantized._version)
+            sources = tuple(weakref.ref(source) for source in self._sources(weight))
+            self._cached = _Cached(sources, key, quantized, quantized._version)
         return quantized
 
     def _cached_for(self, weight: Tensor, key: tuple[int, ...] | None) -> Tensor | None:
         cached = self._cached
-        if cached is None or cached.key != key or cached.weight() is not weight:
+        if cached is None or cached.key != key:
+            return None
+        # A tensor may have the address and the version of one that is gone.
+        sources = self._sources(weight)
+        if any(ref() is not source for ref, source in zip(cached.sources, sources, strict=True)):
             return None
         return cached.quantized if cached.quantized._version == cached.version else None
+
+    def _sources(self, weight: Tensor) -> list[Tensor]:
+        """What the quantized weight is computed from."""
+        return [weight, *(learned for learned in self._parameters.values() if learned is not None)]
 
     def _fingerprint(self, weight: Tensor) -> tuple[int, ...] | None:
         """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
         try:
-            key: tuple[int, ...] = weight._version, weight.data_ptr()
-            for learned in self._parameters.values():
-                if learned is not None:
-                    key += learned._version, learned.data_ptr()
+            key: tuple[int, ...] = ()
+            for source in self._sources(weight):
+                key += source._version, source.data_ptr()
             return key
         except RuntimeError:
             # Tensors made in inference mode count no versions; functorch's have no memory.
@@ -309,7 +324,7 @@ class WeightQuantizer(nn.Module, ABC):
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
 
 
-def _release_after_backward(connected: Tensor, sample: Sample) -> None:
+def _release_after_backward(connected: Tensor, sample: Sample, state: ForwardState) -> None:
     if torch.compiler.is_compiling():
         return
     # Weakly, because the sample holds the tensor whose hook this is.
@@ -317,7 +332,8 @@ def _release_after_backward(connected: Tensor, sample: Sample) -> None:
 
     def _release(grad: Tensor) -> None:
         there = held()
-        if there is not None:
+        # A backward may run inside of the forward, which then reads on.
+        if there is not None and not state.depth:
             there.release()
 
     connected.register_hook(_release)  # type: ignore[no-untyped-call]

@@ -56,8 +56,9 @@ class LearnedScale(torch.autograd.Function):
         """Gradients of the weight and the scale."""
         weight, value, scale = ctx.saved_tensors
         ratio = widen(weight) / scale
-        for_weight = grad * ((ratio >= ctx.lowest) & (ratio <= ctx.highest))
-        total = (value * grad).sum() - (widen(weight) * for_weight).sum()
+        inside = (ratio >= ctx.lowest) & (ratio <= ctx.highest)
+        for_weight = grad * inside
+        total = ((value - widen(weight) * inside) * widen(grad)).sum()
         share = 1 / math.sqrt(weight.numel() * ctx.highest)
         return for_weight, None, (total / scale * share).to(scale.dtype), None, None
 
@@ -82,7 +83,7 @@ class LSQWeight(WeightQuantizer):
     def sample(self, weight: Tensor) -> Tensor:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
         scale = self._positive_scale().to(widen(weight).dtype)
-        levels = (weight / scale).clamp_(self.lowest, self.highest).round_()
+        levels = (widen(weight) / scale).clamp_(self.lowest, self.highest).round_()
         return levels.mul_(scale)
 
     def connect(self, weight: Tensor, value: Tensor) -> Tensor:
