@@ -14,20 +14,18 @@ again, the benchmark goes on with the rows that are missing.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402 (the root must be on the path first)
+from methods_report import Results, markdown, plot
+from methods_rows import Row, rows_of
+from methods_run import Runner
+from methods_tasks import TASKS, Task
 
-from benchmarks.methods_report import Results, markdown, plot  # noqa: E402
-from benchmarks.methods_rows import Row, rows_of  # noqa: E402
-from benchmarks.methods_run import Runner  # noqa: E402
-from benchmarks.methods_tasks import TASKS, Task  # noqa: E402
+RESULTS = Path(__file__).parent / "results" / "methods.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results",
         type=Path,
-        default=ROOT / "benchmarks" / "results" / "methods.json",
+        default=RESULTS,
         metavar="FILE",
         help="where rows are kept (default: benchmarks/results/methods.json)",
     )

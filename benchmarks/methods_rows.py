@@ -9,8 +9,8 @@ from functools import partial
 from torch import nn
 
 import diffq
-from benchmarks.methods_tasks import Task
 from diffq.quantizers.base import BaseQuantizer
+from methods_tasks import Task
 
 #: MB; smaller parameters than this stay in float32.
 MIN_SIZE = 0.003

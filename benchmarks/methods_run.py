@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import diffq
-from benchmarks.methods_rows import MIN_SIZE, WHOLE, Phase, Row
-from benchmarks.methods_tasks import Task
 from common import MEGABYTE, train
 from diffq.quantizers.base import BaseQuantizer
+from methods_rows import MIN_SIZE, WHOLE, Phase, Row
+from methods_tasks import Task
 
 #: Peak learning rate of later phases, as a part of that of the first.
 FINETUNE = 0.5

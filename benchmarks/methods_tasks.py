@@ -57,11 +57,11 @@ def language_model() -> Task:
 
     return Task(
         name="language-model",
-        steps=450,
+        steps=300,
         make=lambda student: example.Transformer(width=32 if student else 64, layers=2),
         draw=draw,
         evaluate=lambda model: example.bits_per_character(model, valid_text),
-        optimizer=example.make_optimizer,
+        optimizer=lambda model: example.make_optimizer(model, lr=4e-3),
         product={"blocks of 8": {"block_size": 8}, "blocks of 4": {"block_size": 4}},
         stages=[["*.widen.*", "*.narrow.*"], ["embed.*", "position.*"]],
         lambdas=(0.1, 1, 5, 20),
