@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+#: What was measured of one row with one seed.
 Result = dict[str, Any]
 
 #: Task to the name of its quality, and the format of it.
@@ -14,6 +15,8 @@ QUALITY = {
     "language-model": ("bits/character", "{:.3f}"),
     "digits": ("accuracy, %", "{:.1f}"),
 }
+HEADER = ["bytes on disk", "times smaller", "bits"]
+MARKERS = "osD^v<>"
 
 
 class Results:
@@ -32,77 +35,85 @@ class Results:
         self.rows.append(row)
         lines = ",\n".join(map(json.dumps, self.rows))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        partial.replace(self.path)
+        unfinished = self.path.with_suffix(".partial")
+        unfinished.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        unfinished.replace(self.path)
+
+
+def average(runs: list[Result]) -> Result:
+    """One row for all seeds of a method."""
+    return {**runs[0], **{key: mean(run[key] for run in runs) for key in ("quality", "bytes")}}
+
+
+def methods_of(rows: list[Result], task: str) -> dict[str, list[Result]]:
+    """Method to its runs, in the order of the seeds."""
+    methods: dict[str, list[Result]] = {}
+    for row in rows:
+        if row["task"] == task:
+            methods.setdefault(row["method"], []).append(row)
+    return {name: sorted(runs, key=lambda run: run["seed"]) for name, runs in methods.items()}
 
 
 def markdown(rows: list[Result]) -> str:
     """A table for each task."""
     tasks = dict.fromkeys(row["task"] for row in rows)
-    return "\n\n".join(task_table(task, [r for r in rows if r["task"] == task]) for task in tasks)
+    return "\n\n".join(
+        f"### {task}\n\n{aligned(task_cells(task, methods_of(rows, task)))}" for task in tasks
+    )
 
 
-def task_table(task: str, rows: list[Result]) -> str:
-    """Means over seeds; each seed's quality in brackets where there are several."""
-    quality, digits = QUALITY[task]
-    cells = [["method", quality, "bytes on disk", "times smaller", "bits"]]
-    by_method = grouped(rows)
-    full = mean(row["bytes"] for row in by_method.get("float32", []) or [{"bytes": float("nan")}])
-    for method, runs in by_method.items():
-        shown = digits.format(mean(row["quality"] for row in runs))
+def task_cells(task: str, methods: dict[str, list[Result]]) -> list[list[str]]:
+    """Header and rows: means over seeds, and the quality of each seed where there are several."""
+    quality, number = QUALITY[task]
+    cells = [["method", quality, *HEADER]]
+    whole = average(methods["float32"])["bytes"] if "float32" in methods else float("nan")
+    for method, runs in methods.items():
+        row = average(runs)
+        shown = number.format(row["quality"])
         if len(runs) > 1:
-            shown += f" ({', '.join(digits.format(row['quality']) for row in runs)})"
-        size, bits = (mean(row[key] for row in runs) for key in ("bytes", "mean_bits"))
-        cells.append([method, shown, f"{size:,.0f}", f"{full / size:.1f}", f"{bits:.2f}"])
-    return f"**{task}**\n\n{aligned(cells)}"
-
-
-def grouped(rows: list[Result]) -> dict[str, list[Result]]:
-    """Method to its runs, in the order of the seeds."""
-    methods: dict[str, list[Result]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        methods.setdefault(row["method"], []).append(row)
-    return methods
+            shown += f" ({', '.join(number.format(run['quality']) for run in runs)})"
+        size = row["bytes"]
+        cells.append(
+            [method, shown, f"{size:,.0f}", f"{whole / size:.1f}", f"{row['mean_bits']:.2f}"]
+        )
+    return cells
 
 
 def aligned(cells: list[list[str]]) -> str:
     """A Markdown table whose columns also line up as text; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [cells[0], rule, *cells[1:]]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )
+    padded = [
+        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        for line in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def plot(rows: list[Result], path: Path) -> None:
-    """Quality against bytes, a panel for each task, a line for each family; the first seed."""
+    """Quality against bytes: a panel for each task, a line for each family of methods."""
     from matplotlib import colormaps, rcParams
     from matplotlib.figure import Figure
 
     rcParams["svg.hashsalt"] = "diffq"  # the same results give the same file
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = list(dict.fromkeys(row["family"] for row in rows))
-    figure = Figure(figsize=(6 * len(tasks), 5.5), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(tasks), 7), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        runs = [average(runs) for runs in methods_of(rows, task).values()]
         for number, family in enumerate(families):
             points = sorted(
-                (row["bytes"] / 1000, row["quality"])
-                for row in rows
-                if (row["task"], row["family"], row["seed"]) == (task, family, 0)
+                (run["bytes"] / 1000, run["quality"]) for run in runs if run["family"] == family
             )
-            style = {"marker": "osD^v<>"[number % 7], "color": colormaps["tab20"](number % 20)}
-            line = "" if family == "subset" else "-"
-            axes.plot(*zip(*points, strict=True), line, label=family, markersize=5, **style)
+            axes.plot(
+                [size for size, _ in points],
+                [quality for _, quality in points],
+                MARKERS[number % len(MARKERS)] + ("" if family == "subset" else "-"),
+                color=colormaps["tab20"](number % 20),
+                markersize=5,
+                label=family,
+            )
         axes.set(title=task, xlabel="kB on disk", ylabel=QUALITY[task][0], xscale="log")
         axes.grid(alpha=0.3, which="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, metadata=metadata)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -67,7 +67,7 @@ FIRST = Phase(2 / 3)
 
 
 def rows_of(task: Task) -> list[Row]:
-    return [Row("float32", "", (WHOLE,)), *scalar(task), *product(task), *subsets()]
+    return [Row("float32", "", (WHOLE, Phase(0))), *scalar(task), *product(task), *subsets()]
 
 
 def scalar(task: Task) -> list[Row]:
