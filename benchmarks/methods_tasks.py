@@ -52,7 +52,7 @@ def language_model() -> Task:
     valid_text = valid_text[:100_000]
 
     def draw(generator: torch.Generator) -> Batch:
-        sequences = example.random_sequences(train_text, generator, batch=4).long()
+        sequences = example.random_sequences(train_text, generator, batch=8).long()
         return sequences[:, :-1], sequences[:, 1:]
 
     return Task(
@@ -61,7 +61,7 @@ def language_model() -> Task:
         make=lambda student: example.Transformer(width=32 if student else 64, layers=2),
         draw=draw,
         evaluate=lambda model: example.bits_per_character(model, valid_text),
-        optimizer=lambda model: example.make_optimizer(model, lr=5e-3),
+        optimizer=example.make_optimizer,
         product={"blocks of 8": {"block_size": 8}, "blocks of 4": {"block_size": 4}},
         stages=[["*.widen.*", "*.narrow.*"], ["embed.*", "position.*"]],
         lambdas=(0.1, 1, 5, 20),

@@ -130,8 +130,8 @@ class Result:
     seconds: float
 
 
-def make_optimizer(model: nn.Module, lr: float = 2e-3) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def run(method: Method, train_text: Tensor, valid_text: Tensor, args: argparse.Namespace) -> Result:
