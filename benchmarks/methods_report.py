@@ -7,6 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib import colormaps, rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 #: What was measured of one row with one seed.
 Result = dict[str, Any]
 
@@ -17,6 +21,9 @@ QUALITY = {
 }
 HEADER = ["bytes on disk", "times smaller", "bits"]
 MARKERS = "osD^v<>"
+TICKS = (20, 50, 100, 200, 500, 1000)
+#: Qualities that the plot shows, where single methods would squeeze all others.
+LIMITS = {"digits": (91.0, 97.2)}
 
 
 class Results:
@@ -92,9 +99,6 @@ def aligned(cells: list[list[str]]) -> str:
 
 def plot(rows: list[Result], path: Path) -> None:
     """Quality against bytes: a panel for each task, a line for each family of methods."""
-    from matplotlib import colormaps, rcParams
-    from matplotlib.figure import Figure
-
     rcParams["svg.hashsalt"] = "diffq"  # the same results give the same file
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = list(dict.fromkeys(row["family"] for row in rows))
@@ -102,18 +106,25 @@ def plot(rows: list[Result], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         runs = [average(runs) for runs in methods_of(rows, task).values()]
         for number, family in enumerate(families):
-            points = sorted(
-                (run["bytes"] / 1000, run["quality"]) for run in runs if run["family"] == family
-            )
-            axes.plot(
-                [size for size, _ in points],
-                [quality for _, quality in points],
-                MARKERS[number % len(MARKERS)] + ("" if family == "subset" else "-"),
-                color=colormaps["tab20"](number % 20),
-                markersize=5,
-                label=family,
-            )
+            draw_family(axes, number, family, [run for run in runs if run["family"] == family])
         axes.set(title=task, xlabel="kB on disk", ylabel=QUALITY[task][0], xscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks(TICKS, list(map(str, TICKS)))
+        axes.minorticks_off()
+        axes.set_ylim(LIMITS.get(task))
+        axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw_family(axes: Axes, number: int, family: str, runs: list[Result]) -> None:
+    """A line of its sizes; subsets are points with their names."""
+    runs = sorted(runs, key=lambda run: run["bytes"])
+    points = [(run["bytes"] / 1000, run["quality"]) for run in runs]
+    style = MARKERS[number % len(MARKERS)] + ("" if family == "subset" else "-")
+    color = colormaps["tab20"](number % 20)
+    sizes, qualities = [size for size, _ in points], [quality for _, quality in points]
+    axes.plot(sizes, qualities, style, color=color, markersize=5, label=family)
+    if family == "subset":
+        for run, point in zip(runs, points, strict=True):
+            name = run["method"].removeprefix("subset, ")
+            axes.annotate(name, point, (4, 4), textcoords="offset points", size=8)
