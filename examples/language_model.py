@@ -40,14 +40,14 @@ METHODS = ["float32", "qat", "gaussian", "uniform", "rounding", "rounding-1bit"]
 class Block(nn.Module):
     """A pre-norm transformer layer: causal attention, then a GELU network."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.feed_norm = nn.LayerNorm(WIDTH)
-        self.widen = nn.Linear(WIDTH, 4 * WIDTH)
-        self.narrow = nn.Linear(4 * WIDTH, WIDTH)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.project(self.attend(self.attention_norm(x)))
@@ -64,12 +64,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Predicts the next byte of each position; the head's weight is the embedding's."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, layers: int = LAYERS) -> None:
         super().__init__()
-        self.embed = nn.Embedding(SYMBOLS, WIDTH)
-        self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
+        self.embed = nn.Embedding(SYMBOLS, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -96,9 +96,14 @@ def nats(model: nn.Module, sequences: Tensor) -> Tensor:
     return F.cross_entropy(model(sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten())
 
 
+def random_sequences(text: Tensor, generator: torch.Generator, batch: int = BATCH) -> Tensor:
+    """A training batch, uint8 [batch, CONTEXT + 1]."""
+    starts = torch.randint(len(text) - CONTEXT, (batch, 1), generator=generator)
+    return text[starts + torch.arange(CONTEXT + 1)]
+
+
 def training_loss(model: nn.Module, text: Tensor, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-    return nats(model, text[starts + torch.arange(CONTEXT + 1)])
+    return nats(model, random_sequences(text, generator))
 
 
 @torch.no_grad()

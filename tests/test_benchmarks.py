@@ -1,4 +1,4 @@
-"""The benchmark of training: its arithmetic, its table, and one run of it."""
+"""The benchmarks of training and of methods: their arithmetic, tables, and one run of each."""
 
 import json
 import subprocess
@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import methods_report
 from benchmarks.training_report import HEADER, compare, markdown, summarize, write
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPT = BENCHMARKS / "training.py"
 
 ANSWERS = {
     "plain": {"device": "cpu", "peak_mb": 100.0, "quantized_mb": 20.0},
@@ -100,3 +102,52 @@ def test_earlier_package_needs_its_python():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--earlier PYTHON" in done.stderr
+
+
+def method(name, seed, quality, size):
+    """A result of the benchmark of methods."""
+    return {
+        "task": "digits",
+        "method": name,
+        "seed": seed,
+        "steps": 3,
+        "family": name.split(",")[0],
+        "quality": quality,
+        "bytes": size,
+        "mean_bits": 4.0,
+        "seconds": 1.0,
+    }
+
+
+def test_table_of_methods():
+    """Seeds are averaged and shown; sizes are put in proportion to float32's."""
+    rows = [method("float32", 0, 97, 1000), method("LSQ, 2 bits", 1, 90, 90)]
+    rows.append(method("LSQ, 2 bits", 0, 92, 110))
+    title, _, header, rule, whole, lsq = methods_report.markdown(rows).splitlines()
+    assert title == "### digits"
+    assert len({len(line) for line in (header, rule, whole, lsq)}) == 1
+    assert [cell.strip() for cell in lsq.split("|")[1:-1]] == [
+        "LSQ, 2 bits",
+        "91.0 (92.0, 90.0)",
+        "100",
+        "10.0",
+        "4.00",
+    ]
+
+
+def test_methods_go_on(tmp_path):
+    """Rows that are there are kept, missing ones are trained, and all get into table and plot."""
+    results, picture = tmp_path / "results.json", tmp_path / "plot.svg"
+    before = method("float32", 0, 12.5, 10**6)
+    methods_report.Results(results).add(before)
+    command = [sys.executable, str(BENCHMARKS / "methods.py"), "--tasks", "digits", "--steps", "3"]
+    command += ["--rows", "float32", "iPQ, blocks of 9", "subset, Q+P"]
+    command += ["--results", str(results), "--plot", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, *added = json.loads(results.read_text(encoding="utf-8"))
+    assert kept == before
+    assert [row["method"] for row in added] == ["iPQ, blocks of 9", "subset, Q+P"]
+    assert all(20_000 < row["bytes"] < 200_000 and 0 <= row["quality"] <= 100 for row in added)
+    assert methods_report.markdown([kept, *added]) in done.stdout
+    assert "<svg" in picture.read_text(encoding="utf-8")
