@@ -63,7 +63,7 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "draw: torch.randn": lambda: torch.randn(count),
         "draw: normal_ into a buffer": buffer.normal_,
         "draw: NumPy's fastest generator": numpy_draw,
-        "draw: pieces in threads (used)": lambda: noise.draw_(buffer, "gaussian"),
+        "draw: pieces in threads (used)": lambda: noise.draw_([buffer], "gaussian"),
         "sample: draw, scale, add (used)": lambda: noise.perturb(
             [stored], [step], [group_size], "gaussian"
         ),

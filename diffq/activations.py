@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from diffq.attach import quantizers_in
+from diffq.chains import quantizers_in
 from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError
 from diffq.grid import widen

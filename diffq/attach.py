@@ -8,7 +8,6 @@ object stays the same, so that an optimizer made before still owns it.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -17,16 +16,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from diffq.chains import (
+    chain_at,
+    chains,
+    original_names,
+    originals,
+    own_class,
+    quantizers_at,
+    reorder,
+    unregister,
+)
 from diffq.errors import AttachError
 from diffq.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
+from diffq.holding import TrainingHold, hold_in_forward
 from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
 from diffq.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
 
 T = TypeVar("T")
-
-_DEAD: Any = weakref.ref(nn.Module())
 
 
 class Attachment:
@@ -79,16 +87,14 @@ class Attachment:
                 another shape, or tied tensors were untied.
         """
         chain, *others = (self._chain(site, quantizer) for site in quantizer.plan.sites)
-        originals = _originals(chain)
+        inputs = originals(chain)
         if any(
-            a is not b
-            for other in others
-            for a, b in zip(originals, _originals(other), strict=True)
+            a is not b for other in others for a, b in zip(inputs, originals(other), strict=True)
         ):
             raise AttachError(_untied(quantizer.plan))
         for module in list(chain)[:-1]:
-            originals = [module(*originals)]
-        (weight,) = originals
+            inputs = [module(*inputs)]
+        (weight,) = inputs
         if weight.shape != quantizer.plan.shape:
             was, now = list(quantizer.plan.shape), list(weight.shape)
             raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
@@ -147,9 +153,9 @@ class Attachment:
                 follower.remove()
             quantizer.mode_followers.clear()
         for owner, attribute, quantizer in self._places:
-            _unregister(owner, attribute, quantizer)
+            unregister(owner, attribute, quantizer)
         for owner, order in self._orders.items():
-            _reorder(owner, order)
+            reorder(owner, order)
         for owner, shared in self._classes.items():
             owner.__class__ = shared
         self._places.clear()
@@ -163,23 +169,23 @@ class Attachment:
             self._orders[owner] = list(owner._parameters)
             if parametrize.is_parametrized(owner):
                 self._classes[owner] = type(owner)
-                owner.__class__ = _own_class(owner)
+                owner.__class__ = own_class(owner)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
             self._handles.append(load_hook)
             if isinstance(owner, nn.RNNBase):
-                self._handles += _hold_in_forward(owner)
+                self._handles += hold_in_forward(owner)
         if isinstance(owner, nn.MultiheadAttention):
-            quantizer.mode_followers.append(_TrainingHold(owner))
-        chain = _chain_at(owner, site.attribute)
+            quantizer.mode_followers.append(TrainingHold(owner))
+        chain = chain_at(owner, site.attribute)
         unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
-        _chains(owner)[site.attribute].unsafe = unsafe
+        chains(owner)[site.attribute].unsafe = unsafe
         shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
         owner = site.owner(self.model)
-        chain = _chain_at(owner, site.attribute)
+        chain = chain_at(owner, site.attribute)
         if chain is None or list(chain)[-1] is not quantizer:
             raise AttachError(site.changed("was replaced or parametrized"))
         return chain
@@ -193,7 +199,7 @@ class Attachment:
         return tensor
 
     def _chains_of(self, plan: TensorPlan) -> list[nn.Module]:
-        chains = (_chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
+        chains = (chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
         return [chain for chain in chains if chain is not None]
 
     def _weight_to_sample(self, quantizer: WeightQuantizer) -> Tensor:
@@ -250,66 +256,10 @@ class Attachment:
         # load_state_dict(assign=True) makes one parameter for each name of a tied one.
         for quantizer in self.quantizers:
             first, *others = quantizer.plan.sites
-            for name in _original_names(self._chain(first, quantizer)):
+            for name in original_names(self._chain(first, quantizer)):
                 tensor = getattr(self._chain(first, quantizer), name)
                 for site in others:
                     setattr(self._chain(site, quantizer), name, tensor)
-
-
-class _TrainingHold:
-    """Computes the weights of a module once for each of its training forwards.
-
-    Only while the module trains: in eval mode hooks would keep attention from its
-    fast path, and the weights are cached anyway.
-    """
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-        self.handles: list[RemovableHandle] = []
-
-    def set_training(self, training: bool) -> None:
-        """Follows the mode of the module's weight quantizers."""
-        if training and not self.handles:
-            self.handles = _hold_in_forward(self.owner)
-        elif not training:
-            self.remove()
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-
-def _hold_in_forward(owner: nn.Module) -> list[RemovableHandle]:
-    return [
-        owner.register_forward_pre_hook(_hold_weights),
-        owner.register_forward_hook(_release_weights, always_call=True),
-    ]
-
-
-def quantizers_in(model: nn.Module) -> list[WeightQuantizer]:
-    """The weight quantizers that sit on a model, each once."""
-    return [module for module in model.modules() if isinstance(module, WeightQuantizer)]
-
-
-def _chain_at(owner: nn.Module, name: str) -> parametrize.ParametrizationList | None:
-    if not parametrize.is_parametrized(owner, name):
-        return None
-    return _chains(owner)[name]
-
-
-def _chains(owner: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    chains: Any = owner.parametrizations
-    return dict(chains.items())
-
-
-def _original_names(chain: parametrize.ParametrizationList) -> list[str]:
-    return ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
-
-
-def _originals(chain: parametrize.ParametrizationList) -> list[Tensor]:
-    return [getattr(chain, name) for name in _original_names(chain)]
 
 
 def _untied(plan: TensorPlan) -> str:
@@ -319,65 +269,14 @@ def _untied(plan: TensorPlan) -> str:
     )
 
 
-def _unregister(owner: nn.Module, name: str, quantizer: WeightQuantizer) -> None:
-    chain = _chain_at(owner, name)
-    if chain is None or quantizer not in list(chain):
-        return
-    if len(chain) > 1:
-        del chain[list(chain).index(quantizer)]
-        return
-    owner.__class__ = _own_class(owner)
-    parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
-    if isinstance(owner, nn.RNNBase):
-        owner._init_flat_weights()
-
-
-def _own_class(owner: nn.Module) -> type[nn.Module]:
-    """A copy of a parametrized module's class, which its deep copies share with it.
-
-    torch adds and removes properties there, and must not do so for other modules.
-    """
-    shared = type(owner)
-    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    return type(shared.__name__, shared.__bases__, members)
-
-
-def _reorder(owner: nn.Module, order: list[str]) -> None:
-    parameters = {name: owner._parameters[name] for name in order if name in owner._parameters}
-    parameters.update(owner._parameters)
-    owner._parameters.clear()
-    owner._parameters.update(parameters)
-
-
-def _hold_weights(owner: nn.Module, args: Any) -> None:
-    for name, quantizer in _quantizers_at(owner):
-        if quantizer.training:
-            quantizer.hold(getattr(owner, name))
-
-
-def _release_weights(owner: nn.Module, args: Any, output: Any) -> None:
-    for _, quantizer in _quantizers_at(owner):
-        quantizer.hold(None)
-    if isinstance(owner, nn.RNNBase) and torch.is_grad_enabled():
-        # Recurrent modules keep the last weights, which here belong to a graph, until
-        # they see others; a dead reference makes them look at the next forward.
-        owner._flat_weights = []
-        owner._flat_weight_refs = [_DEAD] * len(owner._flat_weights_names)
-
-
 def _load_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lets a plain checkpoint load into an attached model; what is learned stays."""
-    for name, quantizer in _quantizers_at(owner):
+    for name, quantizer in quantizers_at(owner):
         chain = f"{prefix}parametrizations.{name}."
-        position = len(_chains(owner)[name]) - 1
+        position = len(chains(owner)[name]) - 1
         if prefix + name in state_dict:
             state_dict[chain + "original"] = state_dict.pop(prefix + name)
         elif position == 0:
             continue
         for key, value in quantizer.state_dict().items():
             state_dict.setdefault(f"{chain}{position}.{key}", value)
-
-
-def _quantizers_at(owner: nn.Module) -> list[tuple[str, WeightQuantizer]]:
-    lasts = [(name, list(chain)[-1]) for name, chain in _chains(owner).items()]
-    return [(name, last) for name, last in lasts if isinstance(last, WeightQuantizer)]

@@ -28,21 +28,23 @@ DEFAULT_SCALE = 0.5
 _PIECE = 2**18
 
 
-def draw_(sample: Tensor, kind: Noise) -> None:
-    """Fills a tensor with unit noise, N(0, 1) or U(-1, 1).
+def draw_(samples: Sequence[Tensor], kind: Noise) -> None:
+    """Fills tensors with unit noise, N(0, 1) or U(-1, 1).
 
     On a CPU torch draws on one core only, and drawing is most of what noise costs. So
     large samples are drawn in pieces, each by a generator seeded from torch's own: the
     numbers depend on the seed alone, not on the cores.
 
     Args:
-        sample: any shape, contiguous; overwritten.
+        samples: any shapes, contiguous, on one device; overwritten.
         kind: the distribution; not "rounding".
     """
-    pieces = torch.split(sample.view(-1), _PIECE)
-    if sample.device.type != "cpu" or len(pieces) == 1 or torch.compiler.is_compiling():
-        _fill(sample, kind, None)
+    small = sum(sample.numel() for sample in samples) <= _PIECE
+    if small or samples[0].device.type != "cpu" or torch.compiler.is_compiling():
+        for sample in samples:
+            _fill(sample, kind, None)
         return
+    pieces = [piece for sample in samples for piece in torch.split(sample.view(-1), _PIECE)]
     seeds = torch.randint(2**63 - 1, (len(pieces),)).tolist()
 
     def _draw(task: tuple[Tensor, int]) -> None:
@@ -82,16 +84,22 @@ def perturb(
     return [_strided_as(weight, value) for weight, value in zip(weights, noisy, strict=True)]
 
 
-def _draw_parts(like: Tensor, counts: list[int], kind: Noise) -> list[Tensor]:
-    if torch.compiler.is_compiling():
-        # Where its graph breaks, compiled code cannot hand out several views of one tensor.
-        parts = [like.new_empty(count) for count in counts]
-        for part in parts:
-            draw_(part, kind)
-        return parts
-    sample = like.new_empty(sum(counts))
-    draw_(sample, kind)
-    return list(torch.split(sample, counts))
+def _draw_parts(like: Tensor, counts: Sequence[int], kind: Noise) -> list[Tensor]:
+    """One sample for each count; small ones share a buffer, large ones are freed on their own."""
+    # Where its graph breaks, compiled code cannot hand out several views of one tensor.
+    most = 0 if torch.compiler.is_compiling() else _PIECE
+    shared: list[list[int]] = []
+    for count in counts:
+        if not shared or sum(shared[-1]) + count > most:
+            shared.append([])
+        shared[-1].append(count)
+    buffers = [like.new_empty(sum(together)) for together in shared]
+    draw_(buffers, kind)
+    return [
+        part
+        for buffer, together in zip(buffers, shared, strict=True)
+        for part in (torch.split(buffer, together) if len(together) > 1 else [buffer])
+    ]
 
 
 def _strided_as(weight: Tensor, value: Tensor) -> Tensor:

@@ -60,14 +60,22 @@ class Sample:
     """
 
     weight: Tensor | None
-    value: Tensor
+    value: Tensor | None
     connected: Tensor | None
     read_without_grad: bool = False
     read_again: bool = False
 
     def serves(self, weight: Tensor) -> bool:
         """Whether a reading of this weight gets the sample."""
-        return self.weight is None or self.weight is weight
+        return self.value is not None and (self.weight is None or self.weight is weight)
+
+    def release(self) -> None:
+        """Lets go of the value once its gradient is complete, so that memory is freed early.
+
+        Whatever computes parts of the forward again has read it by then.
+        """
+        if not self.read_again:
+            self.value = self.connected = None
 
 
 @dataclass(frozen=True)
@@ -191,20 +199,25 @@ class WeightQuantizer(nn.Module, ABC):
             connected = self.connect(weight, value) if torch.is_grad_enabled() else None
             parameter = weight if isinstance(weight, nn.Parameter) else None
             self.current = Sample(parameter, value, connected)
+            if connected is not None and connected.requires_grad:
+                _release_after_backward(connected, self.current)
 
     def _goes_on(self) -> bool:
         return self.forward_state.depth > 0 or _in_backward()
 
     def _read(self, current: Sample, weight: Tensor) -> Tensor:
+        value = current.value
+        if value is None:
+            raise RuntimeError("A sample that was released serves no reading.")
         if not torch.is_grad_enabled():
             current.read_without_grad = True
-            return current.value.to(weight.dtype)
+            return value.to(weight.dtype)
         current.read_again = current.read_again or _in_backward()
         # Reentrant checkpoints run without gradients first, and then build a graph of their
         # own for each part: two of them must not share a node.
         own_graph = current.read_again and current.read_without_grad
         if current.connected is None or own_graph:
-            return self.connect(weight, current.value)
+            return self.connect(weight, value)
         return current.connected
 
     def hold(self, weight: Tensor | None) -> None:
@@ -294,6 +307,20 @@ class WeightQuantizer(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
+
+
+def _release_after_backward(connected: Tensor, sample: Sample) -> None:
+    if torch.compiler.is_compiling():
+        return
+    # Weakly, because the sample holds the tensor whose hook this is.
+    held = weakref.ref(sample)
+
+    def _release(grad: Tensor) -> None:
+        there = held()
+        if there is not None:
+            there.release()
+
+    connected.register_hook(_release)  # type: ignore[no-untyped-call]
 
 
 def _in_backward() -> bool:

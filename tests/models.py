@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
-from diffq import attach
+from diffq import chains
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
@@ -220,7 +220,7 @@ def same_gradients(one, other):
 
 def nothing_held(model):
     """Whether no forward is counted and no weight is fixed."""
-    quantizers = attach.quantizers_in(model)
+    quantizers = chains.quantizers_in(model)
     return bool(quantizers) and all(
         q._held is None and q.forward_state.depth == 0 for q in quantizers
     )

@@ -38,6 +38,8 @@ STAGES = [
     "state_product",
     "state",
     "weight",
+    "chains",
+    "holding",
     "reading",
     "graph",
     "attach",

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from diffq import attach
+from diffq import chains
 from tests.models import (
     MODELS,
     QUANTIZERS,
@@ -191,7 +191,7 @@ def test_ties_share_one_quantizer(make, inputs):
     """Tied tensors have one logit per group, one sample per forward, and one stored copy."""
     model = seeded(make)
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    shared = [q for q in attach.quantizers_in(model) if len(q.plan.names) == 2]
+    shared = [q for q in chains.quantizers_in(model) if len(q.plan.names) == 2]
     assert len(shared) == 1
     state = quantizer.get_quantized_state()
     ((alias, target),) = state["aliases"].items()

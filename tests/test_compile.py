@@ -184,7 +184,6 @@ def test_compiled_ties_and_recurrent_layers(make):
         assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
 
 
-@pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("centroids", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_compiled_centroids(backend, centroids):

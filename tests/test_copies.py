@@ -7,7 +7,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import diffq
-from diffq import attach
+from diffq import chains
 from tests.models import (
     MODELS,
     after_steps,
@@ -76,7 +76,7 @@ def test_detaching_the_original_leaves_a_copy_whole(name):
         quantizer.detach()
         assert torch.equal(copy.deepcopy(other)(inputs), expected)
         assert torch.equal(other(inputs), expected)
-    assert attach.quantizers_in(other)
+    assert chains.quantizers_in(other)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lstm", "encoder"])
@@ -98,7 +98,7 @@ def test_copies_hold_no_sample():
     model, _, inputs = after_steps()
     model(inputs)
     other = copy.deepcopy(model)
-    for quantizer in attach.quantizers_in(other):
+    for quantizer in chains.quantizers_in(other):
         assert quantizer.current is None
         assert quantizer._cached is None
 

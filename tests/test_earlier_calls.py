@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.attach import quantizers_in
+from diffq.chains import quantizers_in
 from diffq.errors import AttachError, ConfigError
 from diffq.quantizers.compat import LSQ, UniformQuantizer
 from diffq.quantizers.differentiable import DiffQuantizer

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
-from diffq import attach
+from diffq import chains
 from tests.models import (
     QUANTIZERS,
     ConvNet,
@@ -61,7 +61,7 @@ def test_recurrent_layer_reads_each_weight_once():
     """In one training forward, a recurrent layer computes each noisy weight once."""
     model, _ = attached(Recurrent)
     counts = {}
-    for quantizer in attach.quantizers_in(model):
+    for quantizer in chains.quantizers_in(model):
         connect = quantizer.connect
 
         def _counting(*args, name=quantizer.plan.name, connect=connect):

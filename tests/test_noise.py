@@ -117,7 +117,7 @@ def test_perturb_adds_step_times_noise(dtype, kind, group_size):
     torch.manual_seed(3)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     unit = torch.empty(sum(len(s) * n for s, n in zip(steps, sizes, strict=True)), dtype=wide)
-    noise.draw_(unit, kind)
+    noise.draw_([unit], kind)
     for weight, value, step, size in zip(weights, noisy, steps, sizes, strict=True):
         mine, unit = unit[: len(step) * size], unit[len(step) * size :]
         added = (mine.view(-1, size) * step[:, None]).reshape(-1)[: weight.numel()]
@@ -146,7 +146,7 @@ def test_large_draws_depend_on_the_seed_alone(kind):
             torch.set_num_threads(count)
             torch.manual_seed(5)
             samples.append(torch.empty(2**19 + 7))
-            noise.draw_(samples[-1], kind)
+            noise.draw_([samples[-1]], kind)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*samples)
@@ -159,8 +159,8 @@ def test_large_draws_depend_on_the_seed_alone(kind):
 def test_a_second_draw_differs():
     """Two draws in a row share no numbers, however large."""
     first, second = torch.empty(2**18 + 1), torch.empty(2**18 + 1)
-    noise.draw_(first, "gaussian")
-    noise.draw_(second, "gaussian")
+    noise.draw_([first], "gaussian")
+    noise.draw_([second], "gaussian")
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.01
 
 

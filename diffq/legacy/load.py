@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from diffq.attach import quantizers_in
+from diffq.chains import quantizers_in
 from diffq.errors import MismatchError, StateError
 from diffq.format.records import Record
 from diffq.legacy.entries import LevelEntry, is_dense, read_entry

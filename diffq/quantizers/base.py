@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from diffq.attach import Attachment
+from diffq.chains import bake
 from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError
 from diffq.format.container import Codec, encode_parts
@@ -277,7 +277,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         attachment.detach()
         self._attached = None
         for plan, value in values:
-            _bake(attachment.model, plan, value)
+            bake(attachment.model, plan, value)
         return attachment.model
 
     def __repr__(self) -> str:
@@ -374,14 +374,3 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
             if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
                 return attachment.face
     raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
-
-
-def _bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
-    for site in plan.sites:
-        if parametrize.is_parametrized(site.owner(model), site.attribute):
-            # The tensor was computed from others, which cannot give this very value.
-            parametrize.remove_parametrizations(
-                site.owner(model), site.attribute, leave_parametrized=True
-            )
-    with torch.no_grad():
-        plan.sites[0].read(model).copy_(value)

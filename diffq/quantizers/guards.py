@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffq.attach import quantizers_in
+from diffq.chains import quantizers_in
 from diffq.errors import AttachError, WeightError
 from diffq.pruning import pruned_names
 from diffq.select import TensorPlan

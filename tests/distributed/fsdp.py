@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import diffq
 from diffq import optimizer as optimizer_guards
 from diffq import sharding
-from diffq.attach import quantizers_in
+from diffq.chains import quantizers_in
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
 from tests.models import QUANTIZERS, Recurrent, seeded
 
