@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq import grid, noise
+from diffq import draws, grid, noise
 from diffq.grid import BitsLaw
 from diffq.report import table
 
@@ -63,7 +63,7 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "draw: torch.randn": lambda: torch.randn(count),
         "draw: normal_ into a buffer": buffer.normal_,
         "draw: NumPy's fastest generator": numpy_draw,
-        "draw: pieces in threads (used)": lambda: noise.draw_([buffer], "gaussian"),
+        "draw: pieces in threads (used)": lambda: draws.draw_([buffer], "gaussian"),
         "sample: draw, scale, add (used)": lambda: noise.perturb(
             [stored], [step], [group_size], "gaussian"
         ),

@@ -231,9 +231,9 @@ class Attachment:
                 pair = quantizer, self._weight_to_sample(quantizer)
                 kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
-            values = kind.sample_all(*zip(*pairs, strict=True))
-            for (quantizer, weight), value in zip(pairs, values, strict=True):
-                quantizer.begin(weight, value)
+            constants = kind.sample_all(*zip(*pairs, strict=True))
+            for (quantizer, weight), constant in zip(pairs, constants, strict=True):
+                quantizer.begin(weight, constant)
 
     def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Another hook may have failed before ours could count the entry.

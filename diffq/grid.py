@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Weights below which a plain search is as fast.
-_SMALL = 2**16
+_WIDE = (torch.float32, torch.float64)
+
+# A search for places takes tensors of fewer weights whole, and larger ones in rows, if their
+# sizes allow.
+_SMALL = 2**12
+_WIDTH = 512
 
 
 def widen(tensor: Tensor) -> Tensor:
     """The tensor in the precision that grids and noise are computed in: at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _WIDE else tensor.to(torch.float32)
 
 
 def to_groups(tensor: Tensor, group_size: int) -> Tensor:
@@ -33,15 +37,16 @@ def to_groups(tensor: Tensor, group_size: int) -> Tensor:
     Returns:
         [groups, group_size]; the last group is padded with zeros. A view where possible.
     """
-    flat = tensor.reshape(-1)
-    missing = -flat.numel() % group_size
+    missing = -tensor.numel() % group_size
     if missing:
-        flat = F.pad(flat, (0, missing))
-    return flat.view(-1, group_size)
+        return F.pad(tensor.reshape(-1), (0, missing)).view(-1, group_size)
+    return tensor.reshape(-1, group_size)
 
 
 def from_groups(groups: Tensor, shape: torch.Size) -> Tensor:
     """Inverse of `to_groups`."""
+    if groups.numel() == shape.numel():
+        return groups.reshape(shape)
     return groups.reshape(-1)[: shape.numel()].view(shape)
 
 
@@ -112,15 +117,19 @@ class BitsLaw:
         bits = self.min_bits + share * (self.max_bits - self.min_bits)
         return bits + (torch.round(bits) - bits).detach() if self.whole else bits
 
-    def slope(self, logits: Tensor) -> Tensor:
-        """db/dl."""
-        share = torch.sigmoid(widen(logits))
-        return torch.addcmul(share, share, share, value=-1).mul_(self.max_bits - self.min_bits)
-
     def log_step_slope(self, logits: Tensor) -> Tensor:
         """The slope of log(step) = log(range / (2**b - 1)): -log(2) / (1 - 2**-b) * db/dl."""
-        rate = torch.exp2(-self.bits(logits)).sub_(1).div_(math.log(2))
-        return self.slope(logits).div_(rate)
+        share = torch.sigmoid(widen(logits))
+        slope = torch.addcmul(share, share, share, value=-1)
+        interval = self.max_bits - self.min_bits
+        factor = interval * math.log(2)
+        # 2**-b / factor, so that the factor takes no pass of its own.
+        power, shift = share.mul_(-interval), math.log2(factor)
+        if self.whole:
+            power.sub_(self.min_bits).round_().sub_(shift).exp2_()
+        else:
+            power.sub_(self.min_bits + shift).exp2_()
+        return slope.div_(power.sub_(1 / factor))
 
     def logit(self, bits: float) -> float:
         """The logit of a bitwidth, kept finite at the ends by 1% of the interval."""
@@ -141,21 +150,72 @@ def bits_of_all(laws: Sequence[BitsLaw], logits: Sequence[Tensor]) -> list[Tenso
     return bits
 
 
-def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of a minimum and a maximum in the flattened tensor, each 0-dim int64.
+@torch.no_grad()
+def slopes_of_all(
+    laws: Sequence[BitsLaw], logits: Sequence[Tensor], factors: Sequence[int]
+) -> list[Tensor]:
+    """db/dl of many tensors at once, each times a factor; without graph."""
+    shares = torch._foreach_sigmoid([widen(part) for part in logits])
+    slopes = list(torch._foreach_addcmul(shares, shares, shares, value=-1))
+    each = zip(laws, factors, strict=True)
+    torch._foreach_mul_(slopes, [(law.max_bits - law.min_bits) * factor for law, factor in each])
+    return slopes
 
-    Finding a value's place is some ten times as slow as finding the value, so large
-    tensors are searched for the row first.
+
+@dataclass(frozen=True)
+class Extremes:
+    """Minimum and maximum of each of some tensors, and how to find them there.
+
+    Attributes:
+        low: the minima, [tensors].
+        high: the maxima, [tensors].
+        slopes: what minimum and maximum gain per unit of the logarithm of their distance: -1
+            and 1 over the distance, [tensors, 2]; zeros where a tensor is constant.
+        rows: the rows of minimum and maximum in a tensor's `_rows`, int64 [tensors, 2].
     """
-    if tensor.dim() < 2 or tensor.numel() < _SMALL:
-        return tensor.argmin(), tensor.argmax()
-    rows = tensor.reshape(tensor.shape[0], -1)
-    return _place(rows, rows.amin(1).argmin(), largest=False), _place(
-        rows, rows.amax(1).argmax(), largest=True
-    )
+
+    low: Tensor
+    high: Tensor
+    slopes: Tensor
+    rows: Tensor
+
+    def places(self, index: int, tensor: Tensor) -> Tensor:
+        """Places of the minimum and the maximum in a tensor when flattened, int64 [2]."""
+        rows, chosen = _rows(tensor), self.rows[index]
+        if rows.shape[1] == 1:
+            return chosen
+        # index_select, because indexing with a tensor would wait for the device.
+        with_low, with_high = rows.index_select(0, chosen).unbind()
+        columns = torch.stack((with_low.argmin(), with_high.argmax()))
+        return columns.add_(chosen, alpha=rows.shape[1])
 
 
-def _place(rows: Tensor, row: Tensor, largest: bool) -> Tensor:
-    # index_select, because rows[row] would wait for the device.
-    chosen = rows.index_select(0, row.view(1))
-    return row * rows.shape[1] + (chosen.argmax() if largest else chosen.argmin())
+@torch.no_grad()
+def extremes(tensors: Sequence[Tensor]) -> Extremes:
+    """Minimum and maximum of each tensor, without graph.
+
+    Finding a value's place is some ten times as slow as finding the value, so only
+    the row of each is found.
+
+    Args:
+        tensors: of one dtype and device, any shapes, at least one element.
+    """
+    found = [place for tensor in tensors for place in _search(_rows(tensor))]
+    low, high = torch.stack(found[::2]).view(-1, 2).unbind(1)
+    rows = torch.stack(found[1::2]).view(-1, 2)
+    rate = torch.where(high > low, 1 / (high - low), 0)
+    return Extremes(low, high, torch.stack((-rate, rate), dim=1), rows)
+
+
+def _search(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Minimum and its row, maximum and its row."""
+    if rows.shape[1] == 1:
+        return *rows.view(-1).min(0), *rows.view(-1).max(0)
+    return *rows.amin(1).min(0), *rows.amax(1).max(0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor cut in rows that are quickly searched; of single elements, if it is small."""
+    numel = tensor.numel()
+    width = math.gcd(numel, _WIDTH) if numel >= _SMALL else 1
+    return tensor.reshape(numel // width, width)

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from diffq import grid
-from diffq.format.threads import in_threads
-from diffq.grid import BitsLaw
+from diffq import functions, grid
+from diffq.draws import draw_
+from diffq.grid import BitsLaw, Extremes
 
 #: "gaussian" and "uniform" are random; "rounding" is the true rounding error.
 Noise = Literal["gaussian", "uniform", "rounding"]
@@ -24,41 +24,11 @@ NOISES: tuple[str, ...] = get_args(Noise)
 #: The paper's strength: N(0, 1) or U(-1, 1) times half a step.
 DEFAULT_SCALE = 0.5
 
-# Numbers that one generator draws. Fixed, so that they do not depend on the number of threads.
-_PIECE = 2**18
+# Numbers that tensors share a buffer for; larger tensors are freed on their own.
+_SHARED = 2**18
 
-
-def draw_(samples: Sequence[Tensor], kind: Noise) -> None:
-    """Fills tensors with unit noise, N(0, 1) or U(-1, 1).
-
-    On a CPU torch draws on one core only, and drawing is most of what noise costs. So
-    large samples are drawn in pieces, each by a generator seeded from torch's own: the
-    numbers depend on the seed alone, not on the cores.
-
-    Args:
-        samples: any shapes, contiguous, on one device; overwritten.
-        kind: the distribution; not "rounding".
-    """
-    small = sum(sample.numel() for sample in samples) <= _PIECE
-    if small or samples[0].device.type != "cpu" or torch.compiler.is_compiling():
-        for sample in samples:
-            _fill(sample, kind, None)
-        return
-    pieces = [piece for sample in samples for piece in torch.split(sample.view(-1), _PIECE)]
-    seeds = torch.randint(2**63 - 1, (len(pieces),)).tolist()
-
-    def _draw(task: tuple[Tensor, int]) -> None:
-        piece, seed = task
-        _fill(piece, kind, torch.Generator().manual_seed(seed))
-
-    in_threads(_draw, list(zip(pieces, seeds, strict=True)), torch.get_num_threads())
-
-
-def _fill(sample: Tensor, kind: Noise, generator: torch.Generator | None) -> None:
-    if kind == "gaussian":
-        sample.normal_(generator=generator)
-    else:
-        sample.uniform_(-1, 1, generator=generator)
+# Weights of a group up to which a product with ones sums it fastest.
+_SHORT = 64
 
 
 def perturb(
@@ -75,19 +45,23 @@ def perturb(
     Returns:
         The noisy weights in their shapes, in float32 at least; without graph.
     """
-    shapes = [(len(step), size) for step, size in zip(steps, group_sizes, strict=True)]
-    parts = _draw_parts(steps[0], [groups * size for groups, size in shapes], kind)
-    grouped = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    torch._foreach_mul_(grouped, [step[:, None] for step in steps])
-    noisy = [grid.from_groups(g, w.shape) for g, w in zip(grouped, weights, strict=True)]
-    torch._foreach_add_(noisy, [weight.detach() for weight in weights])
-    return [_strided_as(weight, value) for weight, value in zip(weights, noisy, strict=True)]
+    counts = [len(step) * size for step, size in zip(steps, group_sizes, strict=True)]
+    parts = _draw_parts(steps[0], counts, kind)
+    return [_add_scaled(*each) for each in zip(weights, steps, group_sizes, parts, strict=True)]
+
+
+def _add_scaled(weight: Tensor, step: Tensor, group_size: int, unit: Tensor) -> Tensor:
+    """The weight plus its steps times the unit noise, in place of that."""
+    groups = grid.to_groups(grid.widen(weight.detach()), group_size)
+    unit = unit.view(groups.shape)
+    torch.addcmul(groups, unit, step[:, None], out=unit)
+    return _strided_as(weight, grid.from_groups(unit, weight.shape))
 
 
 def _draw_parts(like: Tensor, counts: Sequence[int], kind: Noise) -> list[Tensor]:
     """One sample for each count; small ones share a buffer, large ones are freed on their own."""
     # Where its graph breaks, compiled code cannot hand out several views of one tensor.
-    most = 0 if torch.compiler.is_compiling() else _PIECE
+    most = 0 if torch.compiler.is_compiling() else _SHARED
     shared: list[list[int]] = []
     for count in counts:
         if not shared or sum(shared[-1]) + count > most:
@@ -120,7 +94,13 @@ class PseudoNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
+        weight: Tensor,
+        value: Tensor,
+        logits: Tensor | None,
+        law: BitsLaw,
+        group_size: int,
+        extremes: Extremes,
+        index: int,
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
         return value.to(weight.dtype).view_as(value)
@@ -128,25 +108,51 @@ class PseudoNoise(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the inputs."""
-        weight, value, logits, ctx.law, ctx.group_size = inputs
+        weight, value, logits, ctx.law, ctx.group_size, ctx.extremes, ctx.index = inputs
         ctx.save_for_backward(weight, value, logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and the logits."""
-        weight, value, logits = ctx.saved_tensors
+        functions.release(ctx)
+        inputs = *ctx.saved_tensors, ctx.law, ctx.group_size, grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _twice_differentiable(weight, value, logits, ctx.law, ctx.group_size, grad)
-        sums = _group_sums((grid.widen(value) - weight).mul_(grad), ctx.group_size)
-        for_weight = _add_range_gradient(grad, weight, sums.sum())
-        if logits is None:
-            return for_weight, None, None, None, None
-        for_logits = sums.mul_(ctx.law.log_step_slope(logits)).to(logits.dtype)
-        return for_weight, None, for_logits, None, None
+            for_weight, for_logits = _twice_differentiable(*inputs)
+        else:
+            for_weight, for_logits = _gradients(ctx, *inputs)
+        return for_weight, None, for_logits, None, None, None, None
+
+
+def _gradients(
+    ctx: Any,
+    weight: Tensor,
+    value: Tensor,
+    logits: Tensor | None,
+    law: BitsLaw,
+    group_size: int,
+    grad: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    for_weight = for_logits = None
+    error = (grid.widen(value) - weight).mul_(grad)
+    sums = _group_sums(error, group_size)
+    if ctx.needs_input_grad[0]:
+        places = ctx.extremes.places(ctx.index, weight.detach())
+        for_range = (ctx.extremes.slopes[ctx.index] * sums.sum()).to(grad.dtype)
+        for_weight = _copied(grad, None if group_size == 1 else error)
+        for_weight.view(-1).index_add_(0, places, for_range)
+    if logits is not None and ctx.needs_input_grad[2]:
+        for_logits = sums.mul_(law.log_step_slope(logits)).to(logits.dtype)
+    return for_weight, for_logits
 
 
 def pass_noise(
-    weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
+    weight: Tensor,
+    value: Tensor,
+    logits: Tensor | None,
+    law: BitsLaw,
+    group_size: int,
+    extremes: Extremes | None = None,
+    index: int = 0,
 ) -> Tensor:
     """A constant value, with the gradient of `weight + step * noise`; see `PseudoNoise`.
 
@@ -156,27 +162,34 @@ def pass_noise(
         logits: [groups], one for each group's bitwidth; None where that is fixed.
         law: how bitwidths come from logits.
         group_size: weights per group.
+        extremes: those of the weight and of others, where they are known.
+        index: which of them are the weight's.
 
     Returns:
         The value in the weight's shape and dtype.
     """
-    result: Tensor = PseudoNoise.apply(weight, value, logits, law, group_size)  # type: ignore[no-untyped-call]
+    if extremes is None:
+        extremes = grid.extremes([grid.widen(weight.detach())])
+    inputs = weight, value, logits, law, group_size, extremes, index
+    result: Tensor = functions.call(PseudoNoise, *inputs)
     return result
 
 
 def _group_sums(error: Tensor, group_size: int) -> Tensor:
-    return error.reshape(-1) if group_size == 1 else grid.to_groups(error, group_size).sum(1)
+    if group_size == 1:
+        return error.reshape(-1)
+    groups = grid.to_groups(error, group_size)
+    if groups.is_cpu and group_size <= _SHORT:
+        # torch sums short rows at half the speed.
+        return groups.mv(groups.new_ones(group_size))
+    return groups.sum(1)
 
 
-def _add_range_gradient(grad: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """The gradient of the weight, with that of its extremes through the range."""
-    flat = weight.detach().reshape(-1)
-    places = torch.stack(grid.extremes(weight.detach()))
-    low, high = flat[places].to(total.dtype).unbind()
-    share = torch.where(high > low, total / (high - low), 0)
-    result = grad.clone(memory_format=torch.contiguous_format)
-    result.view(-1).index_add_(0, places, torch.stack([-share, share]).to(grad.dtype))
-    return result
+def _copied(grad: Tensor, scratch: Tensor | None) -> Tensor:
+    """A contiguous copy, in memory that is at hand if it fits."""
+    if scratch is None or scratch.dtype != grad.dtype or not scratch.is_contiguous():
+        return grad.clone(memory_format=torch.contiguous_format)
+    return scratch.copy_(grad)
 
 
 def _twice_differentiable(
@@ -186,7 +199,7 @@ def _twice_differentiable(
     law: BitsLaw,
     group_size: int,
     grad: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The same gradients as a differentiable expression, for `create_graph=True`."""
     with torch.enable_grad():
         # amin and amax, because aminmax is not differentiable in every torch.
@@ -200,7 +213,7 @@ def _twice_differentiable(
         inputs = [t for t in (weight, logits) if t is not None and t.requires_grad]
         grads = torch.autograd.grad(noisy.to(weight.dtype), inputs, grad, create_graph=True)
     found = {id(t): gradient for t, gradient in zip(inputs, grads, strict=True)}
-    return found.get(id(weight)), None, found.get(id(logits)), None, None
+    return found.get(id(weight)), found.get(id(logits))
 
 
 class StraightThrough(torch.autograd.Function):
@@ -218,10 +231,11 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient, unchanged."""
+        functions.release(ctx)
         return grad, None
 
 
 def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
     """A constant quantized weight, with the weight's own gradient."""
-    result: Tensor = StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]
+    result: Tensor = functions.call(StraightThrough, weight, quantized)
     return result

@@ -52,10 +52,14 @@ class Site:
         Raises:
             AttachError: the model has no such submodule any more.
         """
-        try:
-            return model.get_submodule(self.module)
-        except AttributeError as error:
-            raise AttachError(self.changed("was removed")) from error
+        owner = model
+        # As get_submodule does, but at once: this is asked for each tensor in each step.
+        for name in self.module.split(".") if self.module else ():
+            below = owner._modules.get(name)
+            if below is None:
+                raise AttachError(self.changed("was removed"))
+            owner = below
+        return owner
 
     def read(self, model: nn.Module) -> Tensor:
         """The tensor as the model sees it, through parametrizations if there are any.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffq import grid
+from diffq import functions, grid
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.grid import BitsLaw
 from diffq.sharding import Layout, gather_from, holds_end, is_dtensor, layout_of, local_part
@@ -80,12 +80,9 @@ class LearnedBits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each group, times what its bitwidth gains per logit."""
-        each = zip(ctx.groupings, ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
-        grads = [
-            _gradient(grouping, logits, grad) if needed else None
-            for grouping, logits, needed in each
-        ]
-        return None, None, None, *grads
+        grads = _gradients(ctx.groupings, ctx.saved_tensors, grad)
+        each = zip(grads, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(found if needed else None for found, needed in each)
 
 
 def learned_bits(groupings: Sequence[Grouping], logits: Sequence[Tensor]) -> Tensor:
@@ -104,7 +101,7 @@ def learned_bits(groupings: Sequence[Grouping], logits: Sequence[Tensor]) -> Ten
         parts, ranks = [local_part(each) for each in logits], layout_of(logits[0])
         ends = map(holds_end, logits)
         held = [_held(*each) for each in zip(groupings, parts, ends, strict=True)]
-    result: Tensor = LearnedBits.apply(held, groupings, ranks, *parts)  # type: ignore[no-untyped-call]
+    result: Tensor = functions.call(LearnedBits, held, groupings, ranks, *parts)
     return result
 
 
@@ -150,9 +147,13 @@ def _overhead_bits(largest: Tensor, groupings: Sequence[Grouping]) -> Tensor:
     return torch.stack(maps).sum() + len(maps) * (RANGE_BITS + WIDTH_BITS)
 
 
-def _gradient(grouping: Grouping, logits: Tensor, grad: Tensor) -> Tensor:
-    gradient = grouping.law.slope(logits) * (grad * grouping.group_size)
-    if grouping.missing:
-        short = (grouping.group_size - grouping.missing) / grouping.group_size
-        gradient = torch.cat([gradient[:-1], gradient[-1:] * short])
-    return gradient.to(logits.dtype)
+def _gradients(
+    groupings: Sequence[Grouping], logits: Sequence[Tensor], grad: Tensor
+) -> list[Tensor]:
+    sizes = [g.group_size for g in groupings]
+    grads = grid.slopes_of_all([g.law for g in groupings], logits, sizes)
+    torch._foreach_mul_(grads, grad)
+    for grouping, gradient in zip(groupings, grads, strict=True):
+        if grouping.missing:
+            gradient[-1:].mul_((grouping.group_size - grouping.missing) / grouping.group_size)
+    return [part.to(each.dtype) for part, each in zip(grads, logits, strict=True)]

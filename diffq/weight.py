@@ -6,13 +6,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq import functions
 from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.noise import straight_through
@@ -46,6 +47,18 @@ class ModeFollower(Protocol):
         """Ends it."""
 
 
+class Constant(NamedTuple):
+    """What a training forward computes with in place of a weight, without graph.
+
+    Attributes:
+        value: of the weight's shape, in its dtype or a wider one.
+        about: what `WeightQuantizer.connect` needs besides, and the sampling found.
+    """
+
+    value: Tensor
+    about: Any = None
+
+
 @dataclass(eq=False)
 class Sample:
     """What one training forward computes with in place of a weight.
@@ -53,7 +66,8 @@ class Sample:
     Attributes:
         weight: the parameter that it was made for; None for a weight that another
             parametrization computes anew at each access.
-        value: the perturbed or quantized weight, a constant.
+        constant: the perturbed or quantized weight; None once it is released.
+        forward_state: tells whether a forward runs.
         connected: the value with its gradient; None where the forward needs none.
         reads: how often the forward read it.
         read_without_grad: the value was read where gradients are off.
@@ -61,24 +75,30 @@ class Sample:
     """
 
     weight: Tensor | None
-    value: Tensor | None
+    constant: Constant | None
     connected: Tensor | None
+    forward_state: ForwardState
     reads: int = 0
     read_without_grad: bool = False
     read_again: bool = False
 
     def serves(self, weight: Tensor) -> bool:
         """Whether a reading of this weight gets the sample."""
-        return self.value is not None and (self.weight is None or self.weight is weight)
+        return self.constant is not None and (self.weight is None or self.weight is weight)
 
     def release(self) -> None:
         """Lets go of the value once its gradient is complete, so that memory is freed early.
 
         Read once, it was either in a part of the forward that this backward has computed
-        again by now, or in one that none will. Of several readings, some may still come.
+        again by now, or in one that none will. Of several readings, some may still come; and a
+        backward may run inside of the forward, which then reads on.
         """
-        if self.reads < 2 and not self.read_again:
-            self.value = self.connected = None
+        if self.reads < 2 and not self.read_again and not self.forward_state.depth:
+            self.constant = self.connected = None
+
+
+# Attributes that are no parameters of the module, even where they hold one.
+_PASSING = frozenset({"used", "current", "_held", "_cached"})
 
 
 @dataclass(frozen=True)
@@ -117,28 +137,31 @@ class WeightQuantizer(nn.Module, ABC):
         self._held: Tensor | None = None
         self._cached: _Cached | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what changes in each forward at once, without a look for parameters."""
+        if name in _PASSING:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @abstractmethod
-    def sample(self, weight: Tensor) -> Tensor | None:
-        """What one training forward computes with, as a constant.
+    def sample(self, weight: Tensor) -> Constant | None:
+        """What one training forward computes with; None for the weight itself.
 
         Args:
             weight: the weight, any shape.
-
-        Returns:
-            A tensor of the weight's shape, in its dtype or a wider one, without graph;
-            None for the weight itself.
         """
 
     @classmethod
     def sample_all(
         cls, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Constant | None]:
         """`sample` of many tensors, whose quantizers are of this class, in few operations."""
         return [q.sample(weight) for q, weight in zip(quantizers, weights, strict=True)]
 
-    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """A sample with its gradient, in the weight's dtype: the straight-through estimator."""
-        return straight_through(weight, value)
+        return straight_through(weight, constant.value)
 
     @abstractmethod
     def eval_weight(self, weight: Tensor) -> Tensor:
@@ -191,43 +214,42 @@ class WeightQuantizer(nn.Module, ABC):
         current = self.current
         if current is not None and current.serves(weight) and self._goes_on():
             return self._read(current, weight)
-        value = self.sample(weight)
-        return weight if value is None else self.connect(weight, value)
+        constant = self.sample(weight)
+        return weight if constant is None else self.connect(weight, constant)
 
-    def begin(self, weight: Tensor, value: Tensor | None) -> None:
+    def begin(self, weight: Tensor, constant: Constant | None) -> None:
         """Takes the sample for the forward of the root that is about to run."""
         self.used = False
         self.current = None
-        if value is not None:
-            connected = self.connect(weight, value) if torch.is_grad_enabled() else None
+        if constant is not None:
+            connected = self.connect(weight, constant) if torch.is_grad_enabled() else None
             parameter = weight if isinstance(weight, nn.Parameter) else None
-            self.current = Sample(parameter, value, connected)
-            if connected is not None and connected.requires_grad:
-                _release_after_backward(connected, self.current, self.forward_state)
+            self.current = Sample(parameter, constant, connected, self.forward_state)
+            if connected is not None and not torch.compiler.is_compiling():
+                functions.release_after(connected, self.current)
 
     def _goes_on(self) -> bool:
         return self.forward_state.depth > 0 or _in_backward()
 
     def _read(self, current: Sample, weight: Tensor) -> Tensor:
-        value = current.value
-        if value is None:
+        constant = current.constant
+        if constant is None:
             raise RuntimeError("A sample that was released serves no reading.")
         current.reads += 1
         if not torch.is_grad_enabled():
             current.read_without_grad = True
-            return value.to(weight.dtype)
+            return constant.value.to(weight.dtype)
         current.read_again = current.read_again or _in_backward()
         # Reentrant checkpoints run without gradients first, and then build a graph of their
         # own for each part: two of them must not share a node.
         own_graph = current.read_again and current.read_without_grad
         if current.connected is None or own_graph:
-            return self.connect(weight, value)
+            return self.connect(weight, constant)
         return current.connected
 
     def hold(self, weight: Tensor | None) -> None:
         """Fixes what training forwards return, until `hold(None)`."""
-        # Not by setattr, which would make the weight itself a parameter of this module.
-        self.__dict__["_held"] = weight
+        self._held = weight
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         """Sets the mode; the quantized weight is computed again after it."""
@@ -322,21 +344,6 @@ class WeightQuantizer(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
-
-
-def _release_after_backward(connected: Tensor, sample: Sample, state: ForwardState) -> None:
-    if torch.compiler.is_compiling():
-        return
-    # Weakly, because the sample holds the tensor whose hook this is.
-    held = weakref.ref(sample)
-
-    def _release(grad: Tensor) -> None:
-        there = held()
-        # A backward may run inside of the forward, which then reads on.
-        if there is not None and not state.depth:
-            there.release()
-
-    connected.register_hook(_release)  # type: ignore[no-untyped-call]
 
 
 def _in_backward() -> bool:

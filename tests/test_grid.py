@@ -217,11 +217,11 @@ def test_gradient_of_equation_11():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_slopes_are_the_gradients(whole):
-    """`slope` and `log_step_slope` are what autograd finds for bits and log(step)."""
+    """`slopes_of_all` and `log_step_slope` are what autograd finds for bits and log(step)."""
     law = BitsLaw(2, 15, whole)
     logits = torch.linspace(-4, 4, 7, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(law.bits(logits).sum(), logits)
-    torch.testing.assert_close(law.slope(logits), slope)
+    torch.testing.assert_close(grid.slopes_of_all([law], [logits], [1])[0], slope)
     step = grid.step_size(torch.tensor([-1.0]), torch.tensor([2.0]), law.bits(logits))
     (slope,) = torch.autograd.grad(step.log().sum(), logits)
     torch.testing.assert_close(law.log_step_slope(logits), slope)
@@ -245,6 +245,6 @@ def test_extremes_are_at_their_places(shape):
     small = torch.randint(-9, 9, shape, generator=generator).float()
     large = small.repeat(1, 1, 2**16)
     for tensor in (small, large, large.transpose(0, 2)):
-        low, high = grid.extremes(tensor)
+        low, high = grid.extremes([tensor]).places(0, tensor)
         assert tensor.reshape(-1)[low] == tensor.min()
         assert tensor.reshape(-1)[high] == tensor.max()

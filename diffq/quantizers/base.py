@@ -95,7 +95,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def setup_optimizer(self, optimizer: Optimizer, lr: float = 1e-3, **overrides: Any) -> None:
         """Lets an optimizer train what the quantizer learns, as a parameter group of its own.
 
-        The group has no weight decay. An optimizer that was made from
+        The group has no weight decay. On a CPU, Adam and AdamW update it by their `fused`
+        kernel, unless they were made with `fused` or `foreach`. An optimizer that was made from
         `model.parameters()` after the quantizer holds the learned extras already;
         they are moved to the new group. So are those that were given to an optimizer
         before: the last one trains them. Where nothing is learned, this only checks

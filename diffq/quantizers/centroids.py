@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from diffq import functions
 from diffq.format.product import ProductRecord
 from diffq.kmeans import member_sums
 from diffq.select import dtype_name
@@ -117,6 +118,7 @@ class CentroidGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """None to the weight, which is in the graph in name only; the mean to each codeword."""
+        functions.release(ctx)
         indices, counts = ctx.saved_tensors
         (size, dim), dtype = ctx.like
         blocks = grad.reshape(-1, dim).to(torch.promote_types(dtype, torch.float32))
@@ -136,5 +138,5 @@ def pass_to_centroids(
         indices: int64 [blocks].
         counts: number of blocks of each codeword, [K], at least 1.
     """
-    result: Tensor = CentroidGradient.apply(weight, value, codebook, indices, counts)  # type: ignore[no-untyped-call]
+    result: Tensor = functions.call(CentroidGradient, weight, value, codebook, indices, counts)
     return result

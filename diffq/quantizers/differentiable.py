@@ -21,6 +21,7 @@ from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
 from diffq.sharding import is_dtensor, is_managed, reshard, whole_parameters
 from diffq.size import Grouping, total_bits
+from diffq.weight import Constant
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class DiffQWeight(GridQuantizer):
             )
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
+        self._grouping = Grouping(self.law, self.group_size, plan.numel)
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
         self._frozen_size: Tensor | None = None
         self.register_buffer("frozen_bits", None, persistent=False)
@@ -107,7 +109,7 @@ class DiffQWeight(GridQuantizer):
         """Rounded bitwidths, float32 [groups]."""
         return torch.round(self.bits())
 
-    def sample(self, weight: Tensor) -> Tensor:
+    def sample(self, weight: Tensor) -> Constant:
         """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
         return self.sample_all([self], [weight])[0]
 
@@ -115,21 +117,23 @@ class DiffQWeight(GridQuantizer):
     @torch.no_grad()
     def sample_all(  # type: ignore[override] # called with quantizers of this class
         cls, quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[Constant]:
         """Equation 6 for all tensors together."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
             alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
-        values: dict[int, Tensor] = {}
+        found: dict[int, Constant] = {}
         for places in alike.values():
             batch = [quantizers[i] for i in places], [weights[i] for i in places]
-            values.update(zip(places, _perturbed(*batch), strict=True))
-        return [values[place] for place in range(len(quantizers))]
+            found.update(zip(places, _perturbed(*batch), strict=True))
+        return [found[place] for place in range(len(quantizers))]
 
-    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
         logits = self.logits if self.frozen_bits is None else None
-        return noise.pass_noise(weight, value, logits, self.law, self.group_size)
+        extremes = constant.about or ()
+        rule = self.law, self.group_size
+        return noise.pass_noise(weight, constant.value, logits, *rule, *extremes)
 
     def size_bits(self) -> Tensor | float:
         """Equation 12 where bits are fixed, or once they are frozen."""
@@ -146,10 +150,6 @@ class DiffQWeight(GridQuantizer):
             # FSDP may free what it has gathered before a backward asks for it.
             logits = logits.clone()
         return self._grouping, logits
-
-    @property
-    def _grouping(self) -> Grouping:
-        return Grouping(self.law, self.group_size, self.plan.numel)
 
     def freeze(self, rounding: bool) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
@@ -202,24 +202,25 @@ class DiffQWeight(GridQuantizer):
         self.forget()
 
 
-def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> list[Tensor]:
+def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> list[Constant]:
     """Samples of tensors that are alike in kind of noise, dtype and device."""
     kind = quantizers[0]._noise_kind
     pairs = list(zip(quantizers, weights, strict=True))
     if kind == "rounding":
-        return [q.quantize(weight, *q.bounds(weight)) for q, weight in pairs]
+        return [Constant(q.quantize(weight, *q.bounds(weight))) for q, weight in pairs]
     counts = torch._foreach_mul(_bits(quantizers), math.log(2))
-    torch._foreach_expm1_(counts)
-    spans = []
-    for q, weight in pairs:
-        low, high = q.observe(grid.widen(weight))
-        spans.append((high - low) * q.settings.noise_scale)
+    torch._foreach_exp_(counts)
+    torch._foreach_sub_(counts, 1)
+    extremes = grid.extremes([grid.widen(weight) for weight in weights])
+    spans = list(torch.split(extremes.high - extremes.low, 1))
+    torch._foreach_mul_(spans, [q.settings.noise_scale for q in quantizers])
     steps = torch._foreach_div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
-    return [
+    values = [
         torch.where(weight == 0, 0, value) if q.plan.pruned else value
         for (q, weight), value in zip(pairs, noisy, strict=True)
     ]
+    return [Constant(value, (extremes, index)) for index, value in enumerate(values)]
 
 
 def _bits(quantizers: Sequence[DiffQWeight]) -> list[Tensor]:

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq import functions
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.grid import widen
 from diffq.quantizers.base import BaseQuantizer
 from diffq.select import Overrides, Rules, TensorPlan, dtype_name
-from diffq.weight import WeightQuantizer
+from diffq.weight import Constant, WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and the scale."""
+        functions.release(ctx)
         weight, value, scale = ctx.saved_tensors
         ratio = widen(weight) / scale
         inside = (ratio >= ctx.lowest) & (ratio <= ctx.highest)
@@ -80,17 +82,17 @@ class LSQWeight(WeightQuantizer):
         self.scale = nn.Parameter((2 * mean / math.sqrt(self.highest)).view(1))
 
     @torch.no_grad()
-    def sample(self, weight: Tensor) -> Tensor:
+    def sample(self, weight: Tensor) -> Constant:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
         scale = self._positive_scale().to(widen(weight).dtype)
         levels = (widen(weight) / scale).clamp_(self.lowest, self.highest).round_()
-        return levels.mul_(scale)
+        return Constant(levels.mul_(scale))
 
-    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        result: Tensor = LearnedScale.apply(
-            weight, value, self._positive_scale(), self.lowest, self.highest
-        )  # type: ignore[no-untyped-call]
+        limits = self.lowest, self.highest
+        scale = self._positive_scale()
+        result: Tensor = functions.call(LearnedScale, weight, constant.value, scale, *limits)
         return result
 
     def eval_weight(self, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from diffq.quantizers.centroids import (
 from diffq.report import ProgressBar
 from diffq.select import TensorPlan
 from diffq.sharding import put
-from diffq.weight import WeightQuantizer
+from diffq.weight import Constant, WeightQuantizer
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
 #: mean of all blocks.
@@ -102,18 +102,19 @@ class ProductWeight(WeightQuantizer):
         """Whether centroids are trained: once the tensor is fixed."""
         return self.fixed
 
-    def sample(self, weight: Tensor) -> Tensor | None:
+    def sample(self, weight: Tensor) -> Constant | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
         with torch.no_grad():
             if self.fixed:
-                return self._codewords(self._stored(), self.indices)
-            return self._noisy(weight.detach()) if self.settings.p else None
+                return Constant(self._codewords(self._stored(), self.indices))
+            return Constant(self._noisy(weight.detach())) if self.settings.p else None
 
-    def connect(self, weight: Tensor, value: Tensor) -> Tensor:
+    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """Equation 8, the identity to the weight; Equation 4 to the codebook once it is fixed."""
         if not self.fixed:
-            return super().connect(weight, value)
-        return pass_to_centroids(weight, value, self.codebook, self.indices.long(), self.counts)
+            return super().connect(weight, constant)
+        places = self.indices.long(), self.counts
+        return pass_to_centroids(weight, constant.value, self.codebook, *places)
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Every block's codeword, as it is stored."""

@@ -13,6 +13,7 @@ from diffq.checks import check_bits, check_flag
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grids import GridQuantizer
 from diffq.select import Overrides, Rules, TensorPlan
+from diffq.weight import Constant
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class QATWeight(GridQuantizer):
         return self.bits.float()
 
     @torch.no_grad()
-    def sample(self, weight: Tensor) -> Tensor | None:
+    def sample(self, weight: Tensor) -> Constant | None:
         """The quantized weight; the weight itself with `training=False`."""
-        return self.quantize(weight, *self.bounds(weight)) if self.settings.training else None
+        if not self.settings.training:
+            return None
+        return Constant(self.quantize(weight, *self.bounds(weight)))
 
     def size_bits(self) -> float:
         """Equation 12; nothing in it is learned."""

@@ -15,6 +15,7 @@ from diffq.observers import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.qat import QATSettings, QATWeight
 from diffq.select import Overrides, Rules, TensorPlan
+from diffq.weight import Constant
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,16 @@ class QuantNoiseWeight(QATWeight):
         return super().observe(weight)
 
     @torch.no_grad()
-    def sample(self, weight: Tensor) -> Tensor | None:
+    def sample(self, weight: Tensor) -> Constant | None:
         """Equations 6 and 10: the blocks J quantized, the others exact."""
         rate = self.noise_settings.p
         if rate == 0:
             return None
         quantized = self.quantize(weight, *self.bounds(weight))
         if rate == 1:
-            return quantized
-        return torch.where(
-            block_mask(weight, rate, self.noise_settings.block_size), quantized, weight
-        )
+            return Constant(quantized)
+        chosen = block_mask(weight, rate, self.noise_settings.block_size)
+        return Constant(torch.where(chosen, quantized, weight))
 
 
 class QuantNoiseQuantizer(BaseQuantizer):
