@@ -40,6 +40,17 @@ def by_hand(weight: Tensor, unit: Tensor, logits: Tensor, group_size: int) -> Te
     return noise.pass_noise(weight, value, logits, LAW, group_size)
 
 
+def box_muller(buffer: Tensor, generator: np.random.Generator) -> None:
+    """Gaussian numbers in pairs, from 32 random bits each."""
+    half = buffer.numel() // 2
+    bits = generator.integers(-(2**63), 2**63 - 1, size=half, endpoint=True).view(np.int32)
+    radius, angle = torch.from_numpy(bits).to(torch.float32).split(half)
+    radius.mul_(2**-32).add_(0.5 + 2**-33).log_().mul_(-2).sqrt_()
+    angle.mul_(math.pi * 2**-31)
+    torch.cos(angle, out=buffer[:half]).mul_(radius)
+    torch.sin(angle, out=buffer[half:]).mul_(radius)
+
+
 def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
     """What is timed, by the name of its row."""
     weight = torch.randn(count // ROW, ROW).mul_(0.02).requires_grad_()
@@ -63,7 +74,8 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "draw: torch.randn": lambda: torch.randn(count),
         "draw: normal_ into a buffer": buffer.normal_,
         "draw: NumPy's fastest generator": numpy_draw,
-        "draw: pieces in threads (used)": lambda: draws.draw_([buffer], "gaussian"),
+        "draw: NumPy's bits, Box-Muller": lambda: box_muller(buffer, generator),
+        "draw: NumPy's bits, quantiles (used)": lambda: draws.draw_([buffer], "gaussian"),
         "sample: draw, scale, add (used)": lambda: noise.perturb(
             [stored], [step], [group_size], "gaussian"
         ),
@@ -71,7 +83,9 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "forward and backward: by autograd": gradients(by_autograd),
         "forward and backward: by hand (used)": gradients(by_hand),
         "place of minimum and maximum: argmin, argmax": lambda: (stored.argmin(), stored.argmax()),
-        "place of minimum and maximum: by rows (used)": lambda: grid.extremes(stored),
+        "place of minimum and maximum: by rows (used)": lambda: grid.extremes([stored]).places(
+            0, stored
+        ),
     }
 
 

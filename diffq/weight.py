@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 import numpy as np
 import torch
@@ -101,12 +101,19 @@ class Sample:
 _PASSING = frozenset({"used", "current", "_held", "_cached"})
 
 
+class _Seen(NamedTuple):
+    """A tensor, and what changes when it is written to, other than through `.data`."""
+
+    tensor: ref[Tensor]
+    version: int
+    pointer: int
+
+
 @dataclass(frozen=True)
 class _Cached:
     """The true quantized weight, and what it was computed from."""
 
-    sources: tuple[weakref.ref[Tensor], ...]
-    key: tuple[int, ...]
+    sources: tuple[_Seen, ...]
     quantized: Tensor
     version: int
 
@@ -282,7 +289,7 @@ class WeightQuantizer(nn.Module, ABC):
             return current.connected
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
-        return self._cached_for(weight, self._fingerprint(weight))
+        return self._cached_for(weight)
 
     def _quantized(self, weight: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -306,23 +313,28 @@ class WeightQuantizer(nn.Module, ABC):
             return self.eval_weight(weight.detach())
 
     def _from_cache(self, weight: Tensor) -> Tensor:
-        key = self._fingerprint(weight)
-        cached = self._cached_for(weight, key)
+        cached = self._cached_for(weight)
         if cached is not None:
             return cached
+        seen = self._seen(weight)
         quantized = self._evaluate(weight)
-        if key is not None:
-            sources = tuple(weakref.ref(source) for source in self._sources(weight))
-            self._cached = _Cached(sources, key, quantized, quantized._version)
+        if seen is not None:
+            self._cached = _Cached(seen, quantized, quantized._version)
         return quantized
 
-    def _cached_for(self, weight: Tensor, key: tuple[int, ...] | None) -> Tensor | None:
+    def _cached_for(self, weight: Tensor) -> Tensor | None:
         cached = self._cached
-        if cached is None or cached.key != key:
+        if cached is None:
             return None
-        # A tensor may have the address and the version of one that is gone.
-        sources = self._sources(weight)
-        if any(ref() is not source for ref, source in zip(cached.sources, sources, strict=True)):
+        try:
+            pairs = zip(cached.sources, self._sources(weight), strict=True)
+            for (tensor, version, pointer), source in pairs:
+                # A tensor may have the address and the version of one that is gone.
+                if tensor() is not source or source._version != version:
+                    return None
+                if source.data_ptr() != pointer:
+                    return None
+        except RuntimeError:
             return None
         return cached.quantized if cached.quantized._version == cached.version else None
 
@@ -330,13 +342,10 @@ class WeightQuantizer(nn.Module, ABC):
         """What the quantized weight is computed from."""
         return [weight, *(learned for learned in self._parameters.values() if learned is not None)]
 
-    def _fingerprint(self, weight: Tensor) -> tuple[int, ...] | None:
-        """Changes whenever a tensor is written to, other than through `.data`; None if unknown."""
+    def _seen(self, weight: Tensor) -> tuple[_Seen, ...] | None:
+        """The sources, with what changes when one is written to; None if that is unknown."""
         try:
-            key: tuple[int, ...] = ()
-            for source in self._sources(weight):
-                key += source._version, source.data_ptr()
-            return key
+            return tuple(_Seen(ref(s), s._version, s.data_ptr()) for s in self._sources(weight))
         except RuntimeError:
             # Tensors made in inference mode count no versions; functorch's have no memory.
             return None

@@ -141,34 +141,6 @@ def test_perturb_keeps_the_memory_format():
     assert torch.equal(last, plain)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
-def test_large_draws_depend_on_the_seed_alone(kind):
-    """The numbers of a large sample are the same for one thread and for three."""
-    samples = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            torch.manual_seed(5)
-            samples.append(torch.empty(2**19 + 7))
-            draws.draw_([samples[-1]], kind)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*samples)
-    first, second = samples[0][: 2**18], samples[0][2**18 : 2**19]
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.01
-    deviation = 1 if kind == "gaussian" else 3**-0.5
-    assert abs(samples[0].std() - deviation) < 0.01
-
-
-def test_a_second_draw_differs():
-    """Two draws in a row share no numbers, however large."""
-    first, second = torch.empty(2**18 + 1), torch.empty(2**18 + 1)
-    draws.draw_([first], "gaussian")
-    draws.draw_([second], "gaussian")
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.01
-
-
 LAW = BitsLaw(2, 15)
 
 

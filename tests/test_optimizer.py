@@ -116,6 +116,74 @@ def test_setup_without_weight_decay():
     assert "weight_decay" not in optimizer.param_groups[-1]
 
 
+def _optimizer(model, name, **options):
+    return getattr(torch.optim, name)(model.parameters(), 0.01, **options)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_adam_updates_the_extras_in_one_pass(name):
+    """On a CPU the extras get Adam's fused kernel; the user's own groups stay as they are."""
+    model = mlp()
+    optimizer = _optimizer(model, name)
+    QUANTIZERS["diffq"](model).setup_optimizer(optimizer)
+    assert [group["fused"] for group in optimizer.param_groups] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "asked"),
+    [
+        ("AdamW", {"foreach": True}, {}),
+        ("AdamW", {"fused": False}, {}),
+        ("AdamW", {"differentiable": True}, {}),
+        ("AdamW", {}, {"fused": False}),
+        ("SGD", {}, {}),
+        ("RAdam", {}, {}),
+    ],
+)
+def test_what_the_user_chose_stays(name, made, asked):
+    """No kernel is chosen where the user chose one, nor for other optimizers."""
+    model = mlp()
+    optimizer = _optimizer(model, name, **made)
+    QUANTIZERS["diffq"](model).setup_optimizer(optimizer, **asked)
+    assert not optimizer.param_groups[-1].get("fused")
+
+
+def test_one_pass_gives_the_same_numbers():
+    """Training with the fused kernel ends where training without it does, but for rounding."""
+    ends = []
+    for options in ({}, {"fused": False}):
+        model = seeded(mlp)
+        optimizer = _optimizer(model, "AdamW")
+        quantizer = QUANTIZERS["diffq"](model)
+        quantizer.setup_optimizer(optimizer, lr=0.1, **options)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            step(model, optimizer, torch.randn(5, model[0].in_features), quantizer)
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*ends)
+
+
+def test_one_pass_is_seen_by_evaluation():
+    """In eval mode too, a fused step of the bitwidths alone changes the quantized weights."""
+    model = mlp()
+    optimizer = _optimizer(model, "Adam")
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.setup_optimizer(optimizer, lr=3.0)
+    model.eval()
+    with torch.no_grad():
+        before = model[0].weight.clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        quantizer.model_size().backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = model[0].weight.clone()
+    assert not torch.equal(before, after)
+    model.train().eval()
+    with torch.no_grad():
+        assert torch.equal(after, model[0].weight)
+
+
 def test_setup_with_ties():
     """The extras of tied tensors are in the group once."""
     model = TiedModules()
