@@ -1,18 +1,19 @@
 """One contender of benchmarks/training.py: trains the models that it is told to, when told to.
 
 Reads requests from its input, a JSON object a line, and answers each with one:
-    {"memory": NAME}      peak memory of a training step of the model, after a first one
+    {"memory": NAME}      peak memory of a training step of the model, after others
     {"case": NAME}        makes the model; the next requests are for it
     {"train": STEPS}      seconds of so many training steps, after a first one
     {"evaluate": STEPS}   seconds of so many forwards in eval mode, after a first one
     {"end": true}         drops the model
-The first two do so in a fork of this process, in which nothing was trained before.
+The first two do so in a fork of this process, in which nothing else was trained before.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -120,6 +121,9 @@ class Trainer:
 def measure_memory(case: Case, contender: Contender, device: str) -> None:
     # Otherwise glibc decides by what happened before which freed memory it keeps.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    # Libraries that the first training loads are not the model's, and are there for any other.
+    Trainer(case, contender, device).step()
+    gc.collect()
     meter = Meter(device)
     trainer = Trainer(case, contender, device)
     trainer.step()  # makes the optimizer's state, and compiles
