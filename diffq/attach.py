@@ -110,6 +110,11 @@ class Attachment:
             for site in quantizer.plan.sites:
                 self._chain(site, quantizer)
 
+    def forget(self) -> None:
+        """Has all quantized weights computed again."""
+        for quantizer in self.quantizers:
+            quantizer.forget()
+
     def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
         """What `call` gives for each weight quantizer; sharded extras are gathered for it."""
         reshard(self.model)

@@ -11,6 +11,8 @@ import torch
 from numpy.random import SFC64, Generator
 from torch import Tensor
 
+from diffq import functions
+
 # Numbers that torch draws in less time than it takes to set up another way.
 _FEW = 2**14
 
@@ -34,9 +36,9 @@ def draw_(samples: Sequence[Tensor], kind: str) -> None:
         kind: the distribution: "gaussian" for N(0, 1), "uniform" for U(-1, 1).
     """
     # Subclasses stand for tensors that hold no numbers, or others' numbers.
-    plain = samples[0].is_cpu and type(samples[0]) is Tensor
+    plain = samples[0].is_cpu and type(samples[0]) is Tensor and functions.is_plain()
     few = sum(sample.numel() for sample in samples) <= _FEW
-    if few or not plain or torch.compiler.is_compiling():
+    if few or not plain:
         for sample in samples:
             sample.normal_() if kind == "gaussian" else sample.uniform_(-1, 1)
         return

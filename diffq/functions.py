@@ -11,17 +11,25 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 
 
-def call(function: type[Function], *inputs: Any) -> Any:
-    """`function.apply(*inputs)`, without looking for default values of arguments first.
+def is_plain() -> bool:
+    """Whether operations run at once, on tensors that hold their own numbers.
 
-    torch reads the signature of `forward` at each call, which takes longer than many a small
-    layer computes.
+    Not while `torch.compile` traces, nor in transforms of `torch.func`.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def call(function: type[Function], *inputs: Any) -> Any:
+    """`function.apply(*inputs)`, without what torch does there for functions in general.
+
+    It reads the signature of `forward` at each call, for default values of arguments, which
+    takes longer than many a small layer computes.
 
     Args:
         function: has `setup_context`; its `forward` has no default values.
         *inputs: all arguments of `forward`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not is_plain():
         return function.apply(*inputs)  # type: ignore[no-untyped-call]
     return super(Function, function).apply(*inputs)  # type: ignore[misc]
 

@@ -150,11 +150,10 @@ def bits_of_all(laws: Sequence[BitsLaw], logits: Sequence[Tensor]) -> list[Tenso
     return bits
 
 
-@torch.no_grad()
 def slopes_of_all(
     laws: Sequence[BitsLaw], logits: Sequence[Tensor], factors: Sequence[int]
 ) -> list[Tensor]:
-    """db/dl of many tensors at once, each times a factor; without graph."""
+    """db/dl of many tensors at once, each times a factor; differentiable."""
     shares = torch._foreach_sigmoid([widen(part) for part in logits])
     slopes = list(torch._foreach_addcmul(shares, shares, shares, value=-1))
     each = zip(laws, factors, strict=True)
@@ -169,21 +168,29 @@ class Extremes:
     Attributes:
         low: the minima, [tensors].
         high: the maxima, [tensors].
-        slopes: what minimum and maximum gain per unit of the logarithm of their distance: -1
-            and 1 over the distance, [tensors, 2]; zeros where a tensor is constant.
+        span: their distances, [tensors]; 1 where a tensor is constant.
+        signs: -1 and 1, [tensors, 2]; zeros where a tensor is constant.
         rows: the rows of minimum and maximum in a tensor's `_rows`, int64 [tensors, 2].
     """
 
     low: Tensor
     high: Tensor
-    slopes: Tensor
+    span: Tensor
+    signs: Tensor
     rows: Tensor
 
+    def gradients(self, index: int, total: Tensor) -> Tensor:
+        """Those of minimum and maximum, [2], from that of the logarithm of their distance."""
+        return self.signs[index] * (total / self.span[index])
+
     def places(self, index: int, tensor: Tensor) -> Tensor:
-        """Places of the minimum and the maximum in a tensor when flattened, int64 [2]."""
+        """Places of the minimum and the maximum in a tensor when flattened, int64 [2].
+
+        The tensor is as it was when they were found.
+        """
         rows, chosen = _rows(tensor), self.rows[index]
         if rows.shape[1] == 1:
-            return chosen
+            return chosen  # rows of one element are places
         # index_select, because indexing with a tensor would wait for the device.
         with_low, with_high = rows.index_select(0, chosen).unbind()
         columns = torch.stack((with_low.argmin(), with_high.argmax()))
@@ -203,8 +210,10 @@ def extremes(tensors: Sequence[Tensor]) -> Extremes:
     found = [place for tensor in tensors for place in _search(_rows(tensor))]
     low, high = torch.stack(found[::2]).view(-1, 2).unbind(1)
     rows = torch.stack(found[1::2]).view(-1, 2)
-    rate = torch.where(high > low, 1 / (high - low), 0)
-    return Extremes(low, high, torch.stack((-rate, rate), dim=1), rows)
+    upper = (high > low).to(low.dtype)
+    # Not the inverse of the distance, which may overflow.
+    span = torch.where(high > low, high - low, 1)
+    return Extremes(low, high, span, torch.stack((-upper, upper), dim=1), rows)
 
 
 def _search(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -137,7 +137,7 @@ def _gradients(
     sums = _group_sums(error, group_size)
     if ctx.needs_input_grad[0]:
         places = ctx.extremes.places(ctx.index, weight.detach())
-        for_range = (ctx.extremes.slopes[ctx.index] * sums.sum()).to(grad.dtype)
+        for_range = ctx.extremes.gradients(ctx.index, sums.sum()).to(grad.dtype)
         for_weight = _copied(grad, None if group_size == 1 else error)
         for_weight.view(-1).index_add_(0, places, for_range)
     if logits is not None and ctx.needs_input_grad[2]:

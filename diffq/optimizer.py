@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 from torch.optim import Adam, AdamW, Optimizer
 
 from diffq.errors import OptimizerError
@@ -68,31 +67,24 @@ def add_extras(
             _release(earlier, extras)
         _remove(optimizer, ids)
         decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
-        group = {"params": list(extras), **decay, **_in_one_pass(optimizer, extras), **options}
-        optimizer.add_param_group(group)
-        if group.get("fused"):
-            _count_steps(optimizer, group["params"])
+        kernel = _in_one_pass(optimizer, extras, options)
+        optimizer.add_param_group({"params": list(extras), **decay, **kernel, **options})
 
 
-def _in_one_pass(optimizer: Optimizer, extras: Sequence[nn.Parameter]) -> dict[str, bool]:
-    """Adam's own faster kernel for CPUs, where the user has chosen none: the same numbers.
+def _in_one_pass(
+    optimizer: Optimizer, extras: Sequence[nn.Parameter], options: Mapping[str, Any]
+) -> dict[str, bool]:
+    """Adam's own faster kernel for CPUs, where the user has chosen none.
 
-    By default it takes a dozen passes there, and a group size of 1 doubles what it updates.
+    The same numbers but for rounding. By default Adam takes a dozen passes there, and a
+    group size of 1 doubles what it updates.
     """
     if type(optimizer) not in _ADAMS or any(not e.is_cpu or is_dtensor(e) for e in extras):
         return {}
-    chosen = [optimizer.defaults[name] for name in ("fused", "foreach")]
-    special = [optimizer.defaults[name] for name in ("capturable", "differentiable")]
+    asked = {**optimizer.defaults, **options}
+    chosen = [asked[name] for name in ("fused", "foreach")]
+    special = [asked[name] for name in ("capturable", "differentiable")]
     return {} if chosen != [None, None] or any(special) else {"fused": True}
-
-
-def _count_steps(optimizer: Optimizer, extras: Sequence[nn.Parameter]) -> None:
-    """Counts fused steps as changes of the tensors, which torch does not."""
-
-    def _count(*_: Any) -> None:
-        increment_version(extras)
-
-    optimizer.register_step_post_hook(_count)
 
 
 def _remove(optimizer: Optimizer, ids: set[int]) -> None:

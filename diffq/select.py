@@ -53,10 +53,13 @@ class Site:
             AttachError: the model has no such submodule any more.
         """
         owner = model
-        # As get_submodule does, but at once: this is asked for each tensor in each step.
+        # Directly where a module is in its place: this is asked for each tensor in each step.
+        # What wraps a module may pass the names in it on.
         for name in self.module.split(".") if self.module else ():
             below = owner._modules.get(name)
             if below is None:
+                below = getattr(owner, name, None)
+            if not isinstance(below, nn.Module):
                 raise AttachError(self.changed("was removed"))
             owner = below
         return owner

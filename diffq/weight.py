@@ -334,7 +334,7 @@ class WeightQuantizer(nn.Module, ABC):
                     return None
                 if source.data_ptr() != pointer:
                     return None
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # no versions; other parameters than before
             return None
         return cached.quantized if cached.quantized._version == cached.version else None
 

@@ -178,3 +178,35 @@ def test_a_model_inside_of_another():
     assert list(quantizer.get_quantized_state()["tensors"]) == list(before["tensors"])
     assert diffq.quantizer_of(wrapper) is quantizer
     assert type(quantizer.detach()) is nn.Sequential
+
+
+class _Through(nn.Module):
+    """Wraps a module and passes on what it does not have, as torch's own wrappers do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs):
+        return self.inner(inputs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("wrap", [_Through, lambda module: torch.compile(module, backend="eager")])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_parts_may_be_wrapped(kind, wrap):
+    """A part that is compiled, or wrapped so that its names are passed on, trains and exports."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.no_optimizer()
+    weight, size = model[1][0].parametrizations.weight.original, quantizer.true_model_size()
+    model[1] = wrap(model[1])
+    (model(torch.ones(2, 16)).sum() + quantizer.model_size()).backward()
+    assert weight.grad.abs().sum() > 0
+    assert quantizer.true_model_size() == size
+    torch.compiler.reset()

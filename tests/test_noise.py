@@ -219,6 +219,16 @@ def test_constant_tensors_pass_finite_gradients():
     assert logits.grad.tolist() == [0]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-39, 1e-44])
+def test_tiny_ranges_pass_finite_gradients(scale):
+    """The inverse of a tiny range overflows; its gradient does not."""
+    weight = (torch.randn(4, 8) * scale).requires_grad_()
+    value = weight.detach() * 1.25
+    noise.pass_noise(weight, value, None, LAW, 32).sum().backward()
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().max() < 32
+
+
 def test_straight_through_is_the_identity():
     """The straight-through estimator gives the weight its gradient unchanged."""
     weight = torch.randn(2, 3, requires_grad=True)

@@ -1,5 +1,7 @@
 """The learned extras in the optimizer, and training without one."""
 
+import copy
+
 import pytest
 import torch
 
@@ -136,6 +138,8 @@ def test_adam_updates_the_extras_in_one_pass(name):
         ("AdamW", {"fused": False}, {}),
         ("AdamW", {"differentiable": True}, {}),
         ("AdamW", {}, {"fused": False}),
+        ("AdamW", {}, {"foreach": True}),
+        ("Adam", {}, {"differentiable": True}),
         ("SGD", {}, {}),
         ("RAdam", {}, {}),
     ],
@@ -163,24 +167,25 @@ def test_one_pass_gives_the_same_numbers():
     torch.testing.assert_close(*ends)
 
 
-def test_one_pass_is_seen_by_evaluation():
-    """In eval mode too, a fused step of the bitwidths alone changes the quantized weights."""
+@pytest.mark.parametrize("copied", [False, True])
+def test_one_pass_is_seen_by_evaluation(copied):
+    """In eval mode too, a fused step of the bitwidths changes the quantized weights of copies."""
     model = mlp()
     optimizer = _optimizer(model, "Adam")
-    quantizer = QUANTIZERS["diffq"](model)
-    quantizer.setup_optimizer(optimizer, lr=3.0)
+    QUANTIZERS["diffq"](model).setup_optimizer(optimizer, lr=3.0)
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
     model.eval()
     with torch.no_grad():
         before = model[0].weight.clone()
     for _ in range(3):
         optimizer.zero_grad()
-        quantizer.model_size().backward()
+        diffq.quantizer_of(model).model_size().backward()
         optimizer.step()
     with torch.no_grad():
         after = model[0].weight.clone()
-    assert not torch.equal(before, after)
-    model.train().eval()
-    with torch.no_grad():
+        assert not torch.equal(before, after)
+        model.train().eval()
         assert torch.equal(after, model[0].weight)
 
 

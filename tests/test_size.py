@@ -372,3 +372,18 @@ def test_size_of_a_large_tensor_keeps_its_digits(group_size):
     levels = float(bits[:-1].sum()) * group_size + float(bits[-1]) * last
     wanted = levels + 4 * weight.groups + 72
     assert quantizer.model_size().item() * MEGABYTE_BITS == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_second_derivatives(missing):
+    """With create_graph=True, the size's gradient has the gradient that autograd finds."""
+    law, logits = BitsLaw(2, 15), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    grouping = Grouping(law, 4, 20 - missing)
+
+    def _bits(logits):
+        return (law.bits(logits) * torch.tensor([4, 4, 4, 4, 4 - missing])).sum()
+
+    (found,) = torch.autograd.grad(learned_bits([grouping], [logits]), logits, create_graph=True)
+    (second,) = torch.autograd.grad(found.sum(), logits)
+    wanted = torch.autograd.functional.hessian(_bits, logits).sum(0)
+    torch.testing.assert_close(second, wanted)

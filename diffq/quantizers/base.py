@@ -156,6 +156,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         for place in dict.fromkeys(layout_of(logits) for _, logits in learned):
             there = [size for size in learned if layout_of(size[1]) == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
+        if bits.requires_grad and not all(q.training for q in attachment.quantizers):
+            # After a backward comes a step, and fused optimizers leave no trace of theirs.
+            bits.register_hook(lambda grad: attachment.forget())  # type: ignore[no-untyped-call]
         return bits / MEGABYTE_BITS
 
     def true_model_size(self) -> float:
