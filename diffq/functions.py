@@ -31,6 +31,7 @@ def call(function: type[Function], *inputs: Any) -> Any:
     """
     if not is_plain():
         return function.apply(*inputs)  # type: ignore[no-untyped-call]
+    # mypy knows no super() of a class that is a value.
     return super(Function, function).apply(*inputs)  # type: ignore[misc]
 
 

@@ -166,22 +166,20 @@ class Extremes:
     """Minimum and maximum of each of some tensors, and how to find them there.
 
     Attributes:
-        low: the minima, [tensors].
-        high: the maxima, [tensors].
-        span: their distances, [tensors]; 1 where a tensor is constant.
+        distance: from minimum to maximum, [tensors].
+        divisor: the same, but 1 where a tensor is constant.
         signs: -1 and 1, [tensors, 2]; zeros where a tensor is constant.
         rows: the rows of minimum and maximum in a tensor's `_rows`, int64 [tensors, 2].
     """
 
-    low: Tensor
-    high: Tensor
-    span: Tensor
+    distance: Tensor
+    divisor: Tensor
     signs: Tensor
     rows: Tensor
 
     def gradients(self, index: int, total: Tensor) -> Tensor:
         """Those of minimum and maximum, [2], from that of the logarithm of their distance."""
-        return self.signs[index] * (total / self.span[index])
+        return self.signs[index] * (total / self.divisor[index])
 
     def places(self, index: int, tensor: Tensor) -> Tensor:
         """Places of the minimum and the maximum in a tensor when flattened, int64 [2].
@@ -210,10 +208,11 @@ def extremes(tensors: Sequence[Tensor]) -> Extremes:
     found = [place for tensor in tensors for place in _search(_rows(tensor))]
     low, high = torch.stack(found[::2]).view(-1, 2).unbind(1)
     rows = torch.stack(found[1::2]).view(-1, 2)
-    upper = (high > low).to(low.dtype)
-    # Not the inverse of the distance, which may overflow.
-    span = torch.where(high > low, high - low, 1)
-    return Extremes(low, high, span, torch.stack((-upper, upper), dim=1), rows)
+    distance = high - low
+    upper = (distance > 0).to(distance.dtype)
+    # To divide by, because the inverse of a tiny distance overflows.
+    divisor = torch.where(distance > 0, distance, 1)
+    return Extremes(distance, divisor, torch.stack((-upper, upper), dim=1), rows)
 
 
 def _search(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -115,33 +115,25 @@ class PseudoNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and the logits."""
         functions.release(ctx)
-        inputs = *ctx.saved_tensors, ctx.law, ctx.group_size, grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for_weight, for_logits = _twice_differentiable(*inputs)
+            for_weight, for_logits = _twice_differentiable(ctx, grad)
         else:
-            for_weight, for_logits = _gradients(ctx, *inputs)
+            for_weight, for_logits = _gradients(ctx, grad)
         return for_weight, None, for_logits, None, None, None, None
 
 
-def _gradients(
-    ctx: Any,
-    weight: Tensor,
-    value: Tensor,
-    logits: Tensor | None,
-    law: BitsLaw,
-    group_size: int,
-    grad: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    weight, value, logits = ctx.saved_tensors
     for_weight = for_logits = None
     error = (grid.widen(value) - weight).mul_(grad)
-    sums = _group_sums(error, group_size)
+    sums = _group_sums(error, ctx.group_size)
     if ctx.needs_input_grad[0]:
         places = ctx.extremes.places(ctx.index, weight.detach())
         for_range = ctx.extremes.gradients(ctx.index, sums.sum()).to(grad.dtype)
-        for_weight = _copied(grad, None if group_size == 1 else error)
+        for_weight = _copied(grad, None if ctx.group_size == 1 else error)
         for_weight.view(-1).index_add_(0, places, for_range)
-    if logits is not None and ctx.needs_input_grad[2]:
-        for_logits = sums.mul_(law.log_step_slope(logits)).to(logits.dtype)
+    if ctx.needs_input_grad[2]:
+        for_logits = sums.mul_(ctx.law.log_step_slope(logits)).to(logits.dtype)
     return for_weight, for_logits
 
 
@@ -192,23 +184,17 @@ def _copied(grad: Tensor, scratch: Tensor | None) -> Tensor:
     return scratch.copy_(grad)
 
 
-def _twice_differentiable(
-    weight: Tensor,
-    value: Tensor,
-    logits: Tensor | None,
-    law: BitsLaw,
-    group_size: int,
-    grad: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
+def _twice_differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The same gradients as a differentiable expression, for `create_graph=True`."""
+    weight, value, logits = ctx.saved_tensors
     with torch.enable_grad():
         # amin and amax, because aminmax is not differentiable in every torch.
         span = grid.widen(weight).amax() - grid.widen(weight).amin()
         step = (span / torch.where(span > 0, span, 1).detach()).view(1)
         if logits is not None:
-            count = torch.exp2(law.bits(logits)) - 1
+            count = torch.exp2(ctx.law.bits(logits)) - 1
             step = step * (count.detach() / count)
-        error = grid.to_groups((value - weight).detach(), group_size)
+        error = grid.to_groups((value - weight).detach(), ctx.group_size)
         noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
         inputs = [t for t in (weight, logits) if t is not None and t.requires_grad]
         grads = torch.autograd.grad(noisy.to(weight.dtype), inputs, grad, create_graph=True)

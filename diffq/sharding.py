@@ -133,6 +133,7 @@ def whole_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     gathered = {p: whole(p.detach()) for p in dict.fromkeys(p for _, _, p in places)}
     try:
         for owner, name, parameter in places:
+            # A plain tensor, for as long as nobody registers or trains it.
             owner._parameters[name] = gathered[parameter]  # type: ignore[assignment]
         yield
     finally:

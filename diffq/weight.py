@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import ref
 
 import numpy as np
@@ -20,6 +20,9 @@ from diffq.noise import straight_through
 from diffq.select import TensorPlan
 from diffq.sharding import is_managed
 from diffq.size import Grouping
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -161,7 +164,7 @@ class WeightQuantizer(nn.Module, ABC):
 
     @classmethod
     def sample_all(
-        cls, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]
+        cls, quantizers: Sequence[Self], weights: Sequence[Tensor]
     ) -> Sequence[Constant | None]:
         """`sample` of many tensors, whose quantizers are of this class, in few operations."""
         return [q.sample(weight) for q, weight in zip(quantizers, weights, strict=True)]

@@ -44,10 +44,10 @@ class StandIn:
     """Takes the place of a class that a file names; swallows whatever it is given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Takes the arguments of any class, and keeps none."""
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        """Takes any state, and keeps none."""
 
 
 class StandInDtype:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from diffq.select import Overrides, Rules, TensorPlan
 from diffq.sharding import is_dtensor, is_managed, reshard, whole_parameters
 from diffq.size import Grouping, total_bits
 from diffq.weight import Constant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,7 @@ class DiffQWeight(GridQuantizer):
 
     @classmethod
     @torch.no_grad()
-    def sample_all(  # type: ignore[override] # called with quantizers of this class
-        cls, quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]
-    ) -> list[Constant]:
+    def sample_all(cls, quantizers: Sequence[Self], weights: Sequence[Tensor]) -> list[Constant]:
         """Equation 6 for all tensors together."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
@@ -212,7 +213,7 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     torch._foreach_exp_(counts)
     torch._foreach_sub_(counts, 1)
     extremes = grid.extremes([grid.widen(weight) for weight in weights])
-    spans = list(torch.split(extremes.high - extremes.low, 1))
+    spans = list(torch.split(extremes.distance, 1))
     torch._foreach_mul_(spans, [q.settings.noise_scale for q in quantizers])
     steps = torch._foreach_div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
