@@ -50,6 +50,19 @@ def from_groups(groups: Tensor, shape: torch.Size) -> Tensor:
     return groups.reshape(-1)[: shape.numel()].view(shape)
 
 
+def laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+    """A value in the strides of its weight, by which torch chooses the kernels of a layer.
+
+    Args:
+        weight: any strides; where its elements overlap or leave gaps, the strides of
+            `torch.empty_like`.
+        value: of the weight's shape.
+    """
+    if value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
 def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of a tensor, each [1]."""
     low, high = torch.aminmax(tensor)

@@ -55,7 +55,7 @@ def _add_scaled(weight: Tensor, step: Tensor, group_size: int, unit: Tensor) -> 
     groups = grid.to_groups(grid.widen(weight.detach()), group_size)
     unit = unit.view(groups.shape)
     torch.addcmul(groups, unit, step[:, None], out=unit)
-    return _strided_as(weight, grid.from_groups(unit, weight.shape))
+    return grid.from_groups(unit, weight.shape)
 
 
 def _draw_parts(like: Tensor, counts: Sequence[int], kind: Noise) -> list[Tensor]:
@@ -74,13 +74,6 @@ def _draw_parts(like: Tensor, counts: Sequence[int], kind: Noise) -> list[Tensor
         for buffer, together in zip(buffers, shared, strict=True)
         for part in (torch.split(buffer, together) if len(together) > 1 else [buffer])
     ]
-
-
-def _strided_as(weight: Tensor, value: Tensor) -> Tensor:
-    """The value in the weight's memory format, which convolutions choose their kernels by."""
-    if weight.is_contiguous():
-        return value
-    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class PseudoNoise(torch.autograd.Function):
@@ -103,7 +96,7 @@ class PseudoNoise(torch.autograd.Function):
         index: int,
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
-        return value.to(weight.dtype).view_as(value)
+        return value.to(weight.dtype).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,7 +201,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, quantized: Tensor) -> Tensor:
         """Returns `quantized` in the weight's dtype."""
-        return quantized.to(weight.dtype).view_as(quantized)
+        return quantized.to(weight.dtype).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffq import functions
 from diffq.format.groups import stream_counts
 from diffq.format.records import Record
+from diffq.grid import laid_out_as
 from diffq.noise import straight_through
 from diffq.select import TensorPlan
 from diffq.sharding import is_managed
@@ -60,6 +61,10 @@ class Constant(NamedTuple):
 
     value: Tensor
     about: Any = None
+
+    def laid_out_as(self, weight: Tensor) -> Constant:
+        """The same with its value in the strides of the weight."""
+        return self._replace(value=laid_out_as(weight, self.value))
 
 
 @dataclass(eq=False)
@@ -225,13 +230,14 @@ class WeightQuantizer(nn.Module, ABC):
         if current is not None and current.serves(weight) and self._goes_on():
             return self._read(current, weight)
         constant = self.sample(weight)
-        return weight if constant is None else self.connect(weight, constant)
+        return weight if constant is None else self.connect(weight, constant.laid_out_as(weight))
 
     def begin(self, weight: Tensor, constant: Constant | None) -> None:
         """Takes the sample for the forward of the root that is about to run."""
         self.used = False
         self.current = None
         if constant is not None:
+            constant = constant.laid_out_as(weight)
             connected = self.connect(weight, constant) if torch.is_grad_enabled() else None
             parameter = weight if isinstance(weight, nn.Parameter) else None
             self.current = Sample(parameter, constant, connected, self.forward_state)
@@ -313,7 +319,7 @@ class WeightQuantizer(nn.Module, ABC):
 
     def _evaluate(self, weight: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return self.eval_weight(weight.detach())
+            return laid_out_as(weight, self.eval_weight(weight.detach()))
 
     def _from_cache(self, weight: Tensor) -> Tensor:
         cached = self._cached_for(weight)

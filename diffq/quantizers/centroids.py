@@ -106,7 +106,7 @@ class CentroidGradient(torch.autograd.Function):
         weight: Tensor, value: Tensor, codebook: Tensor, indices: Tensor, counts: Tensor
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
-        return value.to(weight.dtype).view_as(value)
+        return value.to(weight.dtype).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

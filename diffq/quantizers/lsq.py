@@ -44,7 +44,7 @@ class LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, value: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
         """Returns `value` in the weight's dtype."""
-        return value.to(weight.dtype).view_as(value)
+        return value.to(weight.dtype).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
