@@ -33,6 +33,7 @@ from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
 from diffq.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
+from diffq.zeros import ModeWatch, watch_states
 
 T = TypeVar("T")
 
@@ -176,11 +177,12 @@ class Attachment:
                 self._classes[owner] = type(owner)
                 owner.__class__ = own_class(owner)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
-            self._handles.append(load_hook)
+            self._handles += [load_hook, *watch_states(owner)]
             if isinstance(owner, nn.RNNBase):
                 self._handles += hold_in_forward(owner)
         if isinstance(owner, nn.MultiheadAttention):
             quantizer.mode_followers.append(TrainingHold(owner))
+        quantizer.mode_followers.append(ModeWatch(owner, quantizer))
         chain = chain_at(owner, site.attribute)
         unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)

@@ -127,7 +127,7 @@ def _errors(centers: Tensor, counts: Tensor, cuts: Tensor, bits: int) -> Tensor:
     return torch.where(high[:, 0] > low[:, 0], errors, torch.inf)
 
 
-def fit_range(weight: Tensor, bits: int, through_zero: bool = False) -> tuple[Tensor, Tensor]:
+def fit_range(weight: Tensor, bits: int, zero_point: bool = False) -> tuple[Tensor, Tensor]:
     """The range of a tensor that minimises the squared error of its grid.
 
     What the histogram finds is checked on the weights themselves, so that the error is
@@ -136,27 +136,29 @@ def fit_range(weight: Tensor, bits: int, through_zero: bool = False) -> tuple[Te
     Args:
         weight: any shape, at least one element.
         bits: bitwidth of the grid.
-        through_zero: whether zero stays within the range, as it is in the tensor's.
+        zero_point: the grid has one. Zero stays within the range, if it is in the tensor's.
 
     Returns:
         low and high, float32 [1] each.
     """
     histogram = Histogram.of(weight)
-    low, high = least_error_range(histogram, bits, through_zero)
+    low, high = least_error_range(histogram, bits, through_zero=zero_point)
     largest = torch.maximum(histogram.low.abs(), histogram.high.abs())
     unit = torch.where(largest > 0, largest, 1)
-    before = _squared_error(weight, histogram.low, histogram.high, bits, unit)
-    after = _squared_error(weight, low, high, bits, unit)
+    rule = bits, zero_point, unit
+    before = _squared_error(weight, histogram.low, histogram.high, *rule)
+    after = _squared_error(weight, low, high, *rule)
     better = (after < before * _CLEARLY) & (high > low)
     return torch.where(better, low, histogram.low), torch.where(better, high, histogram.high)
 
 
-def _squared_error(weight: Tensor, low: Tensor, high: Tensor, bits: int, unit: Tensor) -> Tensor:
+def _squared_error(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, zero_point: bool, unit: Tensor
+) -> Tensor:
     """Squared error of a grid, float32 0-dim, in squares of `unit`."""
     groups = weight.detach().float().reshape(1, -1)
-    width = torch.full_like(low, bits)
-    levels = grid.to_levels(groups, low, high, width)
-    errors = grid.from_levels(levels, low, high, width).sub_(groups)
+    rule = low, high, torch.full_like(low, bits), zero_point
+    errors = grid.from_levels(grid.to_levels(groups, *rule), *rule).sub_(groups)
     # Squares of large or tiny weights would leave float32.
     return errors.div_(unit).square_().sum()
 

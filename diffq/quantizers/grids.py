@@ -19,7 +19,6 @@ from diffq.format.records import (
     group_count,
     level_bits,
 )
-from diffq.observers import keep_zero
 from diffq.select import TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
 
@@ -48,6 +47,9 @@ def check_bitwidths(bits: Tensor, name: str) -> None:
 class GridQuantizer(WeightQuantizer):
     """Quantizes one tensor on an even grid between its minimum and maximum.
 
+    Weights that are exactly zero stay so: the grid of a tensor that has some has a zero point.
+    `diffq.zeros` says when they are looked for.
+
     Args:
         plan: the tensor.
         group_size: weights per group of the flattened tensor.
@@ -63,6 +65,7 @@ class GridQuantizer(WeightQuantizer):
         self.min_bits = min_bits
         self.ranges_per_group = ranges_per_group
         self.groups = group_count(plan.numel, group_size)
+        self.zero_point = plan.pruned or plan.padded
         self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
 
     @abstractmethod
@@ -70,18 +73,18 @@ class GridQuantizer(WeightQuantizer):
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Low and high of the grid, [1] or [groups]; of a pruned tensor, zero is a level."""
-        low, high = self.observe(weight)
-        if not self.plan.pruned:
-            return low, high
-        return keep_zero(low.float(), high.float(), self.whole_bits())
-
-    def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)
         groups = grid.to_groups(weight, self.group_size)
         return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+    def look(self, weight: Tensor) -> None:
+        """Gives the grid a zero point if weights are zero; a pruned tensor's always has one."""
+        found = self.plan.pruned or bool((weight == 0).any())
+        if found != self.zero_point:
+            self.zero_point = found
+            self.forget()
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Equation 1 of the DiffQ paper at whole bitwidths."""
@@ -95,7 +98,7 @@ class GridQuantizer(WeightQuantizer):
         """The nearest values on the grid from `low` to `high`; no host synchronisation."""
         bits = self.whole_bits()
         levels = self._levels(weight, low, high, bits)
-        values = grid.from_levels(levels, low.float(), high.float(), bits)
+        values = grid.from_levels(levels, low.float(), high.float(), bits, self.zero_point)
         return grid.from_groups(values, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
@@ -111,12 +114,13 @@ class GridQuantizer(WeightQuantizer):
             bits=self.group_bits(),
             levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
             ranges=torch.stack([low, high], dim=1).float().cpu().numpy(),
+            zero_point=self.zero_point and not _constant(low, high),
         )
 
     def stored_bits(self, weight: Tensor) -> int:
         """Equation 12 for this tensor, without computing its levels."""
         low, high = self._checked_bounds(weight)
-        if torch.equal(low.float(), high.float()):
+        if _constant(low, high):
             return self.overhead_bits
         return self.overhead_bits + level_bits(
             self.group_bits(), self.group_size, self.plan.numel, self.min_bits
@@ -130,11 +134,18 @@ class GridQuantizer(WeightQuantizer):
         return expanded
 
     def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self.bounds(weight)
+        self.look(weight)
         low, high = self.bounds(weight)
-        if not torch.compiler.is_compiling():
-            check_range(low.float(), high.float(), self.plan.name)
+        check_range(low.float(), high.float(), self.plan.name)
         return low, high
 
     def _levels(self, weight: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
         groups = grid.to_groups(weight.float(), self.group_size)
-        return grid.to_levels(groups, low.float(), high.float(), bits)
+        return grid.to_levels(groups, low.float(), high.float(), bits, self.zero_point)
+
+
+def _constant(low: Tensor, high: Tensor) -> bool:
+    """Whether the ranges alone give the values, so that no level is stored."""
+    return torch.equal(low.float(), high.float())
