@@ -90,6 +90,56 @@ def kmeans(
 
 
 @torch.no_grad()
+def kmeans_with_zeros(
+    blocks: Tensor,
+    size: int,
+    iterations: int = 15,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Clustering:
+    """`kmeans`, in which the first codeword is exactly zero if some block is.
+
+    The other codewords are those of the other blocks; where there are too few of them, the
+    rest of the codewords is zero too.
+
+    Args:
+        blocks: as `kmeans`.
+        size: as `kmeans`; more than 1 if some blocks are zero and others are not.
+        iterations: as `kmeans`.
+        generator: as `kmeans`.
+        start: as `kmeans`; the codewords nearest to zero are left out.
+        report: as `kmeans`.
+    """
+    kept = nonzero(blocks)
+    others = blocks[kept]
+    if len(others) == len(blocks):
+        return kmeans(blocks, size, iterations, generator, start, report)
+    codebook = torch.zeros(size, blocks.shape[1], device=blocks.device)
+    indices = torch.zeros_like(kept, dtype=torch.int64)
+    errors: tuple[float, ...] = (0.0,)
+    words = min(size - 1, len(others))
+    if words:
+        if start is not None:
+            start = start[start.abs().amax(1).topk(words).indices.sort().values]
+        found = kmeans(others, words, iterations, generator, start, report)
+        codebook[1 : 1 + words] = found.codebook
+        indices[kept] = found.indices + 1
+        errors = found.errors
+    return Clustering(codebook, indices, errors)
+
+
+def nonzero(blocks: Tensor) -> Tensor:
+    """The blocks of [n, d] that are not all zero, bool [n]."""
+    return (blocks != 0).any(1)
+
+
+def smallest(codebook: Tensor) -> Tensor:
+    """Index of the codeword whose largest magnitude is least, int64 [1]."""
+    return codebook.abs().amax(1).argmin(0, keepdim=True)
+
+
+@torch.no_grad()
 def nearest(blocks: Tensor, codebook: Tensor) -> Tensor:
     """The nearest codeword of each block (Equation 11 of arXiv:2004.07320).
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
 from diffq.format.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
-from diffq.kmeans import Clustering, kmeans, nearest
+from diffq.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
 from diffq.quantizers.blocks import BlockSize, check_block_size
 from diffq.quantizers.centroids import (
     CENTROIDS,
@@ -22,7 +22,7 @@ from diffq.quantizers.centroids import (
 )
 from diffq.report import ProgressBar
 from diffq.select import TensorPlan
-from diffq.sharding import put
+from diffq.sharding import is_managed, put
 from diffq.weight import Constant, WeightQuantizer
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
@@ -73,11 +73,14 @@ class ProductWeight(WeightQuantizer):
     every block as the weights are then. Once fixed, the tensor is made of codewords in
     training too: each block keeps its own, and the codebook is trained in the weights' place.
 
+    Blocks of zeros stay exactly zero: noise leaves them alone, and a codeword is zero for them.
+
     Attributes:
         codebook: float32 parameter [K, d].
         indices: int32 [blocks], the codeword of each block when the codebook was learned.
         counts: int32 [K], blocks of each codeword once it is fixed, at least 1.
         fixed: whether blocks keep their codewords.
+        zero_blocks: whether blocks were zero at the last look; once fixed, codewords.
     """
 
     indices: Tensor
@@ -91,6 +94,7 @@ class ProductWeight(WeightQuantizer):
         self.group_size = block_size
         self.blocks = plan.numel // block_size
         self.fixed = False
+        self.zero_blocks = False
         size = settings.codebook_size
         self.codebook = nn.Parameter(torch.zeros(size, block_size, device=device))
         indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
@@ -101,6 +105,14 @@ class ProductWeight(WeightQuantizer):
     def learning(self) -> bool:
         """Whether centroids are trained: once the tensor is fixed."""
         return self.fixed
+
+    def look(self, weight: Tensor) -> None:
+        """Looks for blocks of zeros, among the codewords once they are what training moves."""
+        blocks = self.codebook.detach() if self.fixed else self._in_blocks(weight)
+        found = not bool(nonzero(blocks).all())
+        if found != self.zero_blocks:
+            self.zero_blocks = found
+            self.forget()
 
     def sample(self, weight: Tensor) -> Constant | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
@@ -114,17 +126,20 @@ class ProductWeight(WeightQuantizer):
         if not self.fixed:
             return super().connect(weight, constant)
         places = self.indices.long(), self.counts
-        return pass_to_centroids(weight, constant.value, self.codebook, *places)
+        # Codewords of zeros are not trained, so that optimizers leave them exactly zero.
+        watched = self.zero_blocks or is_managed(self)
+        trained = nonzero(self.codebook.detach()) if watched else None
+        return pass_to_centroids(weight, constant.value, self.codebook, *places, trained)
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Every block's codeword, as it is stored."""
-        stored = self._checked_codebook()
+        stored = self._checked_codebook(weight)
         return self._codewords(stored, self._assign(weight, stored)).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> ProductRecord:
         """Codebook and indices."""
-        stored = self._checked_codebook()
+        stored = self._checked_codebook(weight)
         return stored.record(weight, self._assign(weight, stored))
 
     def size_bits(self) -> float:
@@ -152,15 +167,17 @@ class ProductWeight(WeightQuantizer):
 
         Raises:
             WeightError: the weight is not finite.
+            ConfigError: the only codeword cannot be zero for some blocks alone.
         """
         self._check_finite(weight)
+        self._check_zeros(weight)
         step = self.plan.numel
 
         def report(iteration: int) -> None:
             bar.advance(step, self.plan.name)
 
         blocks = self._in_blocks(weight).float()
-        found = kmeans(
+        found = kmeans_with_zeros(
             blocks,
             len(self.codebook),
             self.settings.iterations,
@@ -169,7 +186,7 @@ class ProductWeight(WeightQuantizer):
             report,
         )
         stored = store_codebook(found.codebook, self.settings.centroids)
-        return replace(found, indices=nearest(blocks, stored.values()))
+        return replace(found, indices=self._nearest(blocks, stored.values()))
 
     @torch.no_grad()
     def take(self, found: Clustering) -> None:
@@ -187,6 +204,17 @@ class ProductWeight(WeightQuantizer):
             raise WeightError(
                 f"Weights to quantize must be finite, but {self.plan.name} holds NaN or Inf. "
                 "Find the step that diverged, or exclude the tensor."
+            )
+
+    def _check_zeros(self, weight: Tensor) -> None:
+        self.look(weight)
+        if self.fixed or not self.zero_blocks or len(self.codebook) > 1:
+            return
+        if nonzero(self._in_blocks(weight)).any():
+            raise ConfigError(
+                "Blocks of zeros stay zero, which takes a codeword of their own, but "
+                f"{self.plan.name} has other blocks too and one codeword for all. Pass "
+                f"overrides={{{self.plan.name!r}: {{'codebook_size': 2}}}}, or exclude it."
             )
 
     def get_extra_state(self) -> Tensor:
@@ -220,15 +248,27 @@ class ProductWeight(WeightQuantizer):
             return self.indices
         if not torch.compiler.is_compiling():
             self._check_finite(weight)
-        return nearest(self._in_blocks(weight), stored.values())
+        return self._nearest(self._in_blocks(weight), stored.values())
+
+    def _nearest(self, blocks: Tensor, words: Tensor) -> Tensor:
+        """The nearest codeword of each block; of blocks of zeros the one that is zero."""
+        found = nearest(blocks, words)
+        if not self.zero_blocks:
+            return found
+        return torch.where(nonzero(blocks), found, smallest(words))
 
     def _stored(self) -> StoredCodebook:
-        return store_codebook(self.codebook, self.settings.centroids)
+        codebook = self.codebook.detach()
+        if self.zero_blocks and not self.fixed:
+            # Blocks may have become zero since the codebook was learned.
+            codebook = codebook.index_fill(0, smallest(codebook), 0)
+        return store_codebook(codebook, self.settings.centroids)
 
-    def _checked_codebook(self) -> StoredCodebook:
-        stored = self._stored()
+    def _checked_codebook(self, weight: Tensor) -> StoredCodebook:
         if torch.compiler.is_compiling():
-            return stored
+            return self._stored()
+        self._check_zeros(weight)
+        stored = self._stored()
         largest = torch.finfo(torch.float32).max / 256
         if not torch.isfinite(stored.values()).all() or not stored.scale <= largest:
             raise WeightError(
@@ -242,6 +282,8 @@ class ProductWeight(WeightQuantizer):
         """Equation 6: some blocks become noise, all others stay."""
         blocks = self._in_blocks(weight)
         picked = self._pick(weight.device)
+        if self.zero_blocks:
+            picked &= nonzero(blocks)
         return torch.where(picked[:, None], self._noise(blocks, picked), blocks).view(weight.shape)
 
     def _pick(self, device: torch.device) -> Tensor:
