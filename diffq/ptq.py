@@ -148,7 +148,7 @@ class StateGrid:
         count: number of groups.
         low: float32 minimum, [1] or [groups].
         high: float32 maximum, like `low`.
-        zero_point: the grid has one, because weights are exactly zero, and stay so.
+        zero_point: bool 0-dim, whether weights are exactly zero, and stay so.
     """
 
     def __init__(self, name: str, weight: Tensor, settings: Settings) -> None:
@@ -163,7 +163,7 @@ class StateGrid:
         self.count = group_count(weight.numel(), self.size)
         self.low, self.high = low.float(), high.float()
         check_range(self.low, self.high, name)
-        self.zero_point = bool((weight == 0).any())
+        self.zero_point = (weight == 0).any()
 
     def groups(self) -> Tensor:
         """The weights in float32, [groups, size]; the last group is padded with zeros."""
@@ -182,7 +182,7 @@ class StateGrid:
             bits=bits,
             levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
             ranges=torch.stack([self.low, self.high], dim=1).cpu().numpy(),
-            zero_point=self.zero_point and not torch.equal(self.low, self.high),
+            zero_point=bool(self.zero_point) and not torch.equal(self.low, self.high),
         )
 
 

@@ -1,19 +1,22 @@
 """When weights that are exactly zero are looked for, so that quantization keeps them zero.
 
-A padding row, a pruned weight or a mask is zero by design. A quantizer that is told of
-zeros (`WeightQuantizer.look`) keeps them, and the result holds until the next look:
+A padding row, a pruned weight or a mask is zero by design. To see one takes a pass over the
+weight, and to act on it waits for the device, which training must not. So a quantizer is told
+(`WeightQuantizer.look`) at these times whether there may be zeros, until the next time:
 
 | when | whose weights |
 | --- | --- |
 | the quantizer is attached | all |
-| `load_state_dict`, `state_dict` | parameters, whole ones |
+| `load_state_dict` | parameters, whole ones |
 | each `eval()`, and `train()` after it | parameters, whole ones |
 | eval, export and sizes, where no compiler traces them | all, as they are computed with |
-| a training forward, a compiled forward | none: it would wait for the device |
+| a training forward, a compiled forward | none |
 
-`state_dict` looks because training that goes on from it does so after loading: both then
-compute with the same grids. Tensors that another parametrization computes, and those that FSDP
-shards, are seen in the first and the fourth row alone.
+Where there may be zeros, each forward finds out by itself, on the device, whether there are. So
+zeros that go, as those of a layer that starts at zero, leave no trace in what is computed, and a
+resumed training sees what the uninterrupted one does. Zeros that come are seen at the next of
+these times. Tensors that another parametrization computes, and those that FSDP shards, are seen
+in the first and the fourth row alone.
 """
 
 from __future__ import annotations
@@ -29,10 +32,9 @@ from diffq.sharding import is_dtensor
 from diffq.weight import WeightQuantizer
 
 
-def watch_states(owner: nn.Module) -> list[RemovableHandle]:
-    """Hooks that look for zeros when a module's state is loaded or taken."""
-    after_load = owner.register_load_state_dict_post_hook(_look)  # type: ignore[no-untyped-call]
-    return [after_load, owner.register_state_dict_pre_hook(_look)]  # type: ignore[no-untyped-call]
+def look_after_load(owner: nn.Module) -> RemovableHandle:
+    """A hook that looks for zeros when a module's state was loaded."""
+    return owner.register_load_state_dict_post_hook(_look)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ModeWatch:

@@ -212,7 +212,7 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     steps = torch._foreach_div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
     values = [
-        torch.where(weight == 0, 0, value) if q.zero_point else value
+        torch.where(weight == 0, 0, value) if q.may_have_zeros else value
         for (q, weight), value in zip(pairs, noisy, strict=True)
     ]
     return [Constant(value, (extremes, index)) for index, value in enumerate(values)]

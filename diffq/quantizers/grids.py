@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,13 +49,16 @@ class GridQuantizer(WeightQuantizer):
     """Quantizes one tensor on an even grid between its minimum and maximum.
 
     Weights that are exactly zero stay so: the grid of a tensor that has some has a zero point.
-    `diffq.zeros` says when they are looked for.
 
     Args:
         plan: the tensor.
         group_size: weights per group of the flattened tensor.
         min_bits: the bitwidth that the stored bit map counts from.
         ranges_per_group: one range per group instead of one for the tensor.
+
+    Attributes:
+        may_have_zeros: whether weights may be exactly zero: by the plan, or by the last look
+            (`diffq.zeros`). If so, each computation looks again, without waiting for the device.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class GridQuantizer(WeightQuantizer):
         self.min_bits = min_bits
         self.ranges_per_group = ranges_per_group
         self.groups = group_count(plan.numel, group_size)
-        self.zero_point = plan.pruned or plan.padded
+        self.may_have_zeros = plan.pruned or plan.padded
         self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
 
     @abstractmethod
@@ -80,11 +84,12 @@ class GridQuantizer(WeightQuantizer):
         return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
 
     def look(self, weight: Tensor) -> None:
-        """Gives the grid a zero point if weights are zero; a pruned tensor's always has one."""
-        found = self.plan.pruned or bool((weight == 0).any())
-        if found != self.zero_point:
-            self.zero_point = found
-            self.forget()
+        """Looks for weights that are exactly zero; a mask may bring some back at any time."""
+        self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())
+
+    def zero_point(self, weight: Tensor) -> Tensor | None:
+        """Whether the grid has a zero point, bool 0-dim; None where that was ruled out."""
+        return (weight == 0).any() if self.may_have_zeros else None
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Equation 1 of the DiffQ paper at whole bitwidths."""
@@ -96,31 +101,32 @@ class GridQuantizer(WeightQuantizer):
     @torch.no_grad()
     def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The nearest values on the grid from `low` to `high`; no host synchronisation."""
-        bits = self.whole_bits()
-        levels = self._levels(weight, low, high, bits)
-        values = grid.from_levels(levels, low.float(), high.float(), bits, self.zero_point)
+        rule = low.float(), high.float(), self.whole_bits(), self.zero_point(weight)
+        values = grid.from_levels(self._levels(weight, *rule), *rule)
         return grid.from_groups(values, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> GridRecord:
         """Levels, bitwidths and ranges."""
-        low, high = self._checked_bounds(weight)
-        levels = self._levels(weight, low, high, self.whole_bits()).reshape(-1)[: weight.numel()]
+        low, high = (end.float() for end in self._checked_bounds(weight))
+        zero_point = self.zero_point(weight)
+        levels = self._levels(weight, low, high, self.whole_bits(), zero_point)
+        flat = levels.reshape(-1)[: weight.numel()]
         return GridRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
             group_size=self.group_size,
             min_bits=self.min_bits,
             bits=self.group_bits(),
-            levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
-            ranges=torch.stack([low, high], dim=1).float().cpu().numpy(),
-            zero_point=self.zero_point and not _constant(low, high),
+            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([low, high], dim=1).cpu().numpy(),
+            zero_point=bool(zero_point) and not torch.equal(low, high),
         )
 
     def stored_bits(self, weight: Tensor) -> int:
         """Equation 12 for this tensor, without computing its levels."""
         low, high = self._checked_bounds(weight)
-        if _constant(low, high):
+        if torch.equal(low.float(), high.float()):
             return self.overhead_bits
         return self.overhead_bits + level_bits(
             self.group_bits(), self.group_size, self.plan.numel, self.min_bits
@@ -141,11 +147,5 @@ class GridQuantizer(WeightQuantizer):
         check_range(low.float(), high.float(), self.plan.name)
         return low, high
 
-    def _levels(self, weight: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
-        groups = grid.to_groups(weight.float(), self.group_size)
-        return grid.to_levels(groups, low.float(), high.float(), bits, self.zero_point)
-
-
-def _constant(low: Tensor, high: Tensor) -> bool:
-    """Whether the ranges alone give the values, so that no level is stored."""
-    return torch.equal(low.float(), high.float())
+    def _levels(self, weight: Tensor, *rule: Any) -> Tensor:
+        return grid.to_levels(grid.to_groups(weight.float(), self.group_size), *rule)

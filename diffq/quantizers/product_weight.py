@@ -22,7 +22,7 @@ from diffq.quantizers.centroids import (
 )
 from diffq.report import ProgressBar
 from diffq.select import TensorPlan
-from diffq.sharding import is_managed, put
+from diffq.sharding import is_managed, put, whole_parameters
 from diffq.weight import Constant, WeightQuantizer
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
@@ -80,7 +80,7 @@ class ProductWeight(WeightQuantizer):
         indices: int32 [blocks], the codeword of each block when the codebook was learned.
         counts: int32 [K], blocks of each codeword once it is fixed, at least 1.
         fixed: whether blocks keep their codewords.
-        zero_blocks: whether blocks were zero at the last look; once fixed, codewords.
+        may_have_zeros: whether blocks were zero at the last look; codewords, once fixed.
     """
 
     indices: Tensor
@@ -94,7 +94,7 @@ class ProductWeight(WeightQuantizer):
         self.group_size = block_size
         self.blocks = plan.numel // block_size
         self.fixed = False
-        self.zero_blocks = False
+        self.may_have_zeros = False
         size = settings.codebook_size
         self.codebook = nn.Parameter(torch.zeros(size, block_size, device=device))
         indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
@@ -109,16 +109,13 @@ class ProductWeight(WeightQuantizer):
     def look(self, weight: Tensor) -> None:
         """Looks for blocks of zeros, among the codewords once they are what training moves."""
         blocks = self.codebook.detach() if self.fixed else self._in_blocks(weight)
-        found = not bool(nonzero(blocks).all())
-        if found != self.zero_blocks:
-            self.zero_blocks = found
-            self.forget()
+        self.may_have_zeros = not bool(nonzero(blocks).all())
 
     def sample(self, weight: Tensor) -> Constant | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
         with torch.no_grad():
             if self.fixed:
-                return Constant(self._codewords(self._stored(), self.indices))
+                return Constant(self._codewords(self._stored(weight), self.indices))
             return Constant(self._noisy(weight.detach())) if self.settings.p else None
 
     def connect(self, weight: Tensor, constant: Constant) -> Tensor:
@@ -127,7 +124,7 @@ class ProductWeight(WeightQuantizer):
             return super().connect(weight, constant)
         places = self.indices.long(), self.counts
         # Codewords of zeros are not trained, so that optimizers leave them exactly zero.
-        watched = self.zero_blocks or is_managed(self)
+        watched = self.may_have_zeros or is_managed(self)
         trained = nonzero(self.codebook.detach()) if watched else None
         return pass_to_centroids(weight, constant.value, self.codebook, *places, trained)
 
@@ -198,6 +195,8 @@ class ProductWeight(WeightQuantizer):
     def fix(self) -> None:
         """Has each block keep the codeword that it was given last."""
         self._set_fixed(True)
+        with whole_parameters([self]):
+            self.look(self.codebook)
 
     def _check_finite(self, weight: Tensor) -> None:
         if not torch.isfinite(weight).all():
@@ -208,7 +207,7 @@ class ProductWeight(WeightQuantizer):
 
     def _check_zeros(self, weight: Tensor) -> None:
         self.look(weight)
-        if self.fixed or not self.zero_blocks or len(self.codebook) > 1:
+        if self.fixed or not self.may_have_zeros or len(self.codebook) > 1:
             return
         if nonzero(self._in_blocks(weight)).any():
             raise ConfigError(
@@ -253,22 +252,24 @@ class ProductWeight(WeightQuantizer):
     def _nearest(self, blocks: Tensor, words: Tensor) -> Tensor:
         """The nearest codeword of each block; of blocks of zeros the one that is zero."""
         found = nearest(blocks, words)
-        if not self.zero_blocks:
+        if not self.may_have_zeros:
             return found
         return torch.where(nonzero(blocks), found, smallest(words))
 
-    def _stored(self) -> StoredCodebook:
+    def _stored(self, weight: Tensor) -> StoredCodebook:
         codebook = self.codebook.detach()
-        if self.zero_blocks and not self.fixed:
+        if self.may_have_zeros and not self.fixed:
             # Blocks may have become zero since the codebook was learned.
-            codebook = codebook.index_fill(0, smallest(codebook), 0)
+            place, none = smallest(codebook), nonzero(self._in_blocks(weight)).all()
+            word = torch.where(none, codebook.index_select(0, place), 0)
+            codebook = codebook.index_copy(0, place, word)
         return store_codebook(codebook, self.settings.centroids)
 
     def _checked_codebook(self, weight: Tensor) -> StoredCodebook:
         if torch.compiler.is_compiling():
-            return self._stored()
+            return self._stored(weight)
         self._check_zeros(weight)
-        stored = self._stored()
+        stored = self._stored(weight)
         largest = torch.finfo(torch.float32).max / 256
         if not torch.isfinite(stored.values()).all() or not stored.scale <= largest:
             raise WeightError(
@@ -282,7 +283,7 @@ class ProductWeight(WeightQuantizer):
         """Equation 6: some blocks become noise, all others stay."""
         blocks = self._in_blocks(weight)
         picked = self._pick(weight.device)
-        if self.zero_blocks:
+        if self.may_have_zeros:
             picked &= nonzero(blocks)
         return torch.where(picked[:, None], self._noise(blocks, picked), blocks).view(weight.shape)
 
@@ -299,7 +300,7 @@ class ProductWeight(WeightQuantizer):
             return blocks.new_zeros(())
         if self.settings.noise == "mean":
             return blocks.mean(0)
-        stored = self._stored()
+        stored = self._stored(blocks)
         words = stored.values()
         if blocks.device.type != "cpu" or torch.compiler.is_compiling():
             # How many are picked is not known there without waiting for the device.

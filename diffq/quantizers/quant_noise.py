@@ -47,7 +47,7 @@ class QuantNoiseWeight(QATWeight):
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The observer's range, [1] or [channels]; follows the weights as they train."""
         if self.noise_settings.observer == "histogram":
-            return fit_range(weight, self.noise_settings.bits, self.zero_point)
+            return fit_range(weight, self.noise_settings.bits, self.zero_point(weight))
         return super().bounds(weight)
 
     @torch.no_grad()
