@@ -182,13 +182,13 @@ class Attachment:
                 self._handles += hold_in_forward(owner)
         if isinstance(owner, nn.MultiheadAttention):
             quantizer.mode_followers.append(TrainingHold(owner))
-        quantizer.mode_followers.append(ModeWatch(owner, quantizer))
         chain = chain_at(owner, site.attribute)
         unsafe = chain.unsafe if chain is not None else True
         parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
         chains(owner)[site.attribute].unsafe = unsafe
         shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
+        quantizer.mode_followers.append(ModeWatch(owner, quantizer))
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
         owner = site.owner(self.model)
