@@ -21,13 +21,14 @@ from tests.format.make_golden import FOLDER
 from tests.format.samples import RECORDS, codebook_model, small_model
 from tests.fuzz.target import read_and_write, read_repaired, take_apart
 
+STEMS = ("example", "every_dtype", "shared", "zero_points")
 SEEDS = [
     encode(small_model(), {"tied": "empty"}, {"a": [1, {"b": None}]}),
     encode(small_model(), codec="packed"),
     File().build(),
     encode(codebook_model()),
     encode(codebook_model(), codec="packed"),
-    *((FOLDER / f"{stem}.diffq").read_bytes() for stem in ("example", "every_dtype", "shared")),
+    *((FOLDER / f"{stem}.diffq").read_bytes() for stem in STEMS),
 ]
 FUZZ = settings(max_examples=300)
 
