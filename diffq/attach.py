@@ -188,7 +188,7 @@ class Attachment:
         chains(owner)[site.attribute].unsafe = unsafe
         shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
-        quantizer.mode_followers.append(ModeWatch(owner, quantizer))
+        quantizer.mode_followers.append(ModeWatch(owner, site.attribute, quantizer))
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
         owner = site.owner(self.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +92,7 @@ def kmeans(
 
 @torch.no_grad()
 def kmeans_with_zeros(
-    blocks: Tensor,
-    size: int,
-    iterations: int = 15,
-    generator: torch.Generator | None = None,
-    start: Tensor | None = None,
-    report: Callable[[int], None] | None = None,
+    blocks: Tensor, size: int, start: Tensor | None = None, **options: Any
 ) -> Clustering:
     """`kmeans`, in which the first codeword is exactly zero if some block is.
 
@@ -105,16 +101,14 @@ def kmeans_with_zeros(
 
     Args:
         blocks: as `kmeans`.
-        size: as `kmeans`; more than 1 if some blocks are zero and others are not.
-        iterations: as `kmeans`.
-        generator: as `kmeans`.
+        size: K; more than 1 if some blocks are zero and others are not.
         start: as `kmeans`; the codewords nearest to zero are left out.
-        report: as `kmeans`.
+        **options: further arguments of `kmeans`.
     """
     kept = nonzero(blocks)
     others = blocks[kept]
     if len(others) == len(blocks):
-        return kmeans(blocks, size, iterations, generator, start, report)
+        return kmeans(blocks, size, start=start, **options)
     codebook = torch.zeros(size, blocks.shape[1], device=blocks.device)
     indices = torch.zeros_like(kept, dtype=torch.int64)
     errors: tuple[float, ...] = (0.0,)
@@ -122,7 +116,7 @@ def kmeans_with_zeros(
     if words:
         if start is not None:
             start = start[start.abs().amax(1).topk(words).indices.sort().values]
-        found = kmeans(others, words, iterations, generator, start, report)
+        found = kmeans(others, words, start=start, **options)
         codebook[1 : 1 + words] = found.codebook
         indices[kept] = found.indices + 1
         errors = found.errors

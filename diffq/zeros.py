@@ -27,14 +27,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from diffq.chains import chains, quantizers_at
+from diffq.chains import chain_at, quantizers_at
 from diffq.sharding import is_dtensor
 from diffq.weight import WeightQuantizer
 
 
 def look_after_load(owner: nn.Module) -> RemovableHandle:
-    """A hook that looks for zeros when a module's state was loaded."""
-    return owner.register_load_state_dict_post_hook(_look)  # type: ignore[no-untyped-call,no-any-return]
+    """A hook that looks for zeros once a module's state was loaded."""
+    return owner.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ModeWatch:
@@ -42,28 +42,34 @@ class ModeWatch:
 
     Args:
         owner: the module that holds the weight.
+        name: the weight's attribute.
         quantizer: the weight's quantizer.
     """
 
-    def __init__(self, owner: nn.Module, quantizer: WeightQuantizer) -> None:
+    def __init__(self, owner: nn.Module, name: str, quantizer: WeightQuantizer) -> None:
         self.owner = owner
+        self.name = name
         self.quantizer = quantizer
 
     def set_training(self, training: bool) -> None:
         """Looks, unless the quantizer trains already: some loops call `train()` in each step."""
         if not training or not self.quantizer.training:
-            _look(self.owner)
+            _look(self.owner, self.name, self.quantizer)
 
     def remove(self) -> None:
         """Nothing is left behind."""
 
 
-def _look(owner: nn.Module, *_: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
+def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
     for name, quantizer in quantizers_at(owner):
-        chain = chains(owner)[name]
-        weight = chain._parameters.get("original")
-        # What other parametrizations compute may change with each computation.
-        if len(chain) == 1 and weight is not None and not weight.is_meta and not is_dtensor(weight):
-            quantizer.look(weight.detach())
+        _look(owner, name, quantizer)
+
+
+def _look(owner: nn.Module, name: str, quantizer: WeightQuantizer) -> None:
+    chain = chain_at(owner, name)
+    # What other parametrizations compute may change with each computation.
+    if torch.compiler.is_compiling() or chain is None or list(chain) != [quantizer]:
+        return
+    weight = chain._parameters.get("original")
+    if weight is not None and not weight.is_meta and not is_dtensor(weight):
+        quantizer.look(weight.detach())

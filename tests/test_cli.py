@@ -284,7 +284,9 @@ def test_pack_writes_what_save_writes(state, run, run_json):
     assert told["snr_db"] == pytest.approx(20 * math.log10(norm / error))
 
 
-@pytest.mark.parametrize("options", [("--bits", "3"), ("--target-mb", "0.004"), ("--per-channel",)])
+@pytest.mark.parametrize(
+    "options", [("--bits", "3"), ("--target-mb", "0.004"), ("--bits", "1", "--per-channel")]
+)
 def test_pack_keeps_zeros(folder, run, run_json, options):
     """Zeros of a checkpoint are zeros in the file, and inspect names the tensors that have some."""
     weight = torch.randn(60, 64)

@@ -168,15 +168,18 @@ def test_kmeans_without_zeros_is_kmeans():
     """Blocks of zeros have the first codeword, and the others what k-means finds for them."""
     blocks = torch.randn(50, 3)
     seeds = [torch.Generator().manual_seed(0) for _ in range(4)]
-    one, two = kmeans(blocks, 7, 5, seeds[0]), kmeans_with_zeros(blocks, 7, 5, seeds[1])
+    one, two = (
+        kmeans(blocks, 7, 5, seeds[0]),
+        kmeans_with_zeros(blocks, 7, iterations=5, generator=seeds[1]),
+    )
     assert torch.equal(one.codebook, two.codebook)
     assert torch.equal(one.indices, two.indices)
     padded = torch.cat([torch.zeros(3, 3), blocks, torch.zeros(2, 3)])
-    three = kmeans_with_zeros(padded, 8, 5, seeds[2])
+    three = kmeans_with_zeros(padded, 8, iterations=5, generator=seeds[2])
     assert torch.equal(three.codebook, torch.cat([torch.zeros(1, 3), one.codebook]))
     assert torch.equal(three.indices[3:-2], one.indices + 1)
     assert (three.indices[:3] == 0).all()
     assert (three.indices[-2:] == 0).all()
-    again = kmeans_with_zeros(padded, 8, 5, seeds[3], start=three.codebook)
+    again = kmeans_with_zeros(padded, 8, three.codebook, iterations=5, generator=seeds[3])
     assert again.errors[-1] <= three.errors[-1]
     assert (again.codebook[0] == 0).all()

@@ -71,7 +71,7 @@ def test_state_names_every_tensor_once():
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_zero_points_have_a_kind_of_their_own(packed):
-    """Readers that do not know zero points refuse the entry, and would else decode other weights."""
+    """Readers that do not know zero points refuse the entry, which they would decode wrongly."""
     model = Holder({"zeros": torch.randn(30), "plain": torch.randn(30)})
     with torch.no_grad():
         model.zeros[3] = 0

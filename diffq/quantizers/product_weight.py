@@ -177,10 +177,10 @@ class ProductWeight(WeightQuantizer):
         found = kmeans_with_zeros(
             blocks,
             len(self.codebook),
-            self.settings.iterations,
-            torch.Generator().manual_seed(seed),
-            self.codebook.detach() if warm else None,
-            report,
+            start=self.codebook.detach() if warm else None,
+            iterations=self.settings.iterations,
+            generator=torch.Generator().manual_seed(seed),
+            report=report,
         )
         stored = store_codebook(found.codebook, self.settings.centroids)
         return replace(found, indices=self._nearest(blocks, stored.values()))

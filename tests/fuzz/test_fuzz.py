@@ -113,7 +113,7 @@ TENSORS = st.one_of(
         st.lists(NUMBERS, max_size=3),
         NUMBERS,
         st.integers(0, 17),
-        st.integers(0, 5),
+        st.integers(0, 9),
         st.lists(NUMBERS, min_size=1, max_size=2),
         st.integers(8, 13),
     ),
