@@ -33,6 +33,7 @@ from diffq.reading import shorten_reading
 from diffq.select import Site, TensorPlan
 from diffq.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
 from diffq.weight import ForwardState, WeightQuantizer
+from diffq.zeros import ModeWatch, look_after_load
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ class Attachment:
                 self._classes[owner] = type(owner)
                 owner.__class__ = own_class(owner)
             load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
-            self._handles.append(load_hook)
+            self._handles += [load_hook, look_after_load(owner)]
             if isinstance(owner, nn.RNNBase):
                 self._handles += hold_in_forward(owner)
         if isinstance(owner, nn.MultiheadAttention):
@@ -187,6 +188,7 @@ class Attachment:
         chains(owner)[site.attribute].unsafe = unsafe
         shorten_reading(owner, site.attribute)
         quantizer.train(owner.training)
+        quantizer.mode_followers.append(ModeWatch(owner, site.attribute, quantizer))
 
     def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
         owner = site.owner(self.model)

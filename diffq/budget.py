@@ -136,9 +136,9 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
         # Zeros fill the last group up; they are neither stored nor do they cost anything.
         real = min(part.numel(), numel - start * tensor.size)
         for column, width in enumerate(_WIDTHS):
-            bits = torch.tensor([float(width)])
-            levels = grid.to_levels(part, low, high, bits)
-            error = grid.from_levels(levels, low, high, bits).sub_(part).div_(unit)
+            rule = low, high, torch.tensor([float(width)]), tensor.zero_point
+            levels = grid.to_levels(part, *rule)
+            error = grid.from_levels(levels, *rule).sub_(part).div_(unit)
             error.view(-1)[real:] = 0
             errors[rows, column] = error.square_().sum(dim=1).numpy()
             symbols = levels.view(-1)[:real].to(torch.int64).numpy()

@@ -25,8 +25,8 @@ def chain_at(owner: nn.Module, name: str) -> parametrize.ParametrizationList | N
 
 
 def chains(owner: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrizations of a module, by the name of the tensor."""
-    named: Any = owner.parametrizations
+    """The parametrizations of a module, by the name of the tensor; none if it has none."""
+    named: Any = getattr(owner, "parametrizations", {})
     return dict(named.items())
 
 

@@ -83,7 +83,32 @@ def step_size(low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
     return (high - low) / (torch.exp2(bits) - 1)
 
 
-def to_levels(groups: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
+def zero_points(low: Tensor, high: Tensor, bits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The level that stands for zero, and what is added to all values, of grids with a zero point.
+
+    Where low <= 0 <= high, the level is round(-low / step) and nothing is added, so that
+    zero is a level at every bitwidth. Elsewhere they are level 0 and low, as without.
+
+    Args:
+        low: float32 minimum, [1] or [groups].
+        high: float32 maximum, like `low`.
+        bits: whole bitwidths as float32, [1] or [groups].
+        wanted: bool 0-dim, false for grids without a zero point.
+
+    Returns:
+        float32, each [1] or [groups].
+    """
+    step = step_size(low, high, bits)
+    level = torch.round(-low / torch.where(step > 0, step, 1))
+    # Steps near the smallest float32 may be rounded so far down that low is farther away.
+    level = torch.minimum(level, torch.exp2(bits) - 1)
+    inside = (low <= 0) & (high >= 0) & wanted
+    return torch.where(inside, level, 0), torch.where(inside, 0, low)
+
+
+def to_levels(
+    groups: Tensor, low: Tensor, high: Tensor, bits: Tensor, zero_point: Tensor | None = None
+) -> Tensor:
     """Nearest level of each weight (Equation 1 of the DiffQ paper), half to even.
 
     Args:
@@ -91,23 +116,38 @@ def to_levels(groups: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor
         low: float32 minimum, [1] or [groups].
         high: float32 maximum, like `low`.
         bits: whole bitwidths as float32, [1] or [groups].
+        zero_point: bool 0-dim, whether weights that are 0.0 stay 0.0, see `zero_points`;
+            None if they need not.
 
     Returns:
         float32 [groups, group_size] of whole numbers from 0 to 2**bits - 1;
         zeros where low equals high.
     """
     step = step_size(low, high, bits)[:, None]
-    levels = (groups - low[:, None]).div_(torch.where(step > 0, step, 1)).round_().clamp_(min=0)
-    return levels.clamp_(max=torch.exp2(bits)[:, None] - 1)
+    zero, added = None, low
+    if zero_point is not None:
+        zero, added = zero_points(low, high, bits, zero_point)
+    levels = (groups - added[:, None]).div_(torch.where(step > 0, step, 1)).round_()
+    if zero is not None:
+        levels.add_(zero[:, None])
+    return levels.clamp_(min=0).clamp_(max=torch.exp2(bits)[:, None] - 1)
 
 
-def from_levels(levels: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
+def from_levels(
+    levels: Tensor, low: Tensor, high: Tensor, bits: Tensor, zero_point: Tensor | None = None
+) -> Tensor:
     """Value of each level: level * step + low, each operation rounded to float32.
+
+    With a zero point, it is (level - zero) * step + added, see `zero_points`.
 
     Takes and returns float32 [groups, group_size]; the other arguments are those
     of `to_levels`.
     """
-    return (levels * step_size(low, high, bits)[:, None]).add_(low[:, None])
+    step = step_size(low, high, bits)[:, None]
+    if zero_point is None:
+        return (levels * step).add_(low[:, None])
+    zero, added = zero_points(low, high, bits, zero_point)
+    return (levels - zero[:, None]).mul_(step).add_(added[:, None])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,49 @@ def kmeans(
         best = state
         errors.append(state.error)
     return best.clustering(center, tuple(errors))
+
+
+@torch.no_grad()
+def kmeans_with_zeros(
+    blocks: Tensor, size: int, start: Tensor | None = None, **options: Any
+) -> Clustering:
+    """`kmeans`, in which the first codeword is exactly zero if some block is.
+
+    The other codewords are those of the other blocks; where there are too few of them, the
+    rest of the codewords is zero too.
+
+    Args:
+        blocks: as `kmeans`.
+        size: K; more than 1 if some blocks are zero and others are not.
+        start: as `kmeans`; the codewords nearest to zero are left out.
+        **options: further arguments of `kmeans`.
+    """
+    kept = nonzero(blocks)
+    others = blocks[kept]
+    if len(others) == len(blocks):
+        return kmeans(blocks, size, start=start, **options)
+    codebook = torch.zeros(size, blocks.shape[1], device=blocks.device)
+    indices = torch.zeros_like(kept, dtype=torch.int64)
+    errors: tuple[float, ...] = (0.0,)
+    words = min(size - 1, len(others))
+    if words:
+        if start is not None:
+            start = start[start.abs().amax(1).topk(words).indices.sort().values]
+        found = kmeans(others, words, start=start, **options)
+        codebook[1 : 1 + words] = found.codebook
+        indices[kept] = found.indices + 1
+        errors = found.errors
+    return Clustering(codebook, indices, errors)
+
+
+def nonzero(blocks: Tensor) -> Tensor:
+    """The blocks of [n, d] that are not all zero, bool [n]."""
+    return (blocks != 0).any(1)
+
+
+def smallest(codebook: Tensor) -> Tensor:
+    """Index of the codeword whose largest magnitude is least, int64 [1]."""
+    return codebook.abs().amax(1).argmin(0, keepdim=True)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def _count(values: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor
 
 
 def least_error_range(
-    histogram: Histogram, bits: int, through_zero: bool = False
+    histogram: Histogram, bits: int, through_zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Searches the range whose grid has the least squared error on a histogram.
 
@@ -90,7 +90,8 @@ def least_error_range(
     Args:
         histogram: the values; each counts as its bin's center.
         bits: bitwidth of the grid, which has 2**bits levels.
-        through_zero: whether zero stays within the range, as it is in the histogram's.
+        through_zero: bool 0-dim, whether zero stays within the range, as it is in the
+            histogram's; None if it need not.
 
     Returns:
         low and high, float32 [1] each, within the histogram's range.
@@ -100,7 +101,9 @@ def least_error_range(
     # In shares of the range: where the bins are, what is cut off at each end, and may be.
     centers = (histogram.centers() - histogram.low) / scale
     zero = (-histogram.low / scale).clamp(0, 1)
-    most = [zero, 1 - zero] if through_zero else [torch.ones_like(zero)] * 2
+    most = [torch.ones_like(zero)] * 2
+    if through_zero is not None:
+        most = [torch.where(through_zero, end, 1) for end in (zero, 1 - zero)]
     cuts = [torch.zeros_like(zero)] * 2
     start, spacing = 0.0, 1 / _PLACES
     for _ in range(_ROUNDS):
@@ -127,7 +130,7 @@ def _errors(centers: Tensor, counts: Tensor, cuts: Tensor, bits: int) -> Tensor:
     return torch.where(high[:, 0] > low[:, 0], errors, torch.inf)
 
 
-def fit_range(weight: Tensor, bits: int, through_zero: bool = False) -> tuple[Tensor, Tensor]:
+def fit_range(weight: Tensor, bits: int, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The range of a tensor that minimises the squared error of its grid.
 
     What the histogram finds is checked on the weights themselves, so that the error is
@@ -136,27 +139,29 @@ def fit_range(weight: Tensor, bits: int, through_zero: bool = False) -> tuple[Te
     Args:
         weight: any shape, at least one element.
         bits: bitwidth of the grid.
-        through_zero: whether zero stays within the range, as it is in the tensor's.
+        zero_point: as `grid.to_levels`. With one, zero stays within the range.
 
     Returns:
         low and high, float32 [1] each.
     """
     histogram = Histogram.of(weight)
-    low, high = least_error_range(histogram, bits, through_zero)
+    low, high = least_error_range(histogram, bits, zero_point)
     largest = torch.maximum(histogram.low.abs(), histogram.high.abs())
     unit = torch.where(largest > 0, largest, 1)
-    before = _squared_error(weight, histogram.low, histogram.high, bits, unit)
-    after = _squared_error(weight, low, high, bits, unit)
+    rule = bits, zero_point, unit
+    before = _squared_error(weight, histogram.low, histogram.high, *rule)
+    after = _squared_error(weight, low, high, *rule)
     better = (after < before * _CLEARLY) & (high > low)
     return torch.where(better, low, histogram.low), torch.where(better, high, histogram.high)
 
 
-def _squared_error(weight: Tensor, low: Tensor, high: Tensor, bits: int, unit: Tensor) -> Tensor:
+def _squared_error(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, zero_point: Tensor | None, unit: Tensor
+) -> Tensor:
     """Squared error of a grid, float32 0-dim, in squares of `unit`."""
     groups = weight.detach().float().reshape(1, -1)
-    width = torch.full_like(low, bits)
-    levels = grid.to_levels(groups, low, high, width)
-    errors = grid.from_levels(levels, low, high, width).sub_(groups)
+    rule = low, high, torch.full_like(low, bits), zero_point
+    errors = grid.from_levels(grid.to_levels(groups, *rule), *rule).sub_(groups)
     # Squares of large or tiny weights would leave float32.
     return errors.div_(unit).square_().sum()
 
@@ -214,7 +219,8 @@ class RangeTracker:
     def range(self) -> Tensor | None:
         """Low and high, float32 [2, 1] or [2, channels]; None if nothing was seen."""
         if self._histogram is not None:
-            low, high = least_error_range(self._histogram, self._bits, through_zero=True)
+            through_zero = torch.ones_like(self._histogram.low, dtype=torch.bool)
+            low, high = least_error_range(self._histogram, self._bits, through_zero)
         elif self._bounds is not None:
             low, high = self._bounds[0], -self._bounds[1]
         else:

@@ -148,6 +148,7 @@ class StateGrid:
         count: number of groups.
         low: float32 minimum, [1] or [groups].
         high: float32 maximum, like `low`.
+        zero_point: bool 0-dim, whether weights are exactly zero, and stay so.
     """
 
     def __init__(self, name: str, weight: Tensor, settings: Settings) -> None:
@@ -162,6 +163,7 @@ class StateGrid:
         self.count = group_count(weight.numel(), self.size)
         self.low, self.high = low.float(), high.float()
         check_range(self.low, self.high, name)
+        self.zero_point = (weight == 0).any()
 
     def groups(self) -> Tensor:
         """The weights in float32, [groups, size]; the last group is padded with zeros."""
@@ -170,7 +172,7 @@ class StateGrid:
     def record(self, bits: NDArray[np.uint8]) -> GridRecord:
         """What is stored at the bitwidths, uint8 [groups]."""
         widths = torch.from_numpy(bits).float()
-        levels = grid.to_levels(self.groups(), self.low, self.high, widths)
+        levels = grid.to_levels(self.groups(), self.low, self.high, widths, self.zero_point)
         flat = levels.reshape(-1)[: self.weight.numel()]
         return GridRecord(
             shape=tuple(self.weight.shape),
@@ -180,6 +182,7 @@ class StateGrid:
             bits=bits,
             levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
             ranges=torch.stack([self.low, self.high], dim=1).cpu().numpy(),
+            zero_point=bool(self.zero_point) and not torch.equal(self.low, self.high),
         )
 
 

@@ -95,6 +95,7 @@ class TensorPlan:
         quantized: whether it gets integer levels; otherwise it stays raw.
         learned: whether it is a parameter; buffers are not.
         pruned: whether `diffq.pruning.Pruned` holds some of it at zero.
+        padded: whether an embedding has a row for padding in it, which is zero.
         overrides: settings of this tensor that differ from the quantizer's.
     """
 
@@ -105,6 +106,7 @@ class TensorPlan:
     quantized: bool
     learned: bool
     pruned: bool
+    padded: bool
     overrides: Mapping[str, Any]
 
     @property
@@ -243,6 +245,7 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
         quantized=learned and rules.select(names, tensor),
         learned=learned,
         pruned=is_pruned(sites[0].owner(model), sites[0].attribute),
+        padded=any(getattr(site.owner(model), "padding_idx", None) is not None for site in sites),
         overrides=rules.settings(names),
     )
 

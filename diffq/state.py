@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,8 @@ def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
     entry |= {"group_size": record.group_size, "min_bits": record.min_bits, "packed": packed}
     entry |= _pack_levels(record) if packed else _spell_levels(record)
     if isinstance(record, GridRecord):
-        return {**entry, "kind": "grid", "ranges": as_tensor(record.ranges)}
+        kind = "grid with zero point" if record.zero_point else "grid"
+        return {**entry, "kind": kind, "ranges": as_tensor(record.ranges)}
     return {**entry, "kind": "scaled", "scale": as_tensor(record.scale)}
 
 
@@ -201,12 +203,12 @@ def _read_raw(entry: Mapping[str, Any], where: str) -> RawRecord:
     return RawRecord(shape, dtype, record.stored_dtype, record.data)
 
 
-def _read_grid(entry: Mapping[str, Any], where: str) -> GridRecord:
+def _read_grid(entry: Mapping[str, Any], where: str, zero_point: bool = False) -> GridRecord:
     ranges = read_array(entry, "ranges", torch.float32, where)
     if ranges.ndim != 2 or ranges.shape[1] != 2:
         raise StateError(f"{where} needs 'ranges' of shape [n, 2], got {list(ranges.shape)}.")
     constant = bool((ranges[:, 0] == ranges[:, 1]).all())
-    return GridRecord(**_read_levels(entry, where, constant), ranges=ranges)
+    return GridRecord(**_read_levels(entry, where, constant), ranges=ranges, zero_point=zero_point)
 
 
 def _read_scaled(entry: Mapping[str, Any], where: str) -> ScaledRecord:
@@ -217,6 +219,7 @@ def _read_scaled(entry: Mapping[str, Any], where: str) -> ScaledRecord:
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Record]] = {
     "raw": _read_raw,
     "grid": _read_grid,
+    "grid with zero point": partial(_read_grid, zero_point=True),
     "scaled": _read_scaled,
     "product": read_product,
 }

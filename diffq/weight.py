@@ -159,6 +159,15 @@ class WeightQuantizer(nn.Module, ABC):
         else:
             super().__setattr__(name, value)
 
+    def look(self, weight: Tensor) -> None:
+        """Looks for weights that are exactly zero and must stay so; waits for the device.
+
+        Nothing has to be done where zero is a level of every grid.
+
+        Args:
+            weight: the weight, whole.
+        """
+
     @abstractmethod
     def sample(self, weight: Tensor) -> Constant | None:
         """What one training forward computes with; None for the weight itself.

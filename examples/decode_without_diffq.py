@@ -30,7 +30,7 @@ STORED = (*INTEGERS, "<f2", "<u2", "<f4", "<f8", "<c8", "<c16", "u1", "u1")
 UINT8, BFLOAT16 = 1, 10
 
 RAW, GRID, SCALED, PRODUCT = 0, 1, 2, 3
-PER_GROUP, CONSTANT = 1, 2
+PER_GROUP, CONSTANT, ZERO_POINT = 1, 2, 4
 
 
 def decode(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], dict]:
@@ -161,6 +161,8 @@ class Index:
         else:
             tensor["group_size"], tensor["min_bits"] = cursor.varint(), cursor.unsigned(1)
             flags = cursor.unsigned(1) if tensor["kind"] == GRID else 0
+            check(not flags & ~(PER_GROUP | CONSTANT | ZERO_POINT), "the flags")
+            tensor["zero_point"] = bool(flags & ZERO_POINT)
             groups = -(-numel // tensor["group_size"])
             ranges = groups if flags & PER_GROUP else 1
             parameters = 2 * ranges if tensor["kind"] == GRID else 1
@@ -293,8 +295,14 @@ def restore_values(tensor: dict, parameters: bytes, pieces: list) -> np.ndarray:
     low, high = numbers.reshape(-1, 2).T
     if len(low) > 1:
         low, high = (np.repeat(side, tensor["group_size"])[:numel] for side in (low, high))
-    step = (high - low) / ((1 << bits) - 1).astype(np.float32)
-    return levels.astype(np.float32) * step + low
+    top = ((1 << bits) - 1).astype(np.float32)
+    step = (high - low) / top
+    levels = levels.astype(np.float32)
+    if tensor["zero_point"]:
+        zero = np.minimum(np.rint(-low / np.where(step > 0, step, np.float32(1))), top)
+        inside = (low <= 0) & (high >= 0)
+        return np.where(inside, (levels - zero) * step, levels * step + low)
+    return levels * step + low
 
 
 def restore_blocks(tensor: dict, codebook: bytes, pieces: list) -> np.ndarray:

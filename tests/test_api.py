@@ -42,6 +42,7 @@ STAGES = [
     "weight",
     "chains",
     "holding",
+    "zeros",
     "reading",
     "graph",
     "attach",

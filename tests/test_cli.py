@@ -125,6 +125,7 @@ def test_inspect_tells_what_the_file_holds(packed, run_json):
             record = stored.reader.record(tensor["name"])
             assert tensor["shape"] == list(entry.shape)
             assert (tensor["dtype"], tensor["kind"]) == (entry.dtype, entry.kind)
+            assert tensor["zero_point"] is entry.zero_point
             assert tensor["bytes"] == stored.stored_bytes(tensor["name"])
             assert tensor["entropy_bound_bytes"] == entropy_bound_bits(record) / 8
             if isinstance(record, GridRecord):
@@ -281,6 +282,23 @@ def test_pack_writes_what_save_writes(state, run, run_json):
     norm = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
     assert told["relative_error"] == pytest.approx(error / norm)
     assert told["snr_db"] == pytest.approx(20 * math.log10(norm / error))
+
+
+@pytest.mark.parametrize(
+    "options", [("--bits", "3"), ("--target-mb", "0.004"), ("--bits", "1", "--per-channel")]
+)
+def test_pack_keeps_zeros(folder, run, run_json, options):
+    """Zeros of a checkpoint are zeros in the file, and inspect names the tensors that have some."""
+    weight = torch.randn(60, 64)
+    weight[[0, 7]], weight[:, 5] = 0, 0
+    torch.save({"weight": weight, "other": torch.randn(60, 64)}, "in.pt")
+    assert run("pack", "in.pt", "out.diffq", *options)[0] == 0
+    packed = diffq.load("out.diffq")["weight"]
+    assert (packed[weight == 0] == 0).all()
+    assert (packed[weight != 0] != 0).any()
+    told = run_json("inspect", "out.diffq")[1]["tensors"]
+    assert [tensor["zero_point"] for tensor in told] == [True, False]
+    assert "grid zero-point" in run("inspect", "out.diffq")[1]
 
 
 def test_pack_keeps_everything_else_to_the_bit(state, packed):

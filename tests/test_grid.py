@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from diffq import grid
+from diffq.format.records import GridRecord
 from diffq.grid import BitsLaw
 
 BITS = st.integers(1, 15)
@@ -248,3 +249,86 @@ def test_extremes_are_at_their_places(shape):
         low, high = grid.extremes([tensor]).places(0, tensor)
         assert tensor.reshape(-1)[low] == tensor.min()
         assert tensor.reshape(-1)[high] == tensor.max()
+
+
+# Zero points
+
+
+def _with_zero(weights, bits, zero_point=True):
+    """Levels, values and step of weights and a zero, the last of them."""
+    groups = torch.from_numpy(np.append(weights, np.float32(0))).view(1, -1)
+    low, high = grid.bounds(groups)
+    rule = low, high, torch.tensor([float(bits)]), torch.tensor(zero_point)
+    levels = grid.to_levels(groups, *rule)
+    return levels[0], grid.from_levels(levels, *rule)[0], grid.step_size(*rule[:3]).item()
+
+
+@given(_arrays(ANY), BITS)
+@example(np.array([-1e-45, 3e-45], np.float32), 15)
+@example(np.array([-22 * 2.0**-149], np.float32), 4)
+@example(np.array([-(2.0**126), 2.0**126], np.float32), 15)
+@example(np.array([-1e38, 1e-38], np.float32), 1)
+@example(np.array([-0.0, 1], np.float32), 3)
+def test_zero_stays_zero(weights, bits):
+    """With a zero point, 0.0 comes back as 0.0, and all levels fit, for any finite weights."""
+    levels, values, _ = _with_zero(weights, bits)
+    assert values[-1].item() == 0
+    assert math.copysign(1, values[-1].item()) == 1
+    assert ((levels >= 0) & (levels <= 2**bits - 1) & (levels == levels.round())).all()
+    assert values.isfinite().all()
+
+
+@given(_arrays(PLAIN, min_side=2, max_side=20), BITS)
+def test_error_with_zero_point_is_at_most_half_a_step(weights, bits):
+    """A level at zero moves no weight by more than half a step, ends of the range included."""
+    _, values, step = _with_zero(weights, bits)
+    eps = 4 * float(np.finfo(np.float32).eps)
+    slack = eps * float(np.abs(weights).max()) + eps * 2**bits * step
+    error = np.abs(values[:-1].double().numpy() - weights.astype(np.float64))
+    assert (error <= 0.5 * step + slack).all()
+
+
+@given(_arrays(ANY), BITS, st.integers(1, 15))
+def test_records_decode_zero_points(weights, bits, others):
+    """NumPy decodes what torch computes, bit for bit, at several bitwidths and with two ranges."""
+    groups = torch.from_numpy(np.stack([np.append(weights, np.float32(0)), np.append(0, weights)]))
+    groups = groups.float()
+    low, high = groups.amin(1), groups.amax(1)
+    widths = torch.tensor([bits, others])
+    rule = low, high, widths.float(), torch.tensor(True)
+    levels = grid.to_levels(groups, *rule)
+    assume((low < high).any())
+    record = GridRecord(
+        tuple(groups.shape),
+        "float32",
+        groups.shape[1],
+        1,
+        widths.numpy().astype(np.uint8),
+        levels.reshape(-1).numpy().astype(np.uint16),
+        torch.stack([low, high], 1).numpy(),
+        zero_point=True,
+    )
+    assert record.values().tobytes() == grid.from_levels(levels, *rule).numpy().tobytes()
+
+
+@given(_arrays(ANY), BITS)
+def test_zero_points_that_are_not_wanted(weights, bits):
+    """Where the zero point turns out not to be wanted, the grid is the plain one to the bit."""
+    weights = np.append(weights, np.float32(0))
+    levels, values, _ = _with_zero(weights[:-1], bits, zero_point=False)
+    plain_levels, plain_values, _ = _quantize(weights, bits)
+    assert np.array_equal(levels.numpy(), plain_levels)
+    assert np.array_equal(values.numpy(), plain_values)
+
+
+@given(st.floats(2.0**-20, 2.0**20, width=32), st.floats(2.0**-20, 2.0**20, width=32), BITS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_ranges_without_zero_are_plain(sign, near, far, bits):
+    """Where zero is outside of the range, a zero point changes nothing."""
+    weights = np.sort(sign * np.float32([near, near + far]))
+    groups = torch.from_numpy(weights).view(1, -1)
+    rule = *grid.bounds(groups), torch.tensor([float(bits)]), torch.tensor(True)
+    levels = grid.to_levels(groups, *rule)
+    plain_levels, plain_values, _ = _quantize(weights, bits)
+    assert np.array_equal(levels[0].numpy(), plain_levels)
+    assert np.array_equal(grid.from_levels(levels, *rule)[0].numpy(), plain_values)

@@ -81,9 +81,9 @@ def test_fitted_range_cuts_outliers():
 
 @given(_arrays(), BITS)
 def test_search_through_zero(weights, bits):
-    """With through_zero, the range holds zero wherever the full one does."""
+    """For a grid with a zero point, the range holds zero wherever the full one does."""
     weight = torch.cat([torch.from_numpy(weights), torch.zeros(1)])
-    low, high = observers.fit_range(weight, bits, through_zero=True)
+    low, high = observers.fit_range(weight, bits, zero_point=torch.tensor(True))
     assert low <= 0 <= high
 
 

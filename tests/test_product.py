@@ -116,7 +116,7 @@ def test_eval_is_the_nearest_stored_codeword(centroids):
     """In eval, each block is the codeword that is nearest among those that are stored."""
     model, _, weight = one(torch.randn(8, 12), centroids=centroids, block_size=3)
     model.eval()
-    words = weight._stored().values()
+    words = weight._stored(weight_of(model)).values()
     distances = torch.cdist(blocks_of(weight_of(model), 3).double(), words.double())
     nearest = words[distances.argmin(1)]
     assert torch.equal(blocks_of(model.weight, 3), nearest)
@@ -205,7 +205,7 @@ def test_noise_of_picked_blocks(noise, picked):
     model, _, weight = one(torch.randn(20, 24), noise=noise, picked=picked, p=0.4, block_size=4)
     before = blocks_of(weight_of(model), 4)
     after = blocks_of(model.weight, 4)
-    words = weight._stored().values()
+    words = weight._stored(weight_of(model)).values()
     expected = {
         "exact": words[torch.cdist(before, words).argmin(1)],
         "proxy": torch.zeros_like(before),

@@ -263,6 +263,7 @@ def test_qat_per_channel():
     conv = nn.Conv2d(3, 4, 3)
     with torch.no_grad():
         conv.weight.mul_(torch.tensor([1.0, 10.0, 0.1, 0.0]).view(4, 1, 1, 1))
+        conv.weight[3] = 0.3
     slices = [conv.weight.detach()[channel].clone() for channel in range(4)]
     diffq.QATQuantizer(conv, bits=5, per_channel=True, min_size=0)
     for channel, wanted in enumerate(slices):

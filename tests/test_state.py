@@ -70,6 +70,28 @@ def test_state_names_every_tensor_once():
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_zero_points_have_a_kind_of_their_own(packed):
+    """Readers that do not know zero points refuse the entry, which they would decode wrongly."""
+    model = Holder({"zeros": torch.randn(30), "plain": torch.randn(30)})
+    with torch.no_grad():
+        model.zeros[3] = 0
+    state = diffq.QATQuantizer(model, min_size=0, bits=4).get_quantized_state(packed)
+    kinds = {name: entry["kind"] for name, entry in state["tensors"].items()}
+    assert kinds == {"zeros": "grid with zero point", "plain": "grid"}
+    assert from_state(state).records["zeros"].values()[3] == 0
+    state["tensors"]["zeros"]["kind"] = "grid"
+    assert from_state(state).records["zeros"].values()[3] != 0
+
+
+def test_constants_have_no_zero_point():
+    """An entry of one value that claims a zero point is refused as damaged."""
+    state = diffq.QATQuantizer(Holder({"w": torch.ones(30)}), min_size=0).get_quantized_state()
+    state["tensors"]["w"]["kind"] = "grid with zero point"
+    with pytest.raises(diffq.StateError, match="'w' is damaged: A constant tensor has no levels"):
+        from_state(state)
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_state_is_independent_of_the_model(packed):
     """A state keeps its values when the model trains on, in raw tensors and buffers too."""
     model = Holder({"weight": torch.randn(30), "bias": torch.randn(5)}, {"mean": torch.randn(4)})

@@ -119,6 +119,7 @@ def _describe_tensor(
         "stored_dtype": entry.stored_dtype or None,
         "group_size": entry.group_size or None,
         "groups": entry.groups,
+        "zero_point": entry.zero_point,
         "block_size": entry.block_size or None,
         "codewords": entry.codewords or None,
         "bits": None,
@@ -193,10 +194,12 @@ def _row(tensor: dict[str, Any]) -> list[str]:
 
 
 def _kind(tensor: dict[str, Any]) -> str:
-    """The kind, with the size of a codebook and what elements are stored as, if it is special."""
+    """The kind, with what is special: a zero point, a codebook, what elements are stored as."""
     kind, stored = tensor["kind"], tensor["stored_dtype"]
     if kind == "product":
         return f"product {tensor['codewords']}x{tensor['block_size']} {stored}"
+    if tensor["zero_point"]:
+        return f"{kind} zero-point"
     # A raw tensor can be stored in another dtype than it is restored to.
     return kind if stored in (None, tensor["dtype"]) else f"{kind} {stored}"
 

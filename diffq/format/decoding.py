@@ -34,6 +34,7 @@ from diffq.format.records import (
     ScaledRecord,
     check_ranges,
     check_scale,
+    zero_points,
 )
 from diffq.format.wire import REMEDY, damaged
 
@@ -114,7 +115,7 @@ class Target:
             fill = partial(_copy_levels, decoded)
             merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
         elif self.entry.kind == "grid":
-            _decode_grid(self.parameters, piece, decoded, out)
+            _decode_grid(self.parameters, self.entry.zero_point, piece, decoded, out)
         else:
             _decode_scaled(self.parameters, piece, decoded, out)
 
@@ -150,7 +151,8 @@ class Target:
                 return RawRecord(entry.shape, entry.dtype, entry.stored_dtype, self.elements)
             head = entry.shape, entry.dtype, entry.group_size, entry.min_bits
             if entry.kind == "grid":
-                return GridRecord(*head, self.bits(), self.out, self.parameters)
+                fields = self.bits(), self.out, self.parameters, entry.zero_point
+                return GridRecord(*head, *fields)
             return ScaledRecord(*head, self.bits(), self.out, self.parameters)
 
     def values(self) -> NDArray[np.float32]:
@@ -252,25 +254,37 @@ def _copy_levels(decoded: DecodedPiece, width: int, part: NDArray[np.uint16]) ->
 
 
 def _decode_grid(
-    ranges: NDArray[np.float32], piece: Piece, decoded: DecodedPiece, out: NDArray[np.float32]
+    ranges: NDArray[np.float32],
+    zero_point: bool,
+    piece: Piece,
+    decoded: DecodedPiece,
+    out: NDArray[np.float32],
 ) -> None:
     """What `GridRecord.values` computes, with the levels of each bitwidth at a time."""
     shared = len(ranges) == 1
     low, high = (ranges if shared else ranges[piece.groups]).T
 
     def fill(width: int, part: NDArray[np.float32]) -> None:
-        if shared:
-            step = (high - low) / np.float32((1 << width) - 1)
-            np.multiply(decoded.streams[width], step, out=part, dtype=np.float32)
-            part += low
-        else:
-            part[:] = decoded.streams[width]
+        levels: NDArray[Any] = decoded.streams[width]
+        if not shared:
+            part[:] = levels
+            return
+        top, added = np.array([(1 << width) - 1], np.float32), low
+        if zero_point:
+            zero, added = zero_points(low, high, top)
+            levels = np.subtract(levels, zero, out=part, dtype=np.float32)
+        np.multiply(levels, (high - low) / top, out=part, dtype=np.float32)
+        part += added
 
     merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
     if not shared:
-        top = (np.uint32(1) << decoded.bits.astype(np.uint32)) - np.uint32(1)
-        out *= _per_weight((high - low) / top.astype(np.float32), piece.group_size, out.size)
-        out += _per_weight(low, piece.group_size, out.size)
+        top = ((np.uint32(1) << decoded.bits.astype(np.uint32)) - np.uint32(1)).astype(np.float32)
+        step, added = (high - low) / top, low
+        if zero_point:
+            zero, added = zero_points(low, high, top)
+            out -= _per_weight(zero, piece.group_size, out.size)
+        out *= _per_weight(step, piece.group_size, out.size)
+        out += _per_weight(added, piece.group_size, out.size)
 
 
 def _decode_scaled(

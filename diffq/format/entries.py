@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from diffq.errors import FormatError
@@ -69,6 +69,7 @@ class Entry:
         min_bits: the bitwidth that the bit map counts from; 0 for tensors without levels.
         ranges: low and high of a grid are stored once (1) or for each group; 0 otherwise.
         constant: a grid whose parameters alone give the values; no level is stored.
+        zero_point: a grid on which some level stands for exactly 0.0.
         block_size: weights per codeword; 0 without a codebook.
         codewords: number of codewords; 0 without a codebook.
         scale: of uint8 codewords.
@@ -84,6 +85,7 @@ class Entry:
     min_bits: int = 0
     ranges: int = 0
     constant: bool = False
+    zero_point: bool = False
     block_size: int = 0
     codewords: int = 0
     scale: float = 1.0
@@ -222,16 +224,21 @@ def entry_of(name: str, record: Record) -> Entry:
             zero=record.zero,
         )
     else:
-        grid = isinstance(record, GridRecord)
         entry = Entry(
             name,
-            "grid" if grid else "scaled",
+            "scaled",
             record.shape,
             record.dtype,
             group_size=record.group_size,
             min_bits=record.min_bits,
-            ranges=len(record.ranges) if isinstance(record, GridRecord) else 0,
-            constant=record.constant,
         )
+        if isinstance(record, GridRecord):
+            entry = replace(
+                entry,
+                kind="grid",
+                ranges=len(record.ranges),
+                constant=record.constant,
+                zero_point=record.zero_point,
+            )
     entry.check()
     return entry

@@ -18,7 +18,7 @@ from diffq.format.layout import LEVELS, Layout, Segment
 from diffq.format.wire import REMEDY, Cursor, damaged, varint
 
 _WHERE = "The index"
-_PER_GROUP, _CONSTANT = 1, 2
+_PER_GROUP, _CONSTANT, _ZERO_POINT = 1, 2, 4
 # Bytes that the description of a segment takes at least.
 _LEAST_STORAGE = 5
 # The streams of a segment end on whole bytes: at most 1 + 16 of them, of at most 4 fields.
@@ -94,8 +94,13 @@ def _write_entry(entry: Entry) -> bytes:
     elif entry.kind != "raw":
         out += [varint(entry.group_size), bytes([entry.min_bits])]
     if entry.kind == "grid":
-        out.append(bytes([(entry.ranges != 1) * _PER_GROUP | entry.constant * _CONSTANT]))
+        out.append(bytes([_flags(entry)]))
     return b"".join(out)
+
+
+def _flags(entry: Entry) -> int:
+    flags = (entry.ranges != 1) * _PER_GROUP | entry.constant * _CONSTANT
+    return flags | entry.zero_point * _ZERO_POINT
 
 
 def _write_scale(entry: Entry) -> bytes:
@@ -204,12 +209,18 @@ def _read_codebook(cursor: Cursor, entry: Entry) -> Entry:
 
 def _read_flags(entry: Entry, flags: int) -> Entry:
     where = f"tensor {entry.name!r}"
-    if flags > _PER_GROUP | _CONSTANT:
-        raise damaged(where, "only the flags 1 and 2 are known", flags)
+    if flags > _PER_GROUP | _CONSTANT | _ZERO_POINT:
+        raise FormatError(
+            f"{where}: this diffq knows the flags 1, 2 and 4, got {flags}. "
+            "A newer diffq may have written this file; upgrade to read it."
+        )
     ranges = entry.groups if flags & _PER_GROUP else 1
     if flags & _PER_GROUP and ranges == 1:
         raise damaged(where, "one group has one range and no flag 1", flags)
-    return replace(entry, ranges=ranges, constant=bool(flags & _CONSTANT))
+    if flags & _CONSTANT and flags & _ZERO_POINT:
+        raise damaged(where, "a constant tensor has no flag 4", flags)
+    constant, zero_point = bool(flags & _CONSTANT), bool(flags & _ZERO_POINT)
+    return replace(entry, ranges=ranges, constant=constant, zero_point=zero_point)
 
 
 def _choose(known: tuple[str, ...], cursor: Cursor, what: str, where: str) -> str:

@@ -204,13 +204,15 @@ class GridRecord(LevelRecord):
     """Levels on an even grid from a minimum to a maximum (Equation 1 of the DiffQ paper).
 
     value = level * step + low, with step = (high - low) / (2**bits - 1), each
-    operation rounded to float32.
+    operation rounded to float32. With a zero point see `zero_points`.
 
     Attributes:
         ranges: float32 [1, 2] or [groups, 2], low and high of the tensor or of each group.
+        zero_point: some level stands for exactly 0.0, wherever low <= 0 <= high.
     """
 
     ranges: NDArray[np.float32]
+    zero_point: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,6 +226,8 @@ class GridRecord(LevelRecord):
                 f"got shape {self.ranges.shape}."
             )
         check_ranges(self.ranges)
+        if self.zero_point and self.constant:
+            raise FormatError("A constant tensor has no levels, and no zero point among them.")
 
     @property
     def constant(self) -> bool:
@@ -238,9 +242,12 @@ class GridRecord(LevelRecord):
     def values(self) -> NDArray[np.float32]:
         """The decoded weights: float32, in the tensor's shape."""
         low, high = self.ranges.T
-        top = (np.uint32(1) << self.bits.astype(np.uint32)) - np.uint32(1)
-        step = ((high - low) / top.astype(np.float32)).astype(np.float32)
+        top = ((np.uint32(1) << self.bits.astype(np.uint32)) - np.uint32(1)).astype(np.float32)
+        step = ((high - low) / top).astype(np.float32)
         values = self.levels.astype(np.float32)
+        if self.zero_point:
+            zero, low = zero_points(low, high, top)
+            values -= self.per_weight(zero)
         values *= self.per_weight(step)
         values += self.per_weight(low)
         return values.reshape(self.shape)
@@ -274,6 +281,26 @@ class ScaledRecord(LevelRecord):
         values -= self.per_weight(zero)
         values *= self.scale
         return values.reshape(self.shape)
+
+
+def zero_points(
+    low: NDArray[np.float32], high: NDArray[np.float32], top: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The level that stands for zero, and what is added to all values (docs/format.md, section 10).
+
+    value = (level - zero) * step + added. Where 0 is outside of the range, the level is 0, and
+    low is added.
+
+    Args:
+        low: minimum, [1] or [groups].
+        high: maximum, like `low`.
+        top: the highest level, 2**bits - 1, [1] or [groups].
+    """
+    one, none = np.float32(1), np.float32(0)
+    step = (high - low) / top
+    level = np.minimum(np.rint(-low / np.where(step > 0, step, one)), top)
+    inside = (low <= 0) & (high >= 0)
+    return np.where(inside, level, none), np.where(inside, none, low)
 
 
 def check_ranges(ranges: NDArray[np.float32]) -> None:

@@ -321,7 +321,10 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             check_owners(plan, model)
             weight = plan.sites[0].read(model)
             check_finite(plan.name, weight)
-            return self._make_quantizer(plan, settings, weight)
+            quantizer = self._make_quantizer(plan, settings, weight)
+            if not weight.is_meta:
+                quantizer.look(weight.detach())
+            return quantizer
         if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
             return HalfQuantizer(plan)
         return None

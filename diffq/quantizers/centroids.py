@@ -103,7 +103,12 @@ class CentroidGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, value: Tensor, codebook: Tensor, indices: Tensor, counts: Tensor
+        weight: Tensor,
+        value: Tensor,
+        codebook: Tensor,
+        indices: Tensor,
+        counts: Tensor,
+        trained: Tensor | None,
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
         return value.to(weight.dtype).detach()
@@ -111,23 +116,30 @@ class CentroidGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps where the codewords went."""
-        _, _, codebook, indices, counts = inputs
-        ctx.save_for_backward(indices, counts)
+        _, _, codebook, *kept = inputs
+        ctx.save_for_backward(*kept)
         ctx.like = codebook.shape, codebook.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """None to the weight, which is in the graph in name only; the mean to each codeword."""
         functions.release(ctx)
-        indices, counts = ctx.saved_tensors
+        indices, counts, trained = ctx.saved_tensors
         (size, dim), dtype = ctx.like
         blocks = grad.reshape(-1, dim).to(torch.promote_types(dtype, torch.float32))
         means = member_sums(blocks, indices, size) / counts[:, None]
-        return None, None, means.to(dtype), None, None
+        if trained is not None:
+            means.masked_fill_(~trained[:, None], 0)
+        return None, None, means.to(dtype), None, None, None
 
 
 def pass_to_centroids(
-    weight: Tensor, value: Tensor, codebook: Tensor, indices: Tensor, counts: Tensor
+    weight: Tensor,
+    value: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    trained: Tensor | None = None,
 ) -> Tensor:
     """A tensor made of codewords, with their gradient; see `CentroidGradient`.
 
@@ -137,6 +149,8 @@ def pass_to_centroids(
         codebook: what is trained, [K, d].
         indices: int64 [blocks].
         counts: number of blocks of each codeword, [K], at least 1.
+        trained: bool [K], the codewords that get their gradient; None for all.
     """
-    result: Tensor = functions.call(CentroidGradient, weight, value, codebook, indices, counts)
+    inputs = weight, value, codebook, indices, counts, trained
+    result: Tensor = functions.call(CentroidGradient, *inputs)
     return result

@@ -78,12 +78,6 @@ class DiffQWeight(GridQuantizer):
         whole = fixed is not None or not settings.group_size
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
-        if plan.pruned and fixed is None and self.groups > 1:
-            raise ConfigError(
-                "A pruned tensor needs one bitwidth, because a range has a level at zero for one "
-                f"bitwidth only; {plan.name} has {self.groups} groups. "
-                f"Pass overrides={{{plan.name!r}: {{'group_size': None}}}}."
-            )
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
         self._grouping = Grouping(self.law, self.group_size, plan.numel)
@@ -218,7 +212,7 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     steps = torch._foreach_div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
     values = [
-        torch.where(weight == 0, 0, value) if q.plan.pruned else value
+        torch.where(weight == 0, 0, value) if q.may_have_zeros else value
         for (q, weight), value in zip(pairs, noisy, strict=True)
     ]
     return [Constant(value, (extremes, index)) for index, value in enumerate(values)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from diffq.format.records import (
     group_count,
     level_bits,
 )
-from diffq.observers import keep_zero
 from diffq.select import TensorPlan, dtype_name
 from diffq.weight import WeightQuantizer
 
@@ -48,11 +48,17 @@ def check_bitwidths(bits: Tensor, name: str) -> None:
 class GridQuantizer(WeightQuantizer):
     """Quantizes one tensor on an even grid between its minimum and maximum.
 
+    Weights that are exactly zero stay so: the grid of a tensor that has some has a zero point.
+
     Args:
         plan: the tensor.
         group_size: weights per group of the flattened tensor.
         min_bits: the bitwidth that the stored bit map counts from.
         ranges_per_group: one range per group instead of one for the tensor.
+
+    Attributes:
+        may_have_zeros: whether weights may be exactly zero: by the plan, or by the last look
+            (`diffq.zeros`). If so, each computation looks again, without waiting for the device.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class GridQuantizer(WeightQuantizer):
         self.min_bits = min_bits
         self.ranges_per_group = ranges_per_group
         self.groups = group_count(plan.numel, group_size)
+        self.may_have_zeros = plan.pruned or plan.padded
         self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
 
     @abstractmethod
@@ -70,18 +77,19 @@ class GridQuantizer(WeightQuantizer):
         """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Low and high of the grid, [1] or [groups]; of a pruned tensor, zero is a level."""
-        low, high = self.observe(weight)
-        if not self.plan.pruned:
-            return low, high
-        return keep_zero(low.float(), high.float(), self.whole_bits())
-
-    def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)
         groups = grid.to_groups(weight, self.group_size)
         return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+    def look(self, weight: Tensor) -> None:
+        """Looks for weights that are exactly zero; a mask may bring some back at any time."""
+        self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())
+
+    def zero_point(self, weight: Tensor) -> Tensor | None:
+        """Whether the grid has a zero point, bool 0-dim; None where that was ruled out."""
+        return (weight == 0).any() if self.may_have_zeros else None
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Equation 1 of the DiffQ paper at whole bitwidths."""
@@ -93,24 +101,26 @@ class GridQuantizer(WeightQuantizer):
     @torch.no_grad()
     def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The nearest values on the grid from `low` to `high`; no host synchronisation."""
-        bits = self.whole_bits()
-        levels = self._levels(weight, low, high, bits)
-        values = grid.from_levels(levels, low.float(), high.float(), bits)
+        rule = low.float(), high.float(), self.whole_bits(), self.zero_point(weight)
+        values = grid.from_levels(self._levels(weight, *rule), *rule)
         return grid.from_groups(values, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> GridRecord:
         """Levels, bitwidths and ranges."""
-        low, high = self._checked_bounds(weight)
-        levels = self._levels(weight, low, high, self.whole_bits()).reshape(-1)[: weight.numel()]
+        low, high = (end.float() for end in self._checked_bounds(weight))
+        zero_point = self.zero_point(weight)
+        levels = self._levels(weight, low, high, self.whole_bits(), zero_point)
+        flat = levels.reshape(-1)[: weight.numel()]
         return GridRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
             group_size=self.group_size,
             min_bits=self.min_bits,
             bits=self.group_bits(),
-            levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
-            ranges=torch.stack([low, high], dim=1).float().cpu().numpy(),
+            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([low, high], dim=1).cpu().numpy(),
+            zero_point=bool(zero_point) and not torch.equal(low, high),
         )
 
     def stored_bits(self, weight: Tensor) -> int:
@@ -130,11 +140,12 @@ class GridQuantizer(WeightQuantizer):
         return expanded
 
     def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self.bounds(weight)
+        self.look(weight)
         low, high = self.bounds(weight)
-        if not torch.compiler.is_compiling():
-            check_range(low.float(), high.float(), self.plan.name)
+        check_range(low.float(), high.float(), self.plan.name)
         return low, high
 
-    def _levels(self, weight: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
-        groups = grid.to_groups(weight.float(), self.group_size)
-        return grid.to_levels(groups, low.float(), high.float(), bits)
+    def _levels(self, weight: Tensor, *rule: Any) -> Tensor:
+        return grid.to_levels(grid.to_groups(weight.float(), self.group_size), *rule)

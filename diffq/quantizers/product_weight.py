@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
 from diffq.format.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
-from diffq.kmeans import Clustering, kmeans, nearest
+from diffq.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
 from diffq.quantizers.blocks import BlockSize, check_block_size
 from diffq.quantizers.centroids import (
     CENTROIDS,
@@ -22,7 +22,7 @@ from diffq.quantizers.centroids import (
 )
 from diffq.report import ProgressBar
 from diffq.select import TensorPlan
-from diffq.sharding import put
+from diffq.sharding import is_managed, put, whole_parameters
 from diffq.weight import Constant, WeightQuantizer
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
@@ -73,11 +73,14 @@ class ProductWeight(WeightQuantizer):
     every block as the weights are then. Once fixed, the tensor is made of codewords in
     training too: each block keeps its own, and the codebook is trained in the weights' place.
 
+    Blocks of zeros stay exactly zero: noise leaves them alone, and a codeword is zero for them.
+
     Attributes:
         codebook: float32 parameter [K, d].
         indices: int32 [blocks], the codeword of each block when the codebook was learned.
         counts: int32 [K], blocks of each codeword once it is fixed, at least 1.
         fixed: whether blocks keep their codewords.
+        may_have_zeros: whether blocks were zero at the last look; codewords, once fixed.
     """
 
     indices: Tensor
@@ -91,6 +94,7 @@ class ProductWeight(WeightQuantizer):
         self.group_size = block_size
         self.blocks = plan.numel // block_size
         self.fixed = False
+        self.may_have_zeros = False
         size = settings.codebook_size
         self.codebook = nn.Parameter(torch.zeros(size, block_size, device=device))
         indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
@@ -102,11 +106,16 @@ class ProductWeight(WeightQuantizer):
         """Whether centroids are trained: once the tensor is fixed."""
         return self.fixed
 
+    def look(self, weight: Tensor) -> None:
+        """Looks for blocks of zeros, among the codewords once they are what training moves."""
+        blocks = self.codebook.detach() if self.fixed else self._in_blocks(weight)
+        self.may_have_zeros = not bool(nonzero(blocks).all())
+
     def sample(self, weight: Tensor) -> Constant | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
         with torch.no_grad():
             if self.fixed:
-                return Constant(self._codewords(self._stored(), self.indices))
+                return Constant(self._codewords(self._stored(weight), self.indices))
             return Constant(self._noisy(weight.detach())) if self.settings.p else None
 
     def connect(self, weight: Tensor, constant: Constant) -> Tensor:
@@ -114,17 +123,20 @@ class ProductWeight(WeightQuantizer):
         if not self.fixed:
             return super().connect(weight, constant)
         places = self.indices.long(), self.counts
-        return pass_to_centroids(weight, constant.value, self.codebook, *places)
+        # Codewords of zeros are not trained, so that optimizers leave them exactly zero.
+        watched = self.may_have_zeros or is_managed(self)
+        trained = nonzero(self.codebook.detach()) if watched else None
+        return pass_to_centroids(weight, constant.value, self.codebook, *places, trained)
 
     def eval_weight(self, weight: Tensor) -> Tensor:
         """Every block's codeword, as it is stored."""
-        stored = self._checked_codebook()
+        stored = self._checked_codebook(weight)
         return self._codewords(stored, self._assign(weight, stored)).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> ProductRecord:
         """Codebook and indices."""
-        stored = self._checked_codebook()
+        stored = self._checked_codebook(weight)
         return stored.record(weight, self._assign(weight, stored))
 
     def size_bits(self) -> float:
@@ -152,24 +164,26 @@ class ProductWeight(WeightQuantizer):
 
         Raises:
             WeightError: the weight is not finite.
+            ConfigError: the only codeword cannot be zero for some blocks alone.
         """
         self._check_finite(weight)
+        self._check_zeros(weight)
         step = self.plan.numel
 
         def report(iteration: int) -> None:
             bar.advance(step, self.plan.name)
 
         blocks = self._in_blocks(weight).float()
-        found = kmeans(
+        found = kmeans_with_zeros(
             blocks,
             len(self.codebook),
-            self.settings.iterations,
-            torch.Generator().manual_seed(seed),
-            self.codebook.detach() if warm else None,
-            report,
+            start=self.codebook.detach() if warm else None,
+            iterations=self.settings.iterations,
+            generator=torch.Generator().manual_seed(seed),
+            report=report,
         )
         stored = store_codebook(found.codebook, self.settings.centroids)
-        return replace(found, indices=nearest(blocks, stored.values()))
+        return replace(found, indices=self._nearest(blocks, stored.values()))
 
     @torch.no_grad()
     def take(self, found: Clustering) -> None:
@@ -181,12 +195,25 @@ class ProductWeight(WeightQuantizer):
     def fix(self) -> None:
         """Has each block keep the codeword that it was given last."""
         self._set_fixed(True)
+        with whole_parameters([self]):
+            self.look(self.codebook)
 
     def _check_finite(self, weight: Tensor) -> None:
         if not torch.isfinite(weight).all():
             raise WeightError(
                 f"Weights to quantize must be finite, but {self.plan.name} holds NaN or Inf. "
                 "Find the step that diverged, or exclude the tensor."
+            )
+
+    def _check_zeros(self, weight: Tensor) -> None:
+        self.look(weight)
+        if self.fixed or not self.may_have_zeros or len(self.codebook) > 1:
+            return
+        if nonzero(self._in_blocks(weight)).any():
+            raise ConfigError(
+                "Blocks of zeros stay zero, which takes a codeword of their own, but "
+                f"{self.plan.name} has other blocks too and one codeword for all. Pass "
+                f"overrides={{{self.plan.name!r}: {{'codebook_size': 2}}}}, or exclude it."
             )
 
     def get_extra_state(self) -> Tensor:
@@ -220,15 +247,29 @@ class ProductWeight(WeightQuantizer):
             return self.indices
         if not torch.compiler.is_compiling():
             self._check_finite(weight)
-        return nearest(self._in_blocks(weight), stored.values())
+        return self._nearest(self._in_blocks(weight), stored.values())
 
-    def _stored(self) -> StoredCodebook:
-        return store_codebook(self.codebook, self.settings.centroids)
+    def _nearest(self, blocks: Tensor, words: Tensor) -> Tensor:
+        """The nearest codeword of each block; of blocks of zeros the one that is zero."""
+        found = nearest(blocks, words)
+        if not self.may_have_zeros:
+            return found
+        return torch.where(nonzero(blocks), found, smallest(words))
 
-    def _checked_codebook(self) -> StoredCodebook:
-        stored = self._stored()
+    def _stored(self, weight: Tensor) -> StoredCodebook:
+        codebook = self.codebook.detach()
+        if self.may_have_zeros and not self.fixed:
+            # Blocks may have become zero since the codebook was learned.
+            place, none = smallest(codebook), nonzero(self._in_blocks(weight)).all()
+            word = torch.where(none, codebook.index_select(0, place), 0)
+            codebook = codebook.index_copy(0, place, word)
+        return store_codebook(codebook, self.settings.centroids)
+
+    def _checked_codebook(self, weight: Tensor) -> StoredCodebook:
         if torch.compiler.is_compiling():
-            return stored
+            return self._stored(weight)
+        self._check_zeros(weight)
+        stored = self._stored(weight)
         largest = torch.finfo(torch.float32).max / 256
         if not torch.isfinite(stored.values()).all() or not stored.scale <= largest:
             raise WeightError(
@@ -242,6 +283,8 @@ class ProductWeight(WeightQuantizer):
         """Equation 6: some blocks become noise, all others stay."""
         blocks = self._in_blocks(weight)
         picked = self._pick(weight.device)
+        if self.may_have_zeros:
+            picked &= nonzero(blocks)
         return torch.where(picked[:, None], self._noise(blocks, picked), blocks).view(weight.shape)
 
     def _pick(self, device: torch.device) -> Tensor:
@@ -257,7 +300,7 @@ class ProductWeight(WeightQuantizer):
             return blocks.new_zeros(())
         if self.settings.noise == "mean":
             return blocks.mean(0)
-        stored = self._stored()
+        stored = self._stored(blocks)
         words = stored.values()
         if blocks.device.type != "cpu" or torch.compiler.is_compiling():
             # How many are picked is not known there without waiting for the device.

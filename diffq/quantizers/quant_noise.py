@@ -44,11 +44,11 @@ class QuantNoiseWeight(QATWeight):
         super().__init__(plan, QATSettings(settings.bits, per_channel, training=True), device)
         self.noise_settings = settings
 
-    def observe(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The observer's range, [1] or [channels]; follows the weights as they train."""
         if self.noise_settings.observer == "histogram":
-            return fit_range(weight, self.noise_settings.bits, through_zero=self.plan.pruned)
-        return super().observe(weight)
+            return fit_range(weight, self.noise_settings.bits, self.zero_point(weight))
+        return super().bounds(weight)
 
     @torch.no_grad()
     def sample(self, weight: Tensor) -> Constant | None:

@@ -39,6 +39,26 @@ def every_bitwidth():
     return records
 
 
+def zero_points():
+    """Grids with a level at zero: of every bitwidth and dtype, per group, and where none can be."""
+    bits = np.tile(np.arange(1, 16), 6).astype(np.uint8)
+    numel = bits.size * 7 - 3
+    head = (numel,), "float32", 7, 1, bits, random_levels(bits, 7, numel, seed=2)
+    sides = np.sort(np.random.default_rng(3).standard_normal((bits.size, 2)), axis=1)
+    sides[:3] = (0, 0), (-1, 0), (0, 2)
+    records = {
+        "mixed": GridRecord(*head, np.float32([[-0.3, 0.7]]), zero_point=True),
+        "per_group": GridRecord(*head, sides.astype(np.float32), zero_point=True),
+        "above": GridRecord(*head, np.float32([[0.25, 2]]), zero_point=True),
+        # Steps of the smallest float32, and steps that are rounded down to 0.
+        "tiny": GridRecord(*head, np.float32([[-22 * 2.0**-149, 0]]), zero_point=True),
+        "plain": GridRecord(*head, np.float32([[-0.3, 0.7]])),
+    }
+    for dtype in FLOAT_DTYPES:
+        records[dtype] = GridRecord(**{**vars(records["mixed"]), "dtype": dtype})
+    return records
+
+
 def every_dtype():
     """Raw tensors of every dtype, floats as float16, and grids of every dtype."""
     random = np.random.default_rng(0)
@@ -133,6 +153,8 @@ MODELS = {
     "mixed_packed": (small_model(), {}, {}, "packed"),
     "every_bitwidth": (every_bitwidth(), {}, {}, "zstd"),
     "every_bitwidth_packed": (every_bitwidth(), {}, {}, "packed"),
+    "zero_points": (zero_points(), {}, {}, "zstd"),
+    "zero_points_packed": (zero_points(), {}, {}, "packed"),
     "every_dtype": (every_dtype(), {}, {}, "zstd"),
     "long": (long_tensors(), {}, {}, "zstd"),
     "shared": (shared_segments(), {}, {}, "zstd"),

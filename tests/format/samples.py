@@ -65,14 +65,16 @@ def level_fields(draw):
 
 @st.composite
 def grid_records(draw):
-    """Grids, with a range for all or for each group, some constant."""
+    """Grids, with a range for all or for each group, some constant, some with a zero point."""
     fields = draw(level_fields())
     groups = fields[4].size
     ranges = draw(st.sampled_from([1, groups]))
     sides = draw(hnp.arrays(np.float32, (ranges, 2), elements=FLOATS))
     if draw(st.booleans()):
         sides[:, 1] = sides[:, 0]
-    return as_stored(GridRecord(*fields, np.sort(sides, axis=1)))
+    record = as_stored(GridRecord(*fields, np.sort(sides, axis=1)))
+    zero_point = draw(st.booleans()) and not record.constant
+    return GridRecord(**{**vars(record), "zero_point": zero_point})
 
 
 @st.composite
@@ -168,7 +170,7 @@ def small_model():
     ranges = np.float32([[-1, 1], [-2, 0], [0, 0]])
     return {
         "embed.weight": grid(50, 8, (1, 5), shape=(5, 10)),
-        "per_group.weight": GridRecord(*list(vars(per_group).values())[:-1], ranges),
+        "per_group.weight": GridRecord(**{**vars(per_group), "ranges": ranges}),
         "scaled.weight": ScaledRecord(
             (6,), "bfloat16", 6, 3, np.uint8([3]), np.uint16([0, 7, 3, 4, 5, 1]), np.float32([0.25])
         ),

@@ -44,13 +44,21 @@ def test_all_bitwidths_at_once():
 
 @given(grid_records())
 def test_grid_values(record):
-    """A grid's value is level * step + low, each operation rounded to float32."""
+    """A grid's value is level * step + low, or a multiple of the step if it has a zero point.
+
+    Each operation is rounded to float32.
+    """
     expected = np.empty(record.numel, np.float32)
     for i, level in enumerate(record.levels):
         group = i // record.group_size
         low, high = record.ranges[group if len(record.ranges) > 1 else 0]
         step = np.float32((high - low) / np.float32(2.0 ** record.bits[group] - 1))
-        expected[i] = np.float32(np.float32(level) * step) + low
+        if record.zero_point and low <= 0 <= high:
+            top = 2.0 ** record.bits[group] - 1
+            zero = min(np.rint(-low / (step or np.float32(1))), top)
+            expected[i] = np.float32(level - zero) * step
+        else:
+            expected[i] = np.float32(np.float32(level) * step) + low
     values = record.values()
     assert values.dtype == np.float32
     assert values.shape == record.shape

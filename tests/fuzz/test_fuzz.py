@@ -21,13 +21,14 @@ from tests.format.make_golden import FOLDER
 from tests.format.samples import RECORDS, codebook_model, small_model
 from tests.fuzz.target import read_and_write, read_repaired, take_apart
 
+STEMS = ("example", "every_dtype", "shared", "zero_points")
 SEEDS = [
     encode(small_model(), {"tied": "empty"}, {"a": [1, {"b": None}]}),
     encode(small_model(), codec="packed"),
     File().build(),
     encode(codebook_model()),
     encode(codebook_model(), codec="packed"),
-    *((FOLDER / f"{stem}.diffq").read_bytes() for stem in ("example", "every_dtype", "shared")),
+    *((FOLDER / f"{stem}.diffq").read_bytes() for stem in STEMS),
 ]
 FUZZ = settings(max_examples=300)
 
@@ -112,7 +113,7 @@ TENSORS = st.one_of(
         st.lists(NUMBERS, max_size=3),
         NUMBERS,
         st.integers(0, 17),
-        st.integers(0, 5),
+        st.integers(0, 9),
         st.lists(NUMBERS, min_size=1, max_size=2),
         st.integers(8, 13),
     ),
