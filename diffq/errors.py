@@ -10,6 +10,10 @@
         * MismatchError    a sound state that belongs to another model
     * FormatError          a file is damaged, hostile or from another version
 
+What still works, but hardly as it was meant, is said by a warning:
+
+* DiffqWarning             training leaves out what was attached, or nothing was
+
 Each message gives the rule, what was got, and the remedy. An operation that
 raises one of these has changed nothing.
 """
@@ -19,6 +23,10 @@ from __future__ import annotations
 
 class DiffqError(Exception):
     """Base of every error that diffq raises on purpose."""
+
+
+class DiffqWarning(UserWarning):
+    """Something works, but hardly as it was meant: the message says what, and the remedy."""
 
 
 class ConfigError(DiffqError, ValueError):

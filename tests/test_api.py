@@ -46,6 +46,7 @@ STAGES = [
     "graph",
     "attach",
     "optimizer",
+    "steps",
     "report",
     "quantizers",
     "activations",

@@ -17,7 +17,7 @@ from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.optimizer import OptimizerGuard, add_extras, refuse_training
+from diffq.optimizer import add_learned
 from diffq.quantizers.guards import (
     check_detachable,
     check_finite,
@@ -31,6 +31,7 @@ from diffq.select import Rules, TensorPlan, build_plan, named_sites
 from diffq.sharding import is_managed, layout_of, reshard
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
+from diffq.steps import OptimizerGuard, refuse_training, still_learned
 from diffq.weight import WeightQuantizer
 
 
@@ -74,7 +75,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         self._guards = [
             module.register_forward_pre_hook(self._refuse_training)
             for module in dict.fromkeys([model, *self._attached.owners()])
-            if self._extras()
+            if next(self.learned_parameters(), None) is not None
         ]
         self._optimizer_guard: OptimizerGuard | None = None
 
@@ -92,41 +93,63 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         """Every unique tensor of the model's state dict, quantized or raw, in its order."""
         return self._plans
 
-    def setup_optimizer(self, optimizer: Optimizer, lr: float = 1e-3, **overrides: Any) -> None:
+    def learned_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the quantizer adds to the model, such as logits of bitwidths.
+
+        For an optimizer of their own, beside one that cannot take them (`LBFGS`, `Muon`):
+
+            >>> bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=1e-2)
+            >>> quantizer.setup_optimizer(bits_optimizer)
+        """
+        for quantizer in self._by_name.values():
+            yield from quantizer.parameters()
+
+    def setup_optimizer(
+        self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
+    ) -> None:
         """Lets an optimizer train what the quantizer learns, as a parameter group of its own.
 
-        The group has no weight decay. On a CPU, Adam and AdamW update it by their `fused`
-        kernel, unless they were made with `fused` or `foreach`. An optimizer that was made from
-        `model.parameters()` after the quantizer holds the learned extras already;
-        they are moved to the new group. So are those that were given to an optimizer
-        before: the last one trains them. Where nothing is learned, this only checks
-        that the optimizer belongs to the model. Call it before making a scheduler,
-        after `fully_shard`, which puts other parameters in place, and again whenever
-        the optimizer is made anew: a training forward raises
-        `OptimizerError` if it finds that another optimizer took over without the extras.
+        The optimizer holds parameters of the model, or the `learned_parameters()` alone. If
+        it was made from `model.parameters()` after the quantizer, the learned parameters
+        move to their own group. If they have one already, the group stays, and only the
+        given options change. The group has no weight decay. On a CPU, Adam and AdamW update
+        it by their `fused` kernel, unless they were made with `fused` or `foreach`. An
+        optimizer that was set up before gives the learned parameters up. Where nothing is
+        learned, this only checks that the optimizer belongs to the model.
+
+        Call it after `fully_shard`, before you make a scheduler, and again whenever you
+        make the optimizer anew. A `DiffqWarning` tells if another optimizer trains the
+        model without what is learned, or if a scheduler overwrites its learning rate.
 
         Args:
             optimizer: holds the model's parameters.
-            lr: learning rate of the extras.
+            lr: learning rate of what is learned; by default 1e-3, or that of the group or
+                optimizer that it has for itself.
             **overrides: further options of their parameter group, such as `betas`.
 
         Raises:
-            OptimizerError: the optimizer holds no parameter of the model.
+            OptimizerError: the optimizer holds no parameter of the model, cannot take the
+                group, or has a scheduler that would not know it. It stays as it was.
+            ConfigError: the optimizer knows no such option, or `lr` is no learning rate.
         """
         reshard(self.model)
-        extras, guard = self._extras(), self._optimizer_guard
+        options = overrides if lr is None else {"lr": lr, **overrides}
+        guard = self._optimizer_guard
         earlier = guard.optimizer if guard is not None else None
-        add_extras(optimizer, self.model, extras, {"lr": lr, **overrides}, earlier)
+        learned = list(self.learned_parameters())
+        add_learned(optimizer, self.model, learned, options, earlier)
         self.no_optimizer()
-        if extras:
-            self._optimizer_guard = OptimizerGuard(optimizer, self._learned)
-            self._guards.append(self.model.register_forward_pre_hook(self._optimizer_guard.check))
+        if learned:
+            quantizers = self._attachment.quantizers
+            self._optimizer_guard = OptimizerGuard(optimizer, self.model, quantizers)
 
     def no_optimizer(self) -> None:
-        """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
+        """Says that training without `setup_optimizer` is meant: what is learned stays as it is."""
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
+        if self._optimizer_guard is not None:
+            self._optimizer_guard.stop()
 
     def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
@@ -338,18 +361,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
 
     def _refuse_training(self, module: nn.Module, args: Any) -> None:
-        if next(self._learned(), None) is not None:
-            refuse_training(module, args)
-
-    def _extras(self) -> list[nn.Parameter]:
-        return [parameter for q in self._by_name.values() for parameter in q.parameters()]
-
-    def _learned(self) -> Iterator[nn.Parameter]:
-        """The extras that training still moves."""
-        for quantizer in self._by_name.values():
-            if quantizer.learning:
-                # parameters() takes tens of times as long, and this runs at each forward.
-                yield from (p for p in quantizer._parameters.values() if p is not None)
+        if next(still_learned(self._attachment.quantizers), None) is not None:
+            refuse_training(module)
 
     def _raw_bits(self) -> float:
         raw = [plan for plan in self._plans if plan.name not in self._by_name]
