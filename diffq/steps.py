@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,15 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from diffq.errors import DiffqWarning, OptimizerError
+from diffq.errors import OptimizerError, warn
 from diffq.sharding import is_dtensor
 from diffq.weight import WeightQuantizer
 
 #: Steps that an optimizer of the weights may be ahead, as when a GradScaler skips some.
 PATIENCE = 20
-
-# From the user's call: torch's `step`, `_note_step`, `note`, and the function that warns.
-_STACKLEVEL = 5
 
 
 def still_learned(quantizers: Sequence[WeightQuantizer]) -> Iterator[nn.Parameter]:
@@ -124,13 +120,11 @@ class OptimizerGuard:
             if self._warned:
                 return
             self._warned = True
-            warnings.warn(
+            warn(
                 f"An optimizer has trained this model for {PATIENCE} steps, and none has trained "
                 "what its quantizer learns. Call quantizer.setup_optimizer(optimizer) each time "
                 "you make the optimizer anew; if bitwidths and scales are meant to stay as they "
                 "are, call quantizer.no_optimizer().",
-                DiffqWarning,
-                stacklevel=_STACKLEVEL,
             )
 
     def _compare_rates(self, optimizer: Optimizer) -> None:
@@ -147,14 +141,12 @@ class OptimizerGuard:
             self._shared_rate = rates[0]
         else:
             self._rates = None
-            warnings.warn(
+            warn(
                 "The learning rate that setup_optimizer gave to what the quantizer learns is "
                 "lost: a schedule has set one rate for all parameter groups. OneCycleLR and "
                 "CyclicLR take a list with one number for each group, such as "
                 f"max_lr=[{', '.join(['lr'] * (len(rates) - 1))}, bits_lr]; the last is the "
                 "quantizer's. In a loop of your own, scale the rate of each group.",
-                DiffqWarning,
-                stacklevel=_STACKLEVEL,
             )
 
     def _learned(self) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from diffq.attach import Attachment
 from diffq.chains import bake
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError
+from diffq.errors import AttachError, ConfigError, DiffqError, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.optimizer import add_learned
@@ -78,6 +78,8 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             if next(self.learned_parameters(), None) is not None
         ]
         self._optimizer_guard: OptimizerGuard | None = None
+        if not any(plan.quantized for plan in self._plans):
+            warn(rules.why_nothing(self._plans))
 
     @abstractmethod
     def _make_quantizer(self, plan: TensorPlan, settings: Any, weight: Tensor) -> WeightQuantizer:
