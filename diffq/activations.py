@@ -188,7 +188,8 @@ class LayerInput:
         """Gives a layer its buffer and hooks."""
         size = _channels(layer) if self.settings.observer == "channel" else 1
         device = next(layer.parameters()).device
-        layer.register_buffer(BUFFER, torch.full((2, size), torch.nan, device=device))
+        bounds = torch.full((2, size), torch.nan, dtype=torch.float32, device=device)
+        layer.register_buffer(BUFFER, bounds)
         return [
             layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
             layer.register_load_state_dict_pre_hook(_load_plain),  # type: ignore[no-untyped-call]

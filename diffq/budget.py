@@ -136,7 +136,7 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
         # Zeros fill the last group up; they are neither stored nor do they cost anything.
         real = min(part.numel(), numel - start * tensor.size)
         for column, width in enumerate(_WIDTHS):
-            bits = torch.tensor([float(width)])
+            bits = low.new_full((1,), float(width))
             levels = grid.to_levels(part, low, high, bits)
             error = grid.from_levels(levels, low, high, bits).sub_(part).div_(unit)
             error.view(-1)[real:] = 0

@@ -171,10 +171,10 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             0-dim float32 tensor on the device of the model's parameters.
         """
         attachment = self._attachment
-        device = next(attachment.model.parameters(), torch.empty(0)).device
+        device = next(attachment.model.parameters(), torch.empty(0, device="cpu")).device
         sizes = [q.size_bits() for q in attachment.quantizers]
         fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
-        bits = torch.full((), fixed, device=device)
+        bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
         learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
