@@ -56,9 +56,8 @@ class Site:
         # Directly where a module is in its place: this is asked for each tensor in each step.
         # What wraps a module may pass the names in it on.
         for name in self.module.split(".") if self.module else ():
-            below = owner._modules.get(name)
-            if below is None:
-                below = getattr(owner, name, None)
+            modules = owner._modules  # TorchScript's has no `get`.
+            below = modules[name] if name in modules else getattr(owner, name, None)
             if not isinstance(below, nn.Module):
                 raise AttachError(self.changed("was removed"))
             owner = below
