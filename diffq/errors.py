@@ -10,9 +10,9 @@
         * MismatchError    a sound state that belongs to another model
     * FormatError          a file is damaged, hostile or from another version
 
-What still works, but hardly as it was meant, is said by a warning:
+One warning, for calls that work but hardly as you meant:
 
-* DiffqWarning             training leaves out what was attached, or nothing was
+* DiffqWarning             nothing is quantized, or learned parameters are not trained
 
 Each message gives the rule, what was got, and the remedy. An operation that
 raises one of these has changed nothing.
@@ -29,7 +29,7 @@ class DiffqError(Exception):
 
 
 class DiffqWarning(UserWarning):
-    """Something works, but hardly as it was meant: the message says what, and the remedy."""
+    """A call works, but hardly as you meant: nothing is quantized, or a part is not trained."""
 
 
 class ConfigError(DiffqError, ValueError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
 
-from diffq.checks import check_number
+from diffq.checks import check_number, plain
 from diffq.errors import ConfigError, OptimizerError
 from diffq.sharding import is_dtensor
 
@@ -20,7 +20,7 @@ DEFAULT_LR = 1e-3
 _ADAMS = (Adam, AdamW)
 
 _OWN_OPTIMIZER = (
-    "Give what the quantizer learns an optimizer of its own, and step both:\n"
+    "Give the learned parameters an optimizer of their own, and step both:\n"
     "    bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), 1e-2)\n"
     "    quantizer.setup_optimizer(bits_optimizer)"
 )
@@ -38,9 +38,9 @@ def add_learned(
     An error leaves the optimizer as it was.
 
     Args:
-        optimizer: holds parameters of the model, or all that its quantizer learns.
+        optimizer: holds parameters of the model, or all the learned ones.
         model: the quantized model.
-        learned: what its quantizer learns; may be empty.
+        learned: the parameters that its quantizer added; may be empty.
         options: options of the group, such as `lr`.
         earlier: the optimizer that was given the learned parameters before.
 
@@ -49,7 +49,9 @@ def add_learned(
         ConfigError: it knows no such option, or the learning rate breaks a rule.
     """
     _check_optimizer(optimizer, model, learned)
+    options = {name: plain(value) for name, value in options.items()}
     _check_options(optimizer, options)
+    _check_lr(optimizer, options)
     if not learned:
         return
     decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
@@ -73,17 +75,19 @@ def _check_optimizer(
 ) -> None:
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
-            f"setup_optimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}."
+            f"setup_optimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            "If that wraps one, call setup_optimizer on the inner one before it is wrapped."
         )
     if isinstance(optimizer, SparseAdam) and learned:
         raise OptimizerError(
-            "SparseAdam takes sparse gradients only, and what a quantizer learns has dense ones. "
+            "SparseAdam takes sparse gradients only, and those of learned parameters are dense. "
             + _OWN_OPTIMIZER
         )
     muon = getattr(torch.optim, "Muon", ())
-    if isinstance(optimizer, muon) and any(parameter.ndim != 2 for parameter in learned):
+    shape = next((list(parameter.shape) for parameter in learned if parameter.ndim != 2), None)
+    if isinstance(optimizer, muon) and shape is not None:
         raise OptimizerError(
-            f"Muon takes matrices only, and what this quantizer learns is none. {_OWN_OPTIMIZER}"
+            f"Muon takes matrices only, got a learned parameter of shape {shape}. {_OWN_OPTIMIZER}"
         )
     ids = {id(parameter) for parameter in learned}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -98,9 +102,8 @@ def _check_optimizer(
         )
     if not ids <= held:
         raise OptimizerError(
-            "An optimizer for what the quantizer learns must hold all of it, but this one holds "
-            f"{len(held & ids)} of {len(ids)} parameters. "
-            "Make it with quantizer.learned_parameters()."
+            "An optimizer for the learned parameters alone must hold all of them, but this one "
+            f"holds {len(held & ids)} of {len(ids)}. Make it with quantizer.learned_parameters()."
         )
 
 
@@ -116,8 +119,18 @@ def _check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
                 + (f" Did you mean {close[0]!r}?" if close else "")
                 + f" setup_optimizer takes {', '.join(sorted(known))}."
             )
+
+
+def _check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     lr = options.get("lr", 0.0)
     check_number(lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, "lr", 0)
+    asked = {**optimizer.defaults, **options}
+    if isinstance(lr, Tensor) and isinstance(optimizer, _ADAMS) and asked["foreach"]:
+        if not asked["capturable"]:
+            raise ConfigError(
+                "With foreach=True, Adam and AdamW take a tensor as lr only with capturable=True, "
+                f"got lr={lr}. Pass a number."
+            )
 
 
 def _own_groups(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
@@ -136,8 +149,8 @@ def _check_scheduled_lr(groups: Sequence[Mapping[str, Any]], options: Mapping[st
         lr = group.get("initial_lr")
         if lr is not None and options.get("lr", lr) != lr:
             raise OptimizerError(
-                "The optimizer has a learning rate scheduler, which would go on with lr="
-                f"{float(lr):g} for what the quantizer learns, got lr={float(options['lr']):g}. "
+                "The optimizer has a learning rate scheduler, which would keep lr="
+                f"{float(lr):g} for the learned parameters, got lr={float(options['lr']):g}. "
                 "Call setup_optimizer first, then make the scheduler."
             )
 
@@ -145,14 +158,14 @@ def _check_scheduled_lr(groups: Sequence[Mapping[str, Any]], options: Mapping[st
 def _check_new_group(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS):
         raise OptimizerError(
-            "LBFGS takes a single parameter group, so it cannot train what the quantizer learns "
+            "LBFGS takes a single parameter group, so it cannot train the learned parameters "
             f"beside the weights. Make it with the weights alone. {_OWN_OPTIMIZER}"
         )
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise OptimizerError(
             "The optimizer has a learning rate scheduler, which would not know the new parameter "
-            "group. Call setup_optimizer first, then make the scheduler. If it is one of the "
-            "past, make the optimizer anew, or delete 'initial_lr' from its param_groups."
+            "group. Call setup_optimizer first, then make the scheduler. If that scheduler is no "
+            "longer in use, delete 'initial_lr' from the optimizer's param_groups."
         )
 
 
@@ -208,8 +221,8 @@ def _move(optimizer: Optimizer, ids: set[int], group: dict[str, Any]) -> None:
             optimizer.add_param_group(group)
         except Exception as error:
             raise OptimizerError(
-                f"{type(optimizer).__name__} takes no parameter group for what the quantizer "
-                f"learns: {error}. {_OWN_OPTIMIZER}"
+                f"{type(optimizer).__name__} refused the parameter group of the learned "
+                f"parameters: {error}. {_OWN_OPTIMIZER}"
             ) from error
 
 

@@ -201,7 +201,7 @@ class Rules:
                 "Attach the quantizer to the model that holds the weights."
             )
         largest = max(allowed or weights, key=lambda plan: plan.numel)
-        size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.3g} MB"
+        size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
         if allowed:
             return (
                 f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "

@@ -1,4 +1,4 @@
-"""Watches the steps of optimizers: is trained what a quantizer learns, and at its own rate?"""
+"""Watches the steps of optimizers: are learned parameters trained, and at their own rate?"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refuse_training(module: nn.Module) -> None:
 
 
 class OptimizerGuard:
-    """Notices that a model is trained without what its quantizer learns, or at another rate.
+    """Notices that a model is trained without its learned parameters, or at another rate.
 
     A hook sees each step of each optimizer of the process, also of those that another one
     wraps. Where no optimizer with weights of the model steps, it stays silent.
@@ -121,10 +121,10 @@ class OptimizerGuard:
                 return
             self._warned = True
             warn(
-                f"An optimizer has trained this model for {PATIENCE} steps, and none has trained "
-                "what its quantizer learns. Call quantizer.setup_optimizer(optimizer) each time "
-                "you make the optimizer anew; if bitwidths and scales are meant to stay as they "
-                "are, call quantizer.no_optimizer().",
+                f"An optimizer has made {PATIENCE} steps with weights of this model, and no step "
+                "has trained the parameters that its quantizer learns. Each time you make an "
+                "optimizer, call quantizer.setup_optimizer(optimizer). If bitwidths and scales "
+                "should stay as they are, call quantizer.no_optimizer().",
             )
 
     def _compare_rates(self, optimizer: Optimizer) -> None:
@@ -142,11 +142,11 @@ class OptimizerGuard:
         else:
             self._rates = None
             warn(
-                "The learning rate that setup_optimizer gave to what the quantizer learns is "
-                "lost: a schedule has set one rate for all parameter groups. OneCycleLR and "
-                "CyclicLR take a list with one number for each group, such as "
-                f"max_lr=[{', '.join(['lr'] * (len(rates) - 1))}, bits_lr]; the last is the "
-                "quantizer's. In a loop of your own, scale the rate of each group.",
+                "The learning rate that setup_optimizer gave to the learned parameters is lost, "
+                "because a schedule has set one rate for all parameter groups. Pass OneCycleLR "
+                "or CyclicLR a list with one number for each group, such as "
+                f"max_lr=[{', '.join(['lr'] * (len(rates) - 1))}, bits_lr], where the last is "
+                "the quantizer's. In a loop of your own, scale the rate of each group.",
             )
 
     def _learned(self) -> list[nn.Parameter]:

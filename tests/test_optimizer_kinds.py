@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
@@ -365,11 +366,24 @@ def test_a_learning_rate_that_is_none(lr):
     _refused(diffq.ConfigError, quantizer, optimizer, "lr must be a number", lr=lr)
 
 
-@pytest.mark.parametrize("lr", [0, 0.25, torch.tensor(0.25)])
-def test_a_learning_rate(lr):
+def test_a_learning_rate_that_adam_cannot_take():
+    """A tensor as lr is refused where Adam's foreach kernel would fail at its first step."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    quantizer = QUANTIZERS["diffq"](model)
+    _refused(diffq.ConfigError, quantizer, optimizer, "foreach", lr=torch.tensor(0.1))
+    quantizer.setup_optimizer(optimizer, lr=torch.tensor(0.1), foreach=False)
+    step(model, optimizer, INPUTS, quantizer)
+
+
+@pytest.mark.parametrize(
+    "lr", [0, 0.25, np.float32(0.25), torch.tensor(0.25), torch.tensor([0.25])]
+)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_learning_rate(name, lr):
     """Numbers and tensors of one element are learning rates."""
     model = seeded(mlp)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = getattr(torch.optim, name)(model.parameters())
     quantizer = QUANTIZERS["diffq"](model)
     quantizer.setup_optimizer(optimizer, lr=lr)
     step(model, optimizer, INPUTS, quantizer)

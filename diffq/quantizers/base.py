@@ -109,24 +109,24 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def setup_optimizer(
         self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
     ) -> None:
-        """Lets an optimizer train what the quantizer learns, as a parameter group of its own.
+        """Adds the learned parameters to an optimizer, as a parameter group of their own.
 
         The optimizer holds parameters of the model, or the `learned_parameters()` alone. If
         it was made from `model.parameters()` after the quantizer, the learned parameters
         move to their own group. If they have one already, the group stays, and only the
         given options change. The group has no weight decay. On a CPU, Adam and AdamW update
         it by their `fused` kernel, unless they were made with `fused` or `foreach`. An
-        optimizer that was set up before gives the learned parameters up. Where nothing is
+        optimizer that was set up before loses the learned parameters. Where nothing is
         learned, this only checks that the optimizer belongs to the model.
 
-        Call it after `fully_shard`, before you make a scheduler, and again whenever you
-        make the optimizer anew. A `DiffqWarning` tells if another optimizer trains the
-        model without what is learned, or if a scheduler overwrites its learning rate.
+        Call it after `fully_shard`, before you make a scheduler, and again for each new
+        optimizer. A `DiffqWarning` tells you if another optimizer trains the model without
+        the learned parameters, or if a scheduler overwrites their learning rate.
 
         Args:
             optimizer: holds the model's parameters.
-            lr: learning rate of what is learned; by default 1e-3, or that of the group or
-                optimizer that it has for itself.
+            lr: learning rate of the learned parameters. By default 1e-3, or the present one
+                where they have a group or an optimizer of their own.
             **overrides: further options of their parameter group, such as `betas`.
 
         Raises:
@@ -146,7 +146,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             self._optimizer_guard = OptimizerGuard(optimizer, self.model, quantizers)
 
     def no_optimizer(self) -> None:
-        """Says that training without `setup_optimizer` is meant: what is learned stays as it is."""
+        """Allows training without `setup_optimizer`: the learned parameters stay as they are."""
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
@@ -304,7 +304,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
                 values = attachment.each_weight(lambda q, weight: (q.plan, q.eval_weight(weight)))
         self.no_optimizer()
         attachment.detach()
-        self._attached = None
+        self._attached = self._optimizer_guard = None
         for plan, value in values:
             bake(attachment.model, plan, value)
         return attachment.model

@@ -364,7 +364,7 @@ def check_optimizer_made_anew():
     optimizer = torch.optim.SGD(weights, 0.1)
     for _ in range(steps.PATIENCE - 1):
         optimizer.step()
-    with pytest.warns(diffq.DiffqWarning, match="each time you make the optimizer anew"):
+    with pytest.warns(diffq.DiffqWarning, match="Each time you make an optimizer"):
         optimizer.step()
     quantizer.setup_optimizer(optimizer)
 
