@@ -233,6 +233,7 @@ def test_float16_overflow():
         lambda q: q.snapshot(),
         lambda q: q.get_quantized_state(),
         lambda q: q.setup_optimizer(torch.optim.SGD(mlp().parameters(), 0.1)),
+        lambda q: q.learned_parameters(),
         lambda q: q.freeze_bits(),
         lambda q: q.detach(),
         lambda q: q.detach(quantized=True),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from diffq.attach import Attachment
 from diffq.chains import bake
@@ -17,7 +15,6 @@ from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.optimizer import add_learned
 from diffq.quantizers.guards import (
     check_detachable,
     check_finite,
@@ -26,16 +23,16 @@ from diffq.quantizers.guards import (
 )
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
+from diffq.quantizers.training import OptimizerSetup
 from diffq.report import size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import is_managed, layout_of, reshard
+from diffq.sharding import is_managed, layout_of
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
-from diffq.steps import OptimizerGuard, refuse_training, still_learned
 from diffq.weight import WeightQuantizer
 
 
-class BaseQuantizer(QuantizeSwitch, ABC):
+class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
     """Quantizes the selected tensors of a model, in place, until `detach()`.
 
     In training mode the model computes with perturbed weights, in eval mode with
@@ -72,12 +69,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         ]
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
-        self._guards = [
-            module.register_forward_pre_hook(self._refuse_training)
-            for module in dict.fromkeys([model, *self._attached.owners()])
-            if next(self.learned_parameters(), None) is not None
-        ]
-        self._optimizer_guard: OptimizerGuard | None = None
+        self._expect_optimizer()
         if not any(plan.quantized for plan in self._plans):
             warn(rules.why_nothing(self._plans))
 
@@ -94,64 +86,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def plan(self) -> tuple[TensorPlan, ...]:
         """Every unique tensor of the model's state dict, quantized or raw, in its order."""
         return self._plans
-
-    def learned_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the quantizer adds to the model, such as logits of bitwidths.
-
-        For an optimizer of their own, beside one that cannot take them (`LBFGS`, `Muon`):
-
-            >>> bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=1e-2)
-            >>> quantizer.setup_optimizer(bits_optimizer)
-        """
-        for quantizer in self._by_name.values():
-            yield from quantizer.parameters()
-
-    def setup_optimizer(
-        self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
-    ) -> None:
-        """Adds the learned parameters to an optimizer, as a parameter group of their own.
-
-        The optimizer holds parameters of the model, or the `learned_parameters()` alone. If
-        it was made from `model.parameters()` after the quantizer, the learned parameters
-        move to their own group. If they have one already, the group stays, and only the
-        given options change. The group has no weight decay. On a CPU, Adam and AdamW update
-        it by their `fused` kernel, unless they were made with `fused` or `foreach`. An
-        optimizer that was set up before loses the learned parameters. Where nothing is
-        learned, this only checks that the optimizer belongs to the model.
-
-        Call it after `fully_shard`, before you make a scheduler, and again for each new
-        optimizer. A `DiffqWarning` tells you if another optimizer trains the model without
-        the learned parameters, or if a scheduler overwrites their learning rate.
-
-        Args:
-            optimizer: holds the model's parameters.
-            lr: learning rate of the learned parameters. By default 1e-3, or the present one
-                where they have a group or an optimizer of their own.
-            **overrides: further options of their parameter group, such as `betas`.
-
-        Raises:
-            OptimizerError: the optimizer holds no parameter of the model, cannot take the
-                group, or has a scheduler that would not know it. It stays as it was.
-            ConfigError: the optimizer knows no such option, or `lr` is no learning rate.
-        """
-        reshard(self.model)
-        options = overrides if lr is None else {"lr": lr, **overrides}
-        guard = self._optimizer_guard
-        earlier = guard.optimizer if guard is not None else None
-        learned = list(self.learned_parameters())
-        add_learned(optimizer, self.model, learned, options, earlier)
-        self.no_optimizer()
-        if learned:
-            quantizers = self._attachment.quantizers
-            self._optimizer_guard = OptimizerGuard(optimizer, self.model, quantizers)
-
-    def no_optimizer(self) -> None:
-        """Allows training without `setup_optimizer`: the learned parameters stay as they are."""
-        for guard in self._guards:
-            guard.remove()
-        self._guards.clear()
-        if self._optimizer_guard is not None:
-            self._optimizer_guard.stop()
 
     def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
@@ -302,9 +236,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         if quantized:
             with torch.no_grad():
                 values = attachment.each_weight(lambda q, weight: (q.plan, q.eval_weight(weight)))
-        self.no_optimizer()
+        self._forget_optimizer()
         attachment.detach()
-        self._attached = self._optimizer_guard = None
+        self._attached = None
         for plan, value in values:
             bake(attachment.model, plan, value)
         return attachment.model
@@ -361,10 +295,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             )
         chosen = {**vars(settings), **plan.overrides}
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
-
-    def _refuse_training(self, module: nn.Module, args: Any) -> None:
-        if next(still_learned(self._attachment.quantizers), None) is not None:
-            refuse_training(module)
 
     def _raw_bits(self) -> float:
         raw = [plan for plan in self._plans if plan.name not in self._by_name]
