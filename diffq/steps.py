@@ -66,9 +66,8 @@ class OptimizerGuard:
         # By the id of an optimizer: its steps since one with learned parameters stepped.
         self._steps: dict[int, int] = {}
         self._warned = False
-        rates = _rates(optimizer)
-        self._rates = rates if len(set(rates)) > 1 else None
-        self._shared_rate: float | None = None
+        self._rates = _rates(optimizer)
+        self._expect_schedule(None)
         _register_hook()
         _WATCHING.add(self)
 
@@ -91,9 +90,10 @@ class OptimizerGuard:
         if learned is None:
             return
         groups = reversed(optimizer.param_groups)
-        if any(p is learned for group in groups for p in group["params"]):
+        group = next((g for g in groups if any(p is learned for p in g["params"])), None)
+        if group is not None:
             self._all_trained()
-            self._compare_rates(optimizer)
+            self._compare_rates(optimizer, group.get("initial_lr"))
             return
         steps = self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         if steps in (1, PATIENCE):
@@ -127,20 +127,33 @@ class OptimizerGuard:
                 "should stay as they are, call quantizer.no_optimizer().",
             )
 
-    def _compare_rates(self, optimizer: Optimizer) -> None:
-        """Warns if all groups get one learning rate, one step after the other."""
-        if self._rates is None:
+    def _expect_schedule(self, schedule: object) -> None:
+        self._schedule = schedule
+        self._shared_rate: float | None = None
+        # Without a rate of their own, learned parameters have none to lose.
+        self._rates_settled = len(set(self._rates)) < 2
+
+    def _compare_rates(self, optimizer: Optimizer, schedule: object) -> None:
+        """Warns if all groups get one learning rate, one step after the other.
+
+        Args:
+            optimizer: has just made a step.
+            schedule: another object with each scheduler that is made.
+        """
+        if schedule is not self._schedule:
+            self._expect_schedule(schedule)
+        if self._rates_settled:
             return
         rates = _rates(optimizer)
         if rates == self._rates:
             return
         if len(set(rates)) > 1:
-            self._rates = None
+            self._rates_settled = True
         elif self._shared_rate in (None, rates[0]):
             # It may be the start of a warm-up, or the least rate of a schedule.
             self._shared_rate = rates[0]
         else:
-            self._rates = None
+            self._rates_settled = True
             warn(
                 "The learning rate that setup_optimizer gave to the learned parameters is lost, "
                 "because a schedule has set one rate for all parameter groups. Pass OneCycleLR "

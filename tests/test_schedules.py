@@ -102,3 +102,21 @@ def test_rates_that_are_tensors():
 
     assert len(_warnings(one_cycle, lr=torch.tensor(0.3), optimizer=adam)) == 1
     assert _warnings(_cosine, lr=torch.tensor(0.3), optimizer=adam) == []
+
+
+def test_a_second_schedule():
+    """Each scheduler of an optimizer is looked at: the second one may be the one that loses."""
+
+    class _Phases:
+        def __init__(self, optimizer):
+            self.optimizer, self.steps = optimizer, 0
+            self.now = KEEPING["onecycle"](optimizer)
+
+        def step(self):
+            self.steps += 1
+            if self.steps == 3:
+                self.now = LOSING["onecycle"](self.optimizer)
+            else:
+                self.now.step()
+
+    assert len(_warnings(_Phases)) == 1
