@@ -116,16 +116,15 @@ class OptimizerGuard:
                 "train nothing: fully_shard does that, and load_state_dict(assign=True). Make the "
                 "optimizer after them, then call quantizer.setup_optimizer(optimizer)."
             )
-        elif steps == PATIENCE and held.intersection(map(id, self._model.parameters())):
+        elif steps == PATIENCE and not self._warned:
+            self._warned = not held.isdisjoint(map(id, self._model.parameters()))
             if self._warned:
-                return
-            self._warned = True
-            warn(
-                f"An optimizer has made {PATIENCE} steps with weights of this model, and no step "
-                "has trained the parameters that its quantizer learns. Each time you make an "
-                "optimizer, call quantizer.setup_optimizer(optimizer). If bitwidths and scales "
-                "should stay as they are, call quantizer.no_optimizer().",
-            )
+                warn(
+                    f"An optimizer has made {PATIENCE} steps with weights of this model, and no "
+                    "step has trained the parameters that its quantizer learns. Each time you "
+                    "make an optimizer, call quantizer.setup_optimizer(optimizer). If bitwidths "
+                    "and scales should stay as they are, call quantizer.no_optimizer()."
+                )
 
     def _expect_schedule(self, schedule: object) -> None:
         self._schedule = schedule
@@ -159,7 +158,7 @@ class OptimizerGuard:
                 "because a schedule has set one rate for all parameter groups. Pass OneCycleLR "
                 "or CyclicLR a list with one number for each group, such as "
                 f"max_lr=[{', '.join(['lr'] * (len(rates) - 1))}, bits_lr], where the last is "
-                "the quantizer's. In a loop of your own, scale the rate of each group.",
+                "the quantizer's. In a loop of your own, scale the rate of each group."
             )
 
     def _learned(self) -> list[nn.Parameter]:
