@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.chains import quantizers_in
 from diffq.checks import check_bits, check_number, check_patterns, plain
-from diffq.errors import AttachError, CalibrationError, ConfigError
+from diffq.errors import AttachError, CalibrationError, ConfigError, warn
 from diffq.grid import widen
 from diffq.masks import block_mask
 from diffq.noise import straight_through
@@ -87,6 +87,11 @@ class ActivationQuantizer:
             for handle in self._inputs[name].attach(layer)
         ]
         self._attached = True
+        if not self._layers:
+            reason = "include and exclude leave every layer out. Change the patterns."
+            if not (include or exclude):
+                reason = "the model has no linear or convolutional layer with an input to quantize."
+            warn(f"No activation is quantized: {reason}")
 
     @contextmanager
     def calibrate(self) -> Iterator[None]:
@@ -183,7 +188,8 @@ class LayerInput:
         """Gives a layer its buffer and hooks."""
         size = _channels(layer) if self.settings.observer == "channel" else 1
         device = next(layer.parameters()).device
-        layer.register_buffer(BUFFER, torch.full((2, size), torch.nan, device=device))
+        bounds = torch.full((2, size), torch.nan, dtype=torch.float32, device=device)
+        layer.register_buffer(BUFFER, bounds)
         return [
             layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
             layer.register_load_state_dict_pre_hook(_load_plain),  # type: ignore[no-untyped-call]

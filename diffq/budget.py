@@ -136,7 +136,7 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
         # Zeros fill the last group up; they are neither stored nor do they cost anything.
         real = min(part.numel(), numel - start * tensor.size)
         for column, width in enumerate(_WIDTHS):
-            rule = low, high, torch.tensor([float(width)]), tensor.zero_point
+            rule = low, high, low.new_full((1,), float(width)), tensor.zero_point
             levels = grid.to_levels(part, *rule)
             error = grid.from_levels(levels, *rule).sub_(part).div_(unit)
             error.view(-1)[real:] = 0

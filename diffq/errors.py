@@ -10,15 +10,26 @@
         * MismatchError    a sound state that belongs to another model
     * FormatError          a file is damaged, hostile or from another version
 
+One warning, for calls that work but hardly as you meant:
+
+* DiffqWarning             nothing is quantized, or learned parameters are not trained
+
 Each message gives the rule, what was got, and the remedy. An operation that
 raises one of these has changed nothing.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class DiffqError(Exception):
     """Base of every error that diffq raises on purpose."""
+
+
+class DiffqWarning(UserWarning):
+    """A call works, but hardly as you meant: nothing is quantized, or a part is not trained."""
 
 
 class ConfigError(DiffqError, ValueError):
@@ -51,3 +62,15 @@ class MismatchError(StateError):
 
 class FormatError(DiffqError, ValueError):
     """A file or packed stream is damaged, hostile, or of an unknown version."""
+
+
+def warn(message: str) -> None:
+    """Issues a DiffqWarning at the line of the user that led to it, outside of diffq and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DiffqWarning, stacklevel=level)
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in ("diffq", "torch")

@@ -76,7 +76,8 @@ def kmeans(
     center = blocks.float().mean(0)
     points = _Points(blocks.float() - center)
     if start is None:
-        start = blocks[torch.randperm(len(blocks), generator=generator)[:size].to(blocks.device)]
+        chosen = torch.randperm(len(blocks), generator=generator, device="cpu")[:size]
+        start = blocks[chosen.to(blocks.device)]
     best = _State(points, start.float() - center)
     errors = [best.error]
     for iteration in range(iterations):
@@ -249,12 +250,15 @@ class _State:
         spread = squares - self.counts * means.square().sum(1)
         population = torch.where(spread > 1e-10 * squares, self.counts, 0)
         donors = population.topk(min(len(empty), int((population > 0).sum()))).indices
-        offset = torch.randn(len(donors), means.shape[1], generator=generator).to(means)
+        shape = len(donors), means.shape[1]
+        offset = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         deviation = (spread[donors] / (population[donors] * means.shape[1])).sqrt()
-        means[empty[: len(donors)]] = means[donors] + _SPLIT * deviation[:, None] * offset
+        means[empty[: len(donors)]] = means[donors] + _SPLIT * deviation[:, None] * offset.to(means)
 
     def clustering(self, center: Tensor, errors: tuple[float, ...]) -> Clustering:
         """The result: frequent codewords first, which makes indices easier to compress."""
         order = self.counts.argsort(descending=True, stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
+        place = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         return Clustering(self.codebook[order] + center, place[self.indices], errors)

@@ -56,7 +56,7 @@ class LayerDrop(nn.Sequential):
         if not self.training:
             return iter(layers)
         # Drawn on the CPU, so that nothing waits for a device.
-        draws = torch.rand(len(layers)).tolist()
+        draws = torch.rand(len(layers), dtype=torch.float32, device="cpu").tolist()
         return iter([layer for layer, x in zip(layers, draws, strict=True) if x >= self.rate])
 
     def __getitem__(self, index: Any) -> Any:

@@ -24,5 +24,5 @@ def block_mask(weight: Tensor, rate: float, block_size: int) -> Tensor:
     if rate in (0, 1):
         return torch.full_like(weight, bool(rate), dtype=torch.bool)
     blocks = group_count(weight.numel(), block_size)
-    picked = torch.rand(blocks, 1, device=weight.device) < rate
+    picked = torch.rand(blocks, 1, dtype=torch.float32, device=weight.device) < rate
     return grid.from_groups(picked.expand(-1, block_size), weight.shape)

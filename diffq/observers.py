@@ -60,7 +60,7 @@ class Histogram:
 
     def centers(self) -> Tensor:
         """The middle of each bin, float32 [BINS]."""
-        places = torch.arange(BINS, device=self.low.device) + 0.5
+        places = torch.arange(BINS, dtype=torch.float32, device=self.low.device) + 0.5
         return self.low + (self.high - self.low) * (places / BINS)
 
     def merge(self, other: Histogram) -> Histogram:
@@ -106,8 +106,9 @@ def least_error_range(
         most = [torch.where(through_zero, end, 1) for end in (zero, 1 - zero)]
     cuts = [torch.zeros_like(zero)] * 2
     start, spacing = 0.0, 1 / _PLACES
+    places = torch.arange(_PLACES, dtype=torch.float32, device=span.device)
     for _ in range(_ROUNDS):
-        offsets = start + spacing * torch.arange(_PLACES, device=span.device)
+        offsets = start + spacing * places
         tried = [
             torch.minimum((cut + offsets).clamp(min=0), end)
             for cut, end in zip(cuts, most, strict=True)

@@ -5,7 +5,7 @@ The plan is frozen before anything is changed in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -56,9 +56,8 @@ class Site:
         # Directly where a module is in its place: this is asked for each tensor in each step.
         # What wraps a module may pass the names in it on.
         for name in self.module.split(".") if self.module else ():
-            below = owner._modules.get(name)
-            if below is None:
-                below = getattr(owner, name, None)
+            modules = owner._modules  # TorchScript's has no `get`.
+            below = modules[name] if name in modules else getattr(owner, name, None)
             if not isinstance(below, nn.Module):
                 raise AttachError(self.changed("was removed"))
             owner = below
@@ -151,9 +150,7 @@ class Rules:
         """Whether a parameter with these names is quantized."""
         if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.shape):
             return False
-        if self.include and not matches(self.include, names):
-            return False
-        return not matches(self.exclude, names)
+        return self._allow(names)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""
@@ -190,6 +187,38 @@ class Rules:
                     f"{self.min_size} MB{least}, which are not quantized: "
                     f"{', '.join(matched[:3])}. Lower min_size, or leave the pattern out."
                 )
+
+    def why_nothing(self, plans: Iterable[TensorPlan]) -> str:
+        """The warning for a plan that quantizes no tensor, with the remedy."""
+        weights = [
+            plan
+            for plan in plans
+            if plan.learned and plan.dtype in QUANTIZABLE and len(plan.shape) >= self.least_dims
+        ]
+        allowed = [plan for plan in weights if self._allow(plan.names)]
+        if not weights:
+            dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
+            return (
+                f"Nothing is quantized: the model has no floating-point parameter{dims}. "
+                "Attach the quantizer to the model that holds the weights."
+            )
+        largest = max(allowed or weights, key=lambda plan: plan.numel)
+        size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
+        if allowed:
+            return (
+                f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "
+                f"are, and the largest, {size}. Pass min_size=0 to quantize small ones too."
+            )
+        return (
+            "Nothing is quantized: include and exclude leave every parameter out. "
+            f"The largest, {size}. Change the patterns."
+        )
+
+    def _allow(self, names: Sequence[str]) -> bool:
+        """Whether the patterns let a parameter be quantized."""
+        if self.include and not matches(self.include, names):
+            return False
+        return not matches(self.exclude, names)
 
     def _is_small(self, shape: torch.Size) -> bool:
         return len(shape) < self.least_dims or shape.numel() <= self.min_size * MEGABYTE / 4

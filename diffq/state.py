@@ -317,5 +317,5 @@ def _bitwidth(bits: int, where: str) -> int:
 def _typed_view(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Bytes as a tensor; NumPy's empty arrays have strides that torch cannot view."""
     if not data.size:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(data).view(dtype).view(shape)

@@ -34,7 +34,7 @@ def product_entry(record: ProductRecord, packed: bool) -> dict[str, Any]:
     entry = {"codebook": as_tensor(record.codebook), "indices": as_tensor(indices)}
     if record.stored_dtype != "uint8":
         return entry
-    return {**entry, "scale": torch.tensor([record.scale]), "zero": record.zero}
+    return {**entry, "scale": as_tensor(np.array([record.scale], np.float32)), "zero": record.zero}
 
 
 def read_product(entry: Mapping[str, Any], where: str) -> ProductRecord:

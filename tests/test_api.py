@@ -47,6 +47,7 @@ STAGES = [
     "graph",
     "attach",
     "optimizer",
+    "steps",
     "report",
     "quantizers",
     "activations",

@@ -22,11 +22,11 @@ from tests.models import (
 
 
 def test_one_tree():
-    """Every error class of diffq is a DiffqError, and is public."""
+    """Every error class of diffq is a DiffqError, its warning a UserWarning; all are public."""
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
     assert len(classes) >= 8
     for error in classes:
-        assert issubclass(error, errors.DiffqError)
+        assert issubclass(error, errors.DiffqError | UserWarning)
         assert getattr(diffq, error.__name__) is error
         assert error.__name__ in diffq.__all__
 
@@ -39,7 +39,9 @@ def test_tree_is_drawn():
             depth[match[2]] = len(match[1]) // 4
     classes = {c.__name__: c for _, c in inspect.getmembers(errors, inspect.isclass)}
     assert depth.keys() == classes.keys()
-    assert depth == {name: c.__mro__.index(errors.DiffqError) for name, c in classes.items()}
+    roots = {errors.DiffqError, errors.DiffqWarning}
+    for name, c in classes.items():
+        assert c.__mro__[depth[name]] in roots
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,7 @@ def test_float16_overflow():
         lambda q: q.snapshot(),
         lambda q: q.get_quantized_state(),
         lambda q: q.setup_optimizer(torch.optim.SGD(mlp().parameters(), 0.1)),
+        lambda q: q.learned_parameters(),
         lambda q: q.freeze_bits(),
         lambda q: q.detach(),
         lambda q: q.detach(quantized=True),

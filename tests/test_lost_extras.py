@@ -2,12 +2,16 @@
 
 import copy
 import gc
+import pickle
+import warnings
+import weakref
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import diffq
+from diffq.steps import PATIENCE
 from tests.models import QUANTIZERS, mlp, same_tensors, seeded, snapshot_of, step
 
 LEARNING = ["diffq", "diffq-rounding", "lsq"]
@@ -37,12 +41,26 @@ def _prepared(kind="diffq"):
     return model, quantizer, optimizer
 
 
-def _keeps_training(model, quantizer, optimizer, steps=10):
-    """Trains on; each step must go through and, in all, move what is learned."""
+def _keeps_training(model, quantizer, optimizer, steps=2 * PATIENCE + 2):
+    """Trains on, without a warning; tells whether that moved the model."""
     before = snapshot_of(model)
-    for _ in range(steps):
-        step(model, optimizer, INPUTS, quantizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for _ in range(steps):
+            step(model, optimizer, INPUTS, quantizer)
     return not same_tensors(before, snapshot_of(model))
+
+
+def _warned(train, steps=PATIENCE):
+    """Checks that `train` warns at the last of some steps, and never again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for _ in range(steps - 1):
+            train()
+        with pytest.raises(diffq.DiffqWarning, match=r"setup_optimizer.*no_optimizer"):
+            train()
+        for _ in range(2 * PATIENCE):
+            train()
 
 
 # Lost
@@ -50,55 +68,66 @@ def _keeps_training(model, quantizer, optimizer, steps=10):
 
 @pytest.mark.parametrize("kind", LEARNING)
 def test_an_optimizer_made_anew(kind):
-    """The first training forward with a new optimizer that lacks the extras is refused."""
+    """A new optimizer of the weights alone is noticed after some steps, once."""
     model, quantizer, optimizer = _prepared(kind)
     del optimizer
     optimizer = _adam(_weights(model))
-    with pytest.raises(diffq.OptimizerError, match=r"setup_optimizer.*no_optimizer"):
-        model(INPUTS)
-    with torch.no_grad():
-        model(INPUTS)
-    model.eval()(INPUTS)
+    _warned(lambda: step(model, optimizer, INPUTS, quantizer))
     quantizer.setup_optimizer(optimizer)
-    assert _keeps_training(model.train(), quantizer, optimizer)
+    assert _keeps_training(model, quantizer, optimizer)
+
+
+def test_an_optimizer_beside_the_one_that_was_set_up():
+    """It is noticed too where the optimizer that was set up is kept, but makes no step."""
+    model, _, optimizer = _prepared()
+    another = _adam(_weights(model))
+    _warned(lambda: step(model, another, INPUTS))
+    assert optimizer.param_groups
 
 
 def test_extras_taken_out_of_the_optimizer():
     """An optimizer whose groups were replaced by ones without the extras is noticed."""
     model, _, optimizer = _prepared()
     optimizer.param_groups[:] = optimizer.param_groups[:1]
-    with pytest.raises(diffq.OptimizerError, match="setup_optimizer"):
-        model(INPUTS)
-
-
-def test_the_error_leaves_everything_as_it_was():
-    """After the error the model has its weights, and no forward is counted."""
-    model, quantizer, optimizer = _prepared()
-    before = snapshot_of(model)
-    del optimizer
-    another = _adam(_weights(model))
-    for _ in range(2):
-        with pytest.raises(diffq.OptimizerError):
-            model(INPUTS)
-    assert len(another.param_groups) == 1
-    assert same_tensors(before, snapshot_of(model))
-    assert quantizer._attachment.forward_state.depth == 0
+    _warned(lambda: step(model, optimizer, INPUTS))
 
 
 def test_an_optimizer_made_much_later():
     """Forwards without any optimizer do not tire the guard for good."""
     model, _, optimizer = _prepared()
     del optimizer
-    for _ in range(5):
+    for _ in range(2 * PATIENCE):
         model(INPUTS)
     late = _adam(_weights(model))
+    _warned(lambda: step(model, late, INPUTS))
 
-    def _train():
-        for _ in range(5):
-            step(model, late, INPUTS)
 
-    with pytest.raises(diffq.OptimizerError):
-        _train()
+def test_the_warning_is_of_the_users_line():
+    """The warning shows where the optimizer is stepped."""
+    model, _, optimizer = _prepared()
+    del optimizer
+    optimizer = _adam(_weights(model))
+    model(INPUTS).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", diffq.DiffqWarning)
+        for _ in range(PATIENCE):
+            optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_replaced_after_setup(named):
+    """An optimizer whose parameters are no longer the model's is refused at its first step."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    optimizer = _adam(model.named_parameters() if named else model.parameters())
+    quantizer.setup_optimizer(optimizer)
+    model.load_state_dict(snapshot_of(model), assign=True)
+    with pytest.raises(diffq.OptimizerError, match=r"assign=True.*setup_optimizer"):
+        step(model, optimizer, INPUTS, quantizer)
+    optimizer = _adam(model.parameters())
+    quantizer.setup_optimizer(optimizer)
+    assert _keeps_training(model, quantizer, optimizer)
 
 
 # Sound
@@ -227,21 +256,62 @@ def test_one_optimizer_for_each_parameter():
     del optimizer
     single = [torch.optim.SGD([p], 0.01) for p in model.parameters()]
     before = snapshot_of(model)
-    for _ in range(5):
-        (model(INPUTS).sum() + quantizer.model_size()).backward()
-        for optimizer in single:
-            optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for _ in range(2 * PATIENCE):
+            (model(INPUTS).sum() + quantizer.model_size()).backward()
+            for optimizer in single:
+                optimizer.step()
     assert not same_tensors(before, snapshot_of(model))
 
 
 def test_optimizers_of_other_models():
     """The optimizer of another model, which holds nothing of this one, raises no alarm."""
     model, _, optimizer = _prepared()
-    other = _adam(mlp().parameters())
+    another = mlp()
+    other = _adam(another.parameters())
     del optimizer
-    for _ in range(5):
-        model(INPUTS).sum().backward()
-    assert other.param_groups
+    model(INPUTS).sum().backward()
+    assert _keeps_training(another, None, other)
+
+
+def test_an_optimizer_of_each_kind_of_parameter():
+    """The weights' optimizer may be some steps ahead of the bits', as a GradScaler may cause."""
+    model, quantizer, optimizer = _prepared()
+    del optimizer
+    weights, bits = _adam(_weights(model)), _adam(quantizer.learned_parameters())
+    quantizer.setup_optimizer(bits)
+    for _ in range(3):
+        assert _keeps_training(model, quantizer, weights, steps=PATIENCE - 2)
+        assert _keeps_training(model, quantizer, bits, steps=1)
+
+
+class _Sharpness(torch.optim.Optimizer):
+    """Two steps in place of one, of which an inner optimizer makes the second."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+        self.inner = torch.optim.SGD(self.param_groups, 0.01)
+        self.param_groups = self.inner.param_groups
+        self.defaults.update(self.inner.defaults)
+
+    def second_step(self):
+        self.inner.step()
+
+
+def test_an_optimizer_that_another_one_steps():
+    """An optimizer whose own step() is never called is known by the inner one's steps."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    optimizer = _Sharpness(model.parameters())
+    quantizer.setup_optimizer(optimizer)
+    before = snapshot_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for _ in range(2 * PATIENCE):
+            (model(INPUTS).sum() + quantizer.model_size()).backward()
+            optimizer.second_step()
+    assert not same_tensors(before, snapshot_of(model))
 
 
 def test_forwards_after_training():
@@ -262,10 +332,37 @@ def test_copies_need_no_optimizer():
 
 
 def test_compiled_training_is_not_slowed():
-    """The guard stays out of a compiled model's graph."""
+    """The guard stays out of the graphs of a compiled model and a compiled step."""
     model, quantizer, optimizer = _prepared()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert _keeps_training(compiled, quantizer, optimizer, steps=3)
+    weights = torch.optim.SGD(_weights(model), 0.01)
+    compiled_step = torch.compile(weights.step, backend="eager")
+    for _ in range(3):
+        model(INPUTS).sum().backward()
+        compiled_step()
+
+
+def test_pickles_and_copies():
+    """An optimizer that was set up can be pickled and copied; a copy of the guard has none."""
+    model, quantizer, optimizer = _prepared()
+    guard = quantizer._optimizer_guard
+    assert guard.optimizer is optimizer
+    groups = zip(copy.deepcopy(optimizer).param_groups, optimizer.param_groups, strict=True)
+    assert all(len(a["params"]) == len(b["params"]) for a, b in groups)
+    assert pickle.dumps(optimizer)
+    assert copy.deepcopy(guard).optimizer is None
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(model)
+
+
+def test_a_model_is_freed():
+    """The watch keeps neither the model nor its optimizer alive."""
+    model, quantizer, optimizer = _prepared()
+    alive = weakref.ref(model), weakref.ref(optimizer)
+    del model, quantizer, optimizer
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
 
 
 # Two optimizers

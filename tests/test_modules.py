@@ -273,5 +273,5 @@ def test_held_weights_are_no_parameters_of_their_quantizer(make, make_input):
     names = list(model.state_dict())
     model(make_input())
     assert list(model.state_dict()) == names
-    assert list(quantizer._learned()) == []
+    assert list(quantizer.learned_parameters()) == []
     assert all("_held" not in q._parameters for q in model.modules())

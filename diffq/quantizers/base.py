@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from diffq.attach import Attachment
 from diffq.chains import bake
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError
+from diffq.errors import AttachError, ConfigError, DiffqError, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.optimizer import OptimizerGuard, add_extras, refuse_training
 from diffq.quantizers.guards import (
     check_detachable,
     check_finite,
@@ -26,15 +23,16 @@ from diffq.quantizers.guards import (
 )
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
+from diffq.quantizers.training import OptimizerSetup
 from diffq.report import size_table, tensor_size
 from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import is_managed, layout_of, reshard
+from diffq.sharding import is_managed, layout_of
 from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.state import Snapshot, raw_record, to_state
 from diffq.weight import WeightQuantizer
 
 
-class BaseQuantizer(QuantizeSwitch, ABC):
+class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
     """Quantizes the selected tensors of a model, in place, until `detach()`.
 
     In training mode the model computes with perturbed weights, in eval mode with
@@ -71,12 +69,9 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         ]
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
-        self._guards = [
-            module.register_forward_pre_hook(self._refuse_training)
-            for module in dict.fromkeys([model, *self._attached.owners()])
-            if self._extras()
-        ]
-        self._optimizer_guard: OptimizerGuard | None = None
+        self._expect_optimizer()
+        if not any(plan.quantized for plan in self._plans):
+            warn(rules.why_nothing(self._plans))
 
     @abstractmethod
     def _make_quantizer(self, plan: TensorPlan, settings: Any, weight: Tensor) -> WeightQuantizer:
@@ -91,42 +86,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
     def plan(self) -> tuple[TensorPlan, ...]:
         """Every unique tensor of the model's state dict, quantized or raw, in its order."""
         return self._plans
-
-    def setup_optimizer(self, optimizer: Optimizer, lr: float = 1e-3, **overrides: Any) -> None:
-        """Lets an optimizer train what the quantizer learns, as a parameter group of its own.
-
-        The group has no weight decay. On a CPU, Adam and AdamW update it by their `fused`
-        kernel, unless they were made with `fused` or `foreach`. An optimizer that was made from
-        `model.parameters()` after the quantizer holds the learned extras already;
-        they are moved to the new group. So are those that were given to an optimizer
-        before: the last one trains them. Where nothing is learned, this only checks
-        that the optimizer belongs to the model. Call it before making a scheduler,
-        after `fully_shard`, which puts other parameters in place, and again whenever
-        the optimizer is made anew: a training forward raises
-        `OptimizerError` if it finds that another optimizer took over without the extras.
-
-        Args:
-            optimizer: holds the model's parameters.
-            lr: learning rate of the extras.
-            **overrides: further options of their parameter group, such as `betas`.
-
-        Raises:
-            OptimizerError: the optimizer holds no parameter of the model.
-        """
-        reshard(self.model)
-        extras, guard = self._extras(), self._optimizer_guard
-        earlier = guard.optimizer if guard is not None else None
-        add_extras(optimizer, self.model, extras, {"lr": lr, **overrides}, earlier)
-        self.no_optimizer()
-        if extras:
-            self._optimizer_guard = OptimizerGuard(optimizer, self._learned)
-            self._guards.append(self.model.register_forward_pre_hook(self._optimizer_guard.check))
-
-    def no_optimizer(self) -> None:
-        """Says that training without `setup_optimizer` is meant: the extras stay as they are."""
-        for guard in self._guards:
-            guard.remove()
-        self._guards.clear()
 
     def model_size(self, used_only: bool = False) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
@@ -146,10 +105,10 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             0-dim float32 tensor on the device of the model's parameters.
         """
         attachment = self._attachment
-        device = next(attachment.model.parameters(), torch.empty(0)).device
+        device = next(attachment.model.parameters(), torch.empty(0, device="cpu")).device
         sizes = [q.size_bits() for q in attachment.quantizers]
         fixed = self._raw_bits() + sum(size for size in sizes if isinstance(size, float))
-        bits = torch.full((), fixed, device=device)
+        bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
         learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
@@ -277,7 +236,7 @@ class BaseQuantizer(QuantizeSwitch, ABC):
         if quantized:
             with torch.no_grad():
                 values = attachment.each_weight(lambda q, weight: (q.plan, q.eval_weight(weight)))
-        self.no_optimizer()
+        self._forget_optimizer()
         attachment.detach()
         self._attached = None
         for plan, value in values:
@@ -339,20 +298,6 @@ class BaseQuantizer(QuantizeSwitch, ABC):
             )
         chosen = {**vars(settings), **plan.overrides}
         return replace(settings, **{name: plain(value) for name, value in chosen.items()})
-
-    def _refuse_training(self, module: nn.Module, args: Any) -> None:
-        if next(self._learned(), None) is not None:
-            refuse_training(module, args)
-
-    def _extras(self) -> list[nn.Parameter]:
-        return [parameter for q in self._by_name.values() for parameter in q.parameters()]
-
-    def _learned(self) -> Iterator[nn.Parameter]:
-        """The extras that training still moves."""
-        for quantizer in self._by_name.values():
-            if quantizer.learning:
-                # parameters() takes tens of times as long, and this runs at each forward.
-                yield from (p for p in quantizer._parameters.values() if p is not None)
 
     def _raw_bits(self) -> float:
         raw = [plan for plan in self._plans if plan.name not in self._by_name]

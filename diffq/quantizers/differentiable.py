@@ -86,9 +86,10 @@ class DiffQWeight(GridQuantizer):
         self.register_buffer("frozen_bits", None, persistent=False)
         if fixed is None:
             init = self.law.logit(settings.init_bits)
-            self.logits = nn.Parameter(torch.full((self.groups,), init, device=device))
+            logits = torch.full((self.groups,), init, dtype=torch.float32, device=device)
+            self.logits = nn.Parameter(logits)
         else:
-            self.frozen_bits = torch.full((1,), float(fixed), device=device)
+            self.frozen_bits = torch.full((1,), fixed, dtype=torch.float32, device=device)
 
     @property
     def learning(self) -> bool:
@@ -164,7 +165,7 @@ class DiffQWeight(GridQuantizer):
 
     def get_extra_state(self) -> Tensor:
         """The stage and the frozen bits, so that a resumed training goes on with them."""
-        stage = torch.tensor([int(self.stage)], dtype=torch.uint8)
+        stage = torch.tensor([int(self.stage)], dtype=torch.uint8, device="cpu")
         if self.frozen_bits is None:
             return stage
         return torch.cat([stage, self.frozen_bits.to("cpu", torch.uint8)])

@@ -11,25 +11,15 @@ from diffq.pruning import pruned_names
 from diffq.select import TensorPlan
 from diffq.sharding import is_sharded
 
-_WRAPPERS = (
-    "DistributedDataParallel",
-    "DataParallel",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-)
+_PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises AttachError for a model that is wrapped, sharded or quantized already."""
+    """Raises AttachError for a model that is wrapped, sharded, quantized or no Python module."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"A quantizer needs a torch.nn.Module, got {type(model).__name__}.")
-    wrapper = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
-    if wrapper:
-        raise AttachError(
-            f"Attach the quantizer to the plain model before {wrapper} wraps it:\n"
-            "    quantizer = DiffQuantizer(model)\n"
-            f"    model = {wrapper}(model)"
-        )
+    _check_wrappers(model)
+    _check_code(model)
     if is_sharded(model):
         raise AttachError(
             "Attach the quantizer to the plain model before fully_shard replaces its parameters:\n"
@@ -42,6 +32,34 @@ def check_model(model: nn.Module) -> None:
             "to quantize parts in different ways, use overrides, include and exclude."
         )
     _check_pruning(model)
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        # A compiled part is fine: it is called through the model, which makes the samples.
+        names = _PARALLEL if path else (*_PARALLEL, "OptimizedModule")
+        wrapper = next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
+        if wrapper:
+            part = f"model.{path}" if path else "model"
+            raise AttachError(
+                f"Attach the quantizer to the plain model before {wrapper} wraps it:\n"
+                "    quantizer = DiffQuantizer(model)\n"
+                f"    {part} = {wrapper}({part})"
+            )
+
+
+def _check_code(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AttachError(
+            "A quantizer needs a model in Python, got TorchScript, whose code is fixed. Attach it "
+            "before torch.jit.script or torch.jit.trace. To compress the weights without "
+            "training, save model.state_dict() and run `diffq pack` on it."
+        )
+    if isinstance(model, torch.fx.GraphModule) and "train" in vars(model):
+        raise AttachError(
+            "A quantizer needs a model that train() and eval() switch, got one of torch.export. "
+            "Attach it to the model that was exported, and export after detach(quantized=True)."
+        )
 
 
 def _check_pruning(model: nn.Module) -> None:
@@ -57,6 +75,11 @@ def check_owners(plan: TensorPlan, model: nn.Module) -> None:
     """Raises AttachError for a tensor of a module that works on the stored weight."""
     for site in plan.sites:
         owner = site.owner(model)
+        if isinstance(owner, torch.jit.ScriptModule):
+            raise AttachError(
+                f"{site.name} belongs to TorchScript, whose code is fixed. Keep that part of the "
+                f"model in Python, or pass exclude=[{site.name!r}]."
+            )
         if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             writes = getattr(owner, "max_norm", None) is not None
             if owner.sparse or writes:

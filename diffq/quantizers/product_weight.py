@@ -96,7 +96,8 @@ class ProductWeight(WeightQuantizer):
         self.fixed = False
         self.may_have_zeros = False
         size = settings.codebook_size
-        self.codebook = nn.Parameter(torch.zeros(size, block_size, device=device))
+        codebook = torch.zeros(size, block_size, dtype=torch.float32, device=device)
+        self.codebook = nn.Parameter(codebook)
         indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
         self.register_buffer("indices", indices)
         self.register_buffer("counts", torch.ones_like(indices[:1]).repeat(size), persistent=False)
@@ -218,7 +219,7 @@ class ProductWeight(WeightQuantizer):
 
     def get_extra_state(self) -> Tensor:
         """Whether the blocks keep their codewords, so that a resumed training goes on with it."""
-        return torch.tensor([self.fixed], dtype=torch.uint8)
+        return torch.tensor([self.fixed], dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes up what a state dict says."""
@@ -290,9 +291,12 @@ class ProductWeight(WeightQuantizer):
     def _pick(self, device: torch.device) -> Tensor:
         """The set J of Equation 6 as bool [blocks]."""
         if self.settings.picked == "clusters":
-            clusters = torch.rand(len(self.codebook), device=device) < self.settings.p
-            return clusters[self.indices.long()]
-        return torch.rand(self.blocks, device=device) < self.settings.p
+            return self._draw(len(self.codebook), device)[self.indices.long()]
+        return self._draw(self.blocks, device)
+
+    def _draw(self, count: int, device: torch.device) -> Tensor:
+        """True at a rate of p, bool [count]."""
+        return torch.rand(count, dtype=torch.float32, device=device) < self.settings.p
 
     def _noise(self, blocks: Tensor, picked: Tensor) -> Tensor:
         """What the picked blocks become, [blocks, d] or like it."""

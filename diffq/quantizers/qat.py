@@ -40,9 +40,8 @@ class QATWeight(GridQuantizer):
         group_size = plan.numel // plan.shape[0] if per_channel else plan.numel
         super().__init__(plan, group_size, settings.bits, ranges_per_group=per_channel)
         self.settings = settings
-        self.register_buffer(
-            "bits", torch.full((1,), float(settings.bits), device=device), persistent=False
-        )
+        bits = torch.full((1,), settings.bits, dtype=torch.float32, device=device)
+        self.register_buffer("bits", bits, persistent=False)
 
     def whole_bits(self) -> Tensor:
         """The bitwidth, float32 [1], whatever the model was cast to."""

@@ -1,0 +1,108 @@
+"""The learned parameters of a quantizer in an optimizer, and training without one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from diffq.attach import Attachment
+from diffq.optimizer import add_learned
+from diffq.sharding import reshard
+from diffq.steps import OptimizerGuard, refuse_training, still_learned
+
+
+class OptimizerSetup:
+    """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
+
+    _refusals: list[RemovableHandle]
+    _optimizer_guard: OptimizerGuard | None
+
+    @property
+    @abstractmethod
+    def _attachment(self) -> Attachment:
+        """What is on the model."""
+
+    def learned_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the quantizer adds to the model, such as logits of bitwidths.
+
+        For an optimizer of their own, beside one that cannot take them (`LBFGS`, `Muon`):
+
+            >>> bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=1e-2)
+            >>> quantizer.setup_optimizer(bits_optimizer)
+
+        Raises:
+            AttachError: the quantizer was detached.
+        """
+        return (p for quantizer in self._attachment.quantizers for p in quantizer.parameters())
+
+    def setup_optimizer(
+        self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
+    ) -> None:
+        """Adds the learned parameters to an optimizer, as a parameter group of their own.
+
+        The optimizer holds parameters of the model, or the `learned_parameters()` alone. If
+        it was made from `model.parameters()` after the quantizer, the learned parameters
+        move to their own group. If they have one already, the group stays, and only the
+        given options change. The group has no weight decay. On a CPU, Adam and AdamW update
+        it by their `fused` kernel, unless they were made with `fused` or `foreach`. An
+        optimizer that was set up before loses the learned parameters. Where nothing is
+        learned, this only checks that the optimizer belongs to the model.
+
+        Call it after `fully_shard`, before you make a scheduler, and again for each new
+        optimizer. A `DiffqWarning` tells you if another optimizer trains the model without
+        the learned parameters, or if a scheduler overwrites their learning rate.
+
+        Args:
+            optimizer: holds the model's parameters.
+            lr: learning rate of the learned parameters. By default 1e-3, or the present one
+                where they have a group or an optimizer of their own.
+            **overrides: further options of their parameter group, such as `betas`.
+
+        Raises:
+            OptimizerError: the optimizer holds no parameter of the model, cannot take the
+                group, or has a scheduler that would not know it. It stays as it was.
+            ConfigError: the optimizer knows no such option, or `lr` is no learning rate.
+            AttachError: the quantizer was detached.
+        """
+        model, quantizers = self._attachment.model, self._attachment.quantizers
+        reshard(model)
+        options = overrides if lr is None else {"lr": lr, **overrides}
+        guard = self._optimizer_guard
+        earlier = guard.optimizer if guard is not None else None
+        learned = list(self.learned_parameters())
+        add_learned(optimizer, model, learned, options, earlier)
+        self.no_optimizer()
+        if learned:
+            self._optimizer_guard = OptimizerGuard(optimizer, model, quantizers)
+
+    def no_optimizer(self) -> None:
+        """Allows training without `setup_optimizer`: the learned parameters stay as they are."""
+        for refusal in self._refusals:
+            refusal.remove()
+        self._refusals.clear()
+        if self._optimizer_guard is not None:
+            self._optimizer_guard.stop()
+
+    def _expect_optimizer(self) -> None:
+        """Refuses training until the learned parameters have an optimizer, if there are any."""
+        attachment = self._attachment
+        owners = dict.fromkeys([attachment.model, *attachment.owners()])
+        learns = next(self.learned_parameters(), None) is not None
+        self._refusals = [
+            module.register_forward_pre_hook(self._refuse_training) for module in owners if learns
+        ]
+        self._optimizer_guard = None
+
+    def _forget_optimizer(self) -> None:
+        """Ends all checks of training."""
+        self.no_optimizer()
+        self._optimizer_guard = None
+
+    def _refuse_training(self, module: nn.Module, args: Any) -> None:
+        if next(still_learned(self._attachment.quantizers), None) is not None:
+            refuse_training(module)
