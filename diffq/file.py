@@ -1,11 +1,10 @@
-"""Files on disk: opened lazily, verified, and written whole or not at all. No torch needed."""
+"""Files on disk: opened lazily and verified. No torch needed."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +16,10 @@ from numpy.typing import NDArray
 from diffq.errors import FormatError
 from diffq.format.entries import Entry
 from diffq.format.reader import Reader
+from diffq.writing import PathLike
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PathLike = str | os.PathLike[str]
 
 
 class StoredModel(Mapping[str, "Tensor"]):
@@ -155,48 +153,6 @@ def verify(path: PathLike, budget: int | None = None) -> None:
     """
     with StoredModel(path, budget) as stored:
         stored.reader.verify()
-
-
-def write_atomically(path: PathLike, parts: Iterable[bytes]) -> int:
-    """Writes a file so that whoever looks sees the old one or the whole new one.
-
-    A temporary file in the same folder is written, flushed to the disk and renamed.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; the old file is intact.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        with suppress(FileNotFoundError):
-            os.chmod(temporary, target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(target.parent)
-    return size
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows cannot open folders; its rename is durable by itself.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

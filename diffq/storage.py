@@ -13,28 +13,31 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from diffq.errors import ConfigError
-from diffq.file import PathLike, StoredModel, write_atomically
+from diffq.file import StoredModel
 from diffq.format.container import Codec, encode_parts
 from diffq.format.reader import default_budget
 from diffq.quantizers.base import BaseQuantizer
 from diffq.restore import match, unique_targets
 from diffq.select import named_tensors
 from diffq.state import Header, Snapshot, from_state
+from diffq.writing import PathLike, Target, check_target, write_file
 
 
 def save(
     source: BaseQuantizer | Mapping[str, Any],
-    path: PathLike,
+    path: Target,
     codec: Codec = "zstd",
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a quantized model to one file, atomically.
 
     The file holds no code and no class names; docs/format.md specifies every byte.
+    Pipes and character devices get the bytes as a stream.
 
     Args:
         source: a quantizer, or what its `get_quantized_state` returned.
-        path: where to; an old file stays intact until the new one is whole.
+        path: where to; an old file stays intact until the new one is whole. A binary file
+            that is open for writing gets the bytes where it stands, and need not seek.
         codec: "zstd" entropy-codes the levels; "packed" only packs them.
         metadata: a JSON object to store along, such as the model's configuration.
 
@@ -45,11 +48,14 @@ def save(
         WeightError: a weight to quantize or a bitwidth is not finite.
         StateError: a state is damaged.
         FormatError: the metadata is no JSON object, or a name is not storable.
-        OSError: the file cannot be written.
+        ConfigError: neither a path nor a binary file was given.
+        OSError: the file cannot be written; a folder, socket or block device is refused
+            before the model is encoded.
     """
+    check_target(path)
     snapshot = _snapshot(source)
     parts = encode_parts(snapshot.records, snapshot.aliases, metadata, codec)
-    return write_atomically(path, parts)
+    return write_file(path, parts)
 
 
 def load(

@@ -51,6 +51,7 @@ STAGES = [
     "activations",
     "legacy",
     "restore",
+    "writing",
     "file",
     "storage",
     "ptq",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from diffq.errors import ConfigError
+from diffq.writing import check_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +77,21 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 def budget(args: argparse.Namespace) -> int | None:
     """The bytes of `--budget-mb`."""
     return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)
+
+
+def check_output(out: str, source: str) -> None:
+    """Checks, before the work, that a command can write its output and keeps its input.
+
+    Raises:
+        ConfigError: the output is the input.
+        OSError: the output cannot be written.
+    """
+    check_target(out)
+    if os.path.exists(out) and os.path.samefile(out, source):
+        raise ConfigError(
+            f"The output must be another file than the input, got {out} for both. "
+            "Choose another name."
+        )
 
 
 def level_counts(record: Record) -> dict[int, int]:

@@ -13,6 +13,7 @@ from diffq.cli.common import (
     Report,
     Subparsers,
     add_command,
+    check_output,
     coded_bits,
     mean_bits,
     megabytes,
@@ -113,14 +114,15 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from diffq.cli.checkpoint import drop_extra_state, read_state
-    from diffq.file import write_atomically
+    from diffq.writing import write_file
 
+    check_output(args.out, args.checkpoint)
     with progress(args) as report:
         report(f"reading {printable(args.checkpoint)}", 0, 0)
         state, extra = drop_extra_state(read_state(args.checkpoint, args.key))
         snapshot, parts = _quantize(args, state, report)
         report(f"writing {printable(args.out)}", 0, 0)
-        size = write_atomically(args.out, parts)
+        size = write_file(args.out, parts)
         report("measuring errors", 0, 0)
         summary = _summary(args, state, snapshot, size)
     if extra:

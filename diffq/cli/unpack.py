@@ -13,6 +13,7 @@ from diffq.cli.common import (
     add_budget,
     add_command,
     budget,
+    check_output,
     megabytes,
     note,
     print_json,
@@ -56,9 +57,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.file import StoredModel, write_atomically
+    from diffq.file import StoredModel
     from diffq.storage import load
+    from diffq.writing import write_file
 
+    check_output(args.out, args.file)
     with progress(args) as report:
         report(f"decoding {printable(args.file)}", 0, 0)
         with StoredModel(args.file, budget(args)) as stored:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         to_safetensors = Path(args.out).suffix == _SAFETENSORS
         data = _safetensors(state, aliases, metadata) if to_safetensors else _torch(state)
         report(f"writing {printable(args.out)}", 0, 0)
-        size = write_atomically(args.out, [data])
+        size = write_file(args.out, [data])
     if metadata and not to_safetensors:
         note(args, "a torch state dict has no place for the file's metadata")
     if args.json:
