@@ -30,8 +30,8 @@ class StoredModel(Mapping[str, "Tensor"]):
 
     Args:
         path: the file.
-        budget: bytes that the tensors may decode to; by default 8 MB and 256 times the
-            size of the file, which no honest file of a trained model comes near.
+        budget: bytes that the tensors may decode to; by default 8 MB and 1024 times the
+            size of the file, which is enough for every file that `save` wrote.
         threads: threads to decode with; one for each core by default.
 
     Attributes:

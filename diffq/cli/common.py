@@ -70,7 +70,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--budget-mb",
         type=positive,
         metavar="MB",
-        help="memory that the tensors may decode to (default: 8 MB and 256 times the file's size)",
+        help="memory that the tensors may decode to (default: 8 MB and 1024 times the file's size)",
     )
 
 

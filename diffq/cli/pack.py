@@ -127,12 +127,6 @@ def run(args: argparse.Namespace) -> int:
         summary = _summary(args, state, snapshot, size)
     if extra:
         note(args, f"extra state of modules is not stored: {printable(', '.join(extra))}")
-    if summary["needs_budget_bytes"]:
-        note(
-            args,
-            "this file decodes to so much more than its size that readers ask for a larger "
-            f"budget: diffq.open(path, budget={summary['needs_budget_bytes']})",
-        )
     if args.json:
         print_json(summary)
     elif not args.quiet:
@@ -194,17 +188,14 @@ def _quantize(
 def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
-    from diffq.format.entries import entry_of
-    from diffq.format.reader import default_budget
     from diffq.format.records import RawRecord
     from diffq.state import record_tensor
 
     coded = []
-    decoded = in_float32 = weights = 0
+    in_float32 = weights = 0
     error = power = 0.0
     for name, record in snapshot.records.items():
         tensor = state[name].detach()
-        decoded += entry_of(name, record).decoded_bytes
         in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         if not isinstance(record, RawRecord):
             weights += record.numel
@@ -221,7 +212,6 @@ def _summary(
         "mean_bits": mean_bits(coded),
         "relative_error": math.sqrt(error / power) if power else None,
         "snr_db": 10 * math.log10(power / error) if power and error else None,
-        "needs_budget_bytes": decoded if decoded > default_budget(size) else None,
     }
 
 

@@ -14,6 +14,8 @@ VERSION = 1
 
 INDEX, METADATA, DATA, END = b"INDX", b"meta", b"DATA", b"DONE"
 KNOWN = (INDEX, METADATA, DATA, END)
+#: Zeros that a reader skips; see docs/format.md, section 11.
+FILL = b"fill"
 
 HEADER_BYTES = 16
 MAX_CHUNKS = 64

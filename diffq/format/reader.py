@@ -25,18 +25,23 @@ from diffq.format.wire import damaged
 #: The bytes of a whole file.
 Buffer = bytes | bytearray | memoryview | mmap
 
-# What a file may decode to unless the caller says otherwise: enough for an average of one
-# bit for eight weights, and for any small model, whatever the file says.
+# What a file may decode to unless the caller says otherwise: any small model, and what a
+# gzip file of this size may hold. A writer fills files up to this (docs/format.md, section 11).
 _BUDGET_BASE = 8 << 20
-_BUDGET_RATIO = 256
+_BUDGET_RATIO = 1024
 
 # Decompressed segments that are kept because several tensors share them.
 _MOST_SHARED = 16
 
 
 def default_budget(size: int) -> int:
-    """Bytes that a file of `size` bytes may decode to: 8 MB and 256 times its size."""
+    """Bytes that a file of `size` bytes may decode to: 8 MB and 1024 times its size."""
     return _BUDGET_BASE + _BUDGET_RATIO * size
+
+
+def least_size(decoded: int) -> int:
+    """The smallest size of a file that may decode to so many bytes: inverse of `default_budget`."""
+    return max(0, -((_BUDGET_BASE - decoded) // _BUDGET_RATIO))
 
 
 class Reader:
@@ -49,7 +54,7 @@ class Reader:
     Args:
         buffer: the whole file; it must stay unchanged as long as the reader is in use.
         budget: bytes that all tensors together may decode to (4 for a weight); by
-            default 8 MB and 256 times the size of the file. A larger file is refused
+            default 8 MB and 1024 times the size of the file. A larger file is refused
             before any memory is allocated.
         threads: threads to decode with; by default one for each core.
 
