@@ -116,8 +116,7 @@ def drop_extra_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 def _load_diffq(path: str) -> dict[str, Any]:
     from diffq.storage import load
 
-    state: Any = load(path)
-    return dict(state)
+    return load(path)
 
 
 def _load_safetensors(path: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         report(f"decoding {printable(args.file)}", 0, 0)
         with StoredModel(args.file, budget(args)) as stored:
             aliases, metadata = dict(stored.aliases), dict(stored.metadata)
-        state: Any = load(args.file, budget=budget(args))
+        state = load(args.file, budget=budget(args))
         to_safetensors = Path(args.out).suffix == _SAFETENSORS
         data = _safetensors(state, aliases, metadata) if to_safetensors else _torch(state)
         report(f"writing {printable(args.out)}", 0, 0)

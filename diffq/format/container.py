@@ -25,8 +25,9 @@ from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
 from diffq.format.product import ProductRecord
-from diffq.format.reader import Buffer, Reader, least_size
+from diffq.format.reader import Reader, least_size
 from diffq.format.records import Coded, GridRecord, RawRecord, Record
+from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
 Codec = Literal["zstd", "packed"]

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,9 @@ from diffq.format.entries import Entry
 from diffq.format.index import read_index
 from diffq.format.metadata import read_metadata
 from diffq.format.records import LevelRecord, Record
+from diffq.format.source import Buffer, MemorySource, Source
 from diffq.format.threads import in_threads
 from diffq.format.wire import damaged
-
-#: The bytes of a whole file.
-Buffer = bytes | bytearray | memoryview | mmap
 
 # What a file may decode to unless the caller says otherwise: any small model, and what a
 # gzip file of this size may hold. A writer fills files up to this (docs/format.md, section 11).
@@ -52,7 +49,8 @@ class Reader:
     several threads.
 
     Args:
-        buffer: the whole file; it must stay unchanged as long as the reader is in use.
+        file: the whole file, as bytes or a source; it must stay unchanged as long as the
+            reader is in use.
         budget: bytes that all tensors together may decode to (4 for a weight); by
             default 8 MB and 1024 times the size of the file. A larger file is refused
             before any memory is allocated.
@@ -71,32 +69,33 @@ class Reader:
     """
 
     def __init__(
-        self, buffer: Buffer, budget: int | None = None, threads: int | None = None
+        self, file: Buffer | Source, budget: int | None = None, threads: int | None = None
     ) -> None:
-        view = memoryview(buffer).cast("B")
-        self.size = len(view)
+        self._source = MemorySource(file) if isinstance(file, Buffer) else file
+        self.size = self._source.size
         self._threads = threads
-        bodies = chunks.read_chunks(view)
+        found = chunks.read_chunks(self._source)
         index = read_index(
-            chunks.read_text(bodies[chunks.INDEX], "The index"),
+            chunks.read_text(found[chunks.INDEX].body, "The index"),
             default_budget(self.size) if budget is None else budget,
         )
-        text = bodies.get(chunks.METADATA)
+        text = found.get(chunks.METADATA)
         self.metadata: dict[str, Any] = {}
         if text is not None:
-            self.metadata = read_metadata(chunks.read_text(text, "The metadata"))
+            self.metadata = read_metadata(chunks.read_text(text.body, "The metadata"))
         self.entries: Mapping[str, Entry] = {entry.name: entry for entry in index.entries}
         self.aliases: Mapping[str, str] = index.aliases
         self._layout = index.layout
         self._storages = index.storages
         self._entries = index.entries
         self._numbers = {entry.name: number for number, entry in enumerate(index.entries)}
-        self._data = bodies[chunks.DATA]
-        self._starts = list(accumulate((s.size for s in index.storages), initial=0))
-        if self._starts[-1] != len(self._data):
-            rule = f"the segments of the index take {self._starts[-1]} bytes"
-            raise damaged("Chunk DATA", rule, len(self._data))
-        self.overhead = self.size - len(self._data)
+        data = found[chunks.DATA]
+        sizes = (storage.size for storage in index.storages)
+        self._starts = list(accumulate(sizes, initial=data.start))
+        if self._starts[-1] != data.stop:
+            rule = f"the segments of the index take {self._starts[-1] - data.start} bytes"
+            raise damaged("Chunk DATA", rule, data.stop - data.start)
+        self.overhead = self.size - (data.stop - data.start)
         self._shared: dict[int, bytes] = {}
 
     def record(self, name: str) -> Record:
@@ -201,9 +200,9 @@ class Reader:
                 self.record(name)
 
     def close(self) -> None:
-        """Lets go of the buffer, so that a memory map can be closed."""
+        """Closes the file, or releases the buffer."""
         self._shared.clear()
-        self._data.release()
+        self._source.close()
 
     def _number(self, name: str) -> int:
         name = self.aliases.get(name, name)
@@ -268,7 +267,7 @@ class Reader:
     def _read_payload(self, number: int) -> bytes | memoryview:
         """The checked and decompressed bytes of a segment."""
         storage, where = self._storages[number], self._where(number)
-        stored = self._data[self._starts[number] : self._starts[number + 1]]
+        stored = self._source.read(self._starts[number], self._starts[number + 1])
         if zlib.crc32(stored) != storage.crc:
             raise damaged(where, "the checksum must match", "another")
         if storage.coding:
