@@ -46,6 +46,7 @@ STAGES = [
     "graph",
     "attach",
     "optimizer",
+    "tables",
     "report",
     "quantizers",
     "activations",

@@ -1,7 +1,8 @@
 """The command line: `diffq COMMAND`, or `python -m diffq COMMAND`.
 
 Each command is a module with `add_parser(subparsers)`, which names the function that
-runs it. NumPy, torch, rich and safetensors are imported when a command needs them.
+runs it. NumPy, torch and safetensors are imported when a command needs them. rich, which
+makes tables for terminals, may be missing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import diffq
 from diffq.cli.convert import add_parser as add_convert
@@ -44,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
-    if find_spec("rich") is None:
-        return _fail("The command line needs rich. Install it with: pip install rich safetensors")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a question mark.
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffq.cli.common import coded_bits, mean_bits
+from diffq.cli.common import coded_bits, mean_bits, missing
 from diffq.errors import ConfigError, FormatError
 from diffq.format.chunks import MAGIC
 
@@ -124,7 +124,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install safetensors.") from error
+        raise missing("safetensors", f"Reading {path}") from error
     try:
         return dict(load_file(path))
     except SafetensorError as error:

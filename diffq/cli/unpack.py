@@ -15,6 +15,7 @@ from diffq.cli.common import (
     budget,
     check_output,
     megabytes,
+    missing,
     note,
     print_json,
     printable,
@@ -93,7 +94,7 @@ def _safetensors(
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install safetensors.") from error
+        raise missing("safetensors", "Writing a .safetensors file") from error
     header = {"format": "pt"}
     header |= {"diffq.aliases": json.dumps(aliases)} if aliases else {}
     header |= {"diffq.metadata": json.dumps(metadata)} if metadata else {}
