@@ -706,14 +706,14 @@ def test_without_safetensors_the_remedy_is_printed(packed, run, monkeypatch, com
     assert "pip install 'diffq[cli]'" in err
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch, run):
+def test_an_interrupt_is_no_traceback(packed, monkeypatch, run):
     """Ctrl-C ends a command with 130, as shells expect."""
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("diffq.file.StoredModel", interrupted)
-    assert run("inspect", "x") == (130, "", "")
+    assert run("inspect", packed) == (130, "", "")
 
 
 def test_a_reader_that_stops_early_causes_no_traceback(packed):

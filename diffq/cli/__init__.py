@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import diffq
+from diffq.cli.common import printable
 from diffq.cli.convert import add_parser as add_convert
 from diffq.cli.diff import add_parser as add_diff
 from diffq.cli.inspect import add_parser as add_inspect
@@ -81,5 +82,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(message: str) -> int:
-    print("diffq: error:", " ".join(message.split()), file=sys.stderr)
+    print("diffq: error:", printable(" ".join(message.split())), file=sys.stderr)
     return 1

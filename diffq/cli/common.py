@@ -230,7 +230,7 @@ def say(text: str) -> None:
 def note(args: argparse.Namespace, text: str) -> None:
     """Prints a line on stderr, unless `--quiet`."""
     if not args.quiet:
-        print("diffq: note:", " ".join(text.split()), file=sys.stderr)
+        print("diffq: note:", printable(" ".join(text.split())), file=sys.stderr)
 
 
 @contextmanager

@@ -108,25 +108,28 @@ def add_parser(subparsers: Subparsers) -> None:
         default="zstd",
         help="zstd for the smallest file; packed only packs bits (default: %(default)s)",
     )
-    parser.add_argument("--key", help="where a torch checkpoint keeps its state dict, if nested")
+    parser.add_argument(
+        "--key", help="where a torch checkpoint keeps its state dict, such as model.state_dict"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.cli.checkpoint import drop_extra_state, read_state
+    from diffq.cli.checkpoint import read_state
     from diffq.writing import write_file
 
     check_output(args.out, args.checkpoint)
     with progress(args) as report:
         report(f"reading {printable(args.checkpoint)}", 0, 0)
-        state, extra = drop_extra_state(read_state(args.checkpoint, args.key))
+        checkpoint = read_state(args.checkpoint, args.key)
+        state = checkpoint.state
         snapshot, parts = _quantize(args, state, report)
         report(f"writing {printable(args.out)}", 0, 0)
         size = write_file(args.out, parts)
         report("measuring errors", 0, 0)
         summary = _summary(args, state, snapshot, size)
-    if extra:
-        note(args, f"extra state of modules is not stored: {printable(', '.join(extra))}")
+    for text in checkpoint.notes:
+        note(args, text)
     if args.json:
         print_json(summary)
     elif not args.quiet:
