@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import diffq
-from diffq.format import source
 from tests.holder import Holder, all_bits, bits_of, blank
 from tests.models import TiedModules, mlp
 
@@ -73,46 +72,6 @@ def test_a_file_that_is_overwritten_while_open(path):
             file.write(bytes(len(data)))
         with pytest.raises(diffq.FormatError, match="checksum"):
             stored["body.weight"]
-
-
-def test_without_preadv(path, monkeypatch):
-    """Where the system has no preadv, several threads read the same through a lock."""
-    expected = {name: bits_of(tensor) for name, tensor in diffq.load(path).items()}
-    monkeypatch.delattr(os, "preadv", raising=False)
-    results = []
-
-    def read():
-        with diffq.open(path) as stored:
-            results.append({name: bits_of(stored[name]) for name in stored})
-
-    with diffq.open(path, threads=8) as stored:
-        results.append({name: bits_of(stored[name]) for name in stored})
-        stored.reader.verify()
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [expected] * 5
-
-
-def test_reads_that_come_in_parts(path, monkeypatch):
-    """A system that hands out fewer bytes than were asked for is asked again."""
-    expected = {name: bits_of(tensor) for name, tensor in diffq.load(path).items()}
-    monkeypatch.setattr(
-        source.FileSource,
-        "_read_into",
-        lambda self, data, start, real=source.FileSource._read_into: real(self, data[:7], start),
-    )
-    assert {name: bits_of(tensor) for name, tensor in diffq.load(path).items()} == expected
-
-
-def test_closed_files_read_no_other_file(path):
-    """The reader of a closed file never reads from a file that was opened since."""
-    stored = diffq.open(path)
-    stored.close()
-    with path.open("rb"), pytest.raises(ValueError, match="closed"):
-        stored.reader.record("body.weight")
 
 
 # --- Files that are open already ---

@@ -90,9 +90,10 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
             left_out += [f"{stem}.{ending}" for ending in endings if ending != "original"]
         elif learned or set(endings) <= {"original", "0.scale"}:
             raise ConfigError(
-                f"{path} is of a model with a quantizer or another parametrization attached, and "
-                f"does not tell the plain {name!r}. Write the file with diffq.save(quantizer, "
-                "'model.diffq'), or save the state dict after quantizer.detach()."
+                f"{path} does not hold {name!r} itself: a quantizer or another parametrization "
+                "was attached, and computes it from what is stored. Write the file with "
+                "diffq.save(quantizer, 'model.diffq'), or save model.state_dict() after "
+                "quantizer.detach()."
             )
         else:
             kept.append(name)
