@@ -27,6 +27,9 @@ from diffq.format.wire import damaged
 _BUDGET_BASE = 8 << 20
 _BUDGET_RATIO = 1024
 
+# Files below this many bytes are read by one thread: each takes the memory of a segment.
+_SMALL = 1 << 16
+
 # Decompressed segments that are kept because several tensors share them.
 _MOST_SHARED = 16
 
@@ -73,7 +76,7 @@ class Reader:
     ) -> None:
         self._source = MemorySource(file) if isinstance(file, Buffer) else file
         self.size = self._source.size
-        self._threads = threads
+        self._threads = 1 if threads is None and self.size < _SMALL else threads
         found = chunks.read_chunks(self._source)
         index = read_index(
             chunks.read_text(found[chunks.INDEX].body, "The index"),
@@ -96,7 +99,7 @@ class Reader:
             rule = f"the segments of the index take {self._starts[-1] - data.start} bytes"
             raise damaged("Chunk DATA", rule, data.stop - data.start)
         self.overhead = self.size - (data.stop - data.start)
-        self._shared: dict[int, bytes] = {}
+        self._shared: dict[int, NDArray[np.uint8]] = {}
 
     def record(self, name: str) -> Record:
         """Decodes one tensor, by its name or an alias.
@@ -238,22 +241,22 @@ class Reader:
         return [segment for home in self._layout.homes[number] for segment in home]
 
     def _decode_segment(self, number: int, targets: Mapping[int, Target]) -> None:
-        segment = self._layout.segments[number]
-        payload, coding = self._payload(number), self._storages[number].coding
+        segment, coding = self._layout.segments[number], self._storages[number].coding
+        payload = self._payload(number)
         if coding:
-            parts = entropy.decode(payload, coding, segment.pieces, self._where(number))
+            parts = entropy.decode(payload.data, coding, segment.pieces, self._where(number))
             for piece, part in zip(segment.pieces, parts, strict=True):
                 if piece.record in targets:
                     targets[piece.record].add_levels(piece, part)
             return
-        start, data = 0, np.frombuffer(payload, np.uint8)
+        start = 0
         for piece in segment.pieces:
-            stop = start + piece.count * segment.item
             if piece.record in targets:
-                targets[piece.record].add_elements(piece, data[start:stop])
-            start = stop
+                targets[piece.record].add_elements(piece, payload[start : start + piece.count])
+            start += piece.count
 
-    def _payload(self, number: int) -> bytes | memoryview:
+    def _payload(self, number: int) -> NDArray[np.uint8]:
+        """The content of a segment: bytes of levels, or uint8 [elements, item]."""
         if len(self._layout.segments[number].pieces) == 1:
             return self._read_payload(number)
         # Short tensors read one by one must not decompress what they share each time.
@@ -261,17 +264,17 @@ class Reader:
         if payload is None:
             if len(self._shared) >= _MOST_SHARED:
                 self._shared.clear()
-            payload = self._shared[number] = bytes(self._read_payload(number))
+            payload = self._shared[number] = self._read_payload(number)
         return payload
 
-    def _read_payload(self, number: int) -> bytes | memoryview:
-        """The checked and decompressed bytes of a segment."""
+    def _read_payload(self, number: int) -> NDArray[np.uint8]:
+        """The checked and decompressed content of a segment."""
         storage, where = self._storages[number], self._where(number)
         stored = self._source.read(self._starts[number], self._starts[number + 1])
         if zlib.crc32(stored) != storage.crc:
             raise damaged(where, "the checksum must match", "another")
         if storage.coding:
-            return frames.expand(stored, storage.payload, where)
+            return np.frombuffer(frames.expand(stored, storage.payload, where), np.uint8)
         item = self._layout.segments[number].item
         return elements.decode(stored, item, storage.payload, where)
 
