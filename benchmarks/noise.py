@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffq import draws, grid, noise
 from diffq.grid import BitsLaw
-from diffq.report import table
+from diffq.tables import table
 
 LAW = BitsLaw(2, 15)
 ROW = 256

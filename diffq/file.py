@@ -1,60 +1,62 @@
-"""Files on disk: opened lazily, verified, and written whole or not at all. No torch needed."""
+"""Files on disk: opened lazily and verified. No torch needed."""
 
 from __future__ import annotations
 
-import mmap
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffq.errors import FormatError
+from diffq.errors import ConfigError, FormatError
 from diffq.format.entries import Entry
 from diffq.format.reader import Reader
+from diffq.format.source import FileSource, MemorySource, Source
+from diffq.writing import PathLike
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PathLike = str | os.PathLike[str]
+#: From where a model can be read: a path, or a binary file that is open for reading.
+Readable = PathLike | IO[bytes]
 
 
 class StoredModel(Mapping[str, "Tensor"]):
     """A file whose index is read, and whose tensors are decoded one by one when asked for.
 
     A mapping of every name, aliases of tied tensors included, to its decoded tensor.
-    The file is memory-mapped; use it in a `with` block, or call `close()`.
+    The file stays open; use it in a `with` block, or call `close()`. It must not be changed
+    in place meanwhile. A new file that takes its place, as `save` writes it, does no harm.
 
     Args:
-        path: the file.
-        budget: bytes that the tensors may decode to; by default 8 MB and 256 times the
-            size of the file, which no honest file of a trained model comes near.
+        path: a path, or a binary file, of which the rest is read into memory at once.
+        budget: bytes that the tensors may decode to; by default 8 MB and 1024 times the
+            size of the file, which is enough for every file that `save` wrote.
         threads: threads to decode with; one for each core by default.
 
     Attributes:
-        path: the file.
+        path: the file; None if it was open already.
         reader: names, shapes, sizes, bits and metadata without torch.
 
     Raises:
         FormatError: the file is damaged, hostile, or of another version.
+        ConfigError: neither a path nor a binary file was given.
         OSError: the file cannot be read.
     """
 
     def __init__(
-        self, path: PathLike, budget: int | None = None, threads: int | None = None
+        self, path: Readable, budget: int | None = None, threads: int | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path) if isinstance(path, (str, os.PathLike)) else None
         self._closed = False
-        self._buffer = _map(self.path)
+        source = _open_source(path)
         try:
-            self.reader = Reader(self._buffer, budget, threads)
+            self.reader = Reader(source, budget, threads)
         except BaseException:
-            _unmap(self._buffer)
+            source.close()
             raise
 
     @property
@@ -90,11 +92,14 @@ class StoredModel(Mapping[str, "Tensor"]):
         """Closes the file; tensors that were decoded stay."""
         self._closed = True
         self.reader.close()
-        _unmap(self._buffer)
+
+    @property
+    def _name(self) -> str:
+        return "an open file" if self.path is None else str(self.path)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ValueError(f"{self.path} is closed; read its tensors before.")
+            raise ValueError(f"{self._name} is closed; read its tensors before.")
 
     def __getitem__(self, name: str) -> Tensor:
         """Decodes one tensor: on the CPU, in the dtype of the model."""
@@ -127,10 +132,10 @@ class StoredModel(Mapping[str, "Tensor"]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"StoredModel({str(self.path)!r}, {len(self.entries)} tensors, {self.size} bytes)"
+        return f"StoredModel({self._name!r}, {len(self.entries)} tensors, {self.size} bytes)"
 
 
-def open_file(path: PathLike, budget: int | None = None, threads: int | None = None) -> StoredModel:
+def open_file(path: Readable, budget: int | None = None, threads: int | None = None) -> StoredModel:
     """Opens a file lazily: names, shapes, bits and sizes at once, tensors when asked for.
 
     Args, attributes and errors are those of `StoredModel`.
@@ -142,11 +147,11 @@ def open_file(path: PathLike, budget: int | None = None, threads: int | None = N
     return StoredModel(path, budget, threads)
 
 
-def verify(path: PathLike, budget: int | None = None) -> None:
+def verify(path: Readable, budget: int | None = None) -> None:
     """Checks every byte of a file: structure, checksums, and that every tensor decodes.
 
     Args:
-        path: the file.
+        path: a path, or a binary file, which is read to its end.
         budget: see `StoredModel`.
 
     Raises:
@@ -157,57 +162,37 @@ def verify(path: PathLike, budget: int | None = None) -> None:
         stored.reader.verify()
 
 
-def write_atomically(path: PathLike, parts: Iterable[bytes]) -> int:
-    """Writes a file so that whoever looks sees the old one or the whole new one.
-
-    A temporary file in the same folder is written, flushed to the disk and renamed.
-
-    Returns:
-        Bytes written.
+def read_whole(file: Readable) -> bytes:
+    """All bytes of a file.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; the old file is intact.
+        ConfigError: neither a path nor a binary file was given.
+        FormatError: the file is empty.
+        OSError: the file cannot be read.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        with suppress(FileNotFoundError):
-            os.chmod(temporary, target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(target.parent)
-    return size
+    if isinstance(file, (str, os.PathLike)):
+        whole = Path(file).read_bytes()
+        _check_filled(len(whole), file)
+        return whole
+    data = file.read() if hasattr(file, "read") else None
+    if not isinstance(data, bytes):
+        got = "a text file" if isinstance(data, str) else type(file).__name__
+        raise ConfigError(
+            f"A model is read from a path or a binary file, got {got}. "
+            "Pass a path, a file opened with mode 'rb', or io.BytesIO(data)."
+        )
+    _check_filled(len(data), getattr(file, "name", "an open file"))
+    return data
 
 
-def _sync_folder(folder: Path) -> None:
-    # Windows cannot open folders; its rename is durable by itself.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _open_source(file: Readable) -> Source:
+    """A regular file, to be read when its bytes are needed; all others are read at once."""
+    if not isinstance(file, (str, os.PathLike)) or not os.path.isfile(file):
+        return MemorySource(read_whole(file))
+    _check_filled(os.path.getsize(file), file)
+    return FileSource(file)
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise FormatError(f"A file of diffq has a header, got an empty file: {path}.")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _unmap(buffer: mmap.mmap | bytes) -> None:
-    if isinstance(buffer, mmap.mmap):
-        # Views that an error's traceback still holds keep the map alive until it is gone.
-        with suppress(BufferError):
-            buffer.close()
+def _check_filled(size: int, name: object) -> None:
+    if not size:
+        raise FormatError(f"A file of diffq has a header, got an empty file: {name}.")

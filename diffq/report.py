@@ -1,4 +1,4 @@
-"""Tables as plain text, and a line that tells how far a long task is."""
+"""The table of a quantizer, and a line that tells how far a long task is."""
 
 from __future__ import annotations
 
@@ -12,30 +12,10 @@ from torch import Tensor
 from diffq.format.records import group_count
 from diffq.select import TensorPlan
 from diffq.size import MEGABYTE_BITS
+from diffq.tables import table
 from diffq.weight import WeightQuantizer
 
 _BAR_WIDTH = 24
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligns rows under a header.
-
-    Args:
-        header: one title per column.
-        rows: cells as text.
-        left: the first `left` columns are aligned to the left, the others to the right.
-    """
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    aligned = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "-" * max(map(len, aligned))
-    return "\n".join([aligned[0], rule, *aligned[1:]])
 
 
 @dataclass(frozen=True)

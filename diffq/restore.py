@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,37 +54,41 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
     return model
 
 
-def match(model: nn.Module, header: Header) -> dict[str, Tensor]:
+def match(model: nn.Module, header: Header, strict: bool = True) -> dict[str, Tensor]:
     """Pairs a stored model's names with a plain model's tensors; decodes nothing.
 
+    Args:
+        model: the model.
+        header: the stored model's header.
+        strict: refuse names that only one of the two has; otherwise warn of them.
+
     Returns:
-        Every name of the model to its tensor.
+        Every name that both have to its tensor of the model.
 
     Raises:
-        MismatchError: the model has parametrizations, or names, shapes or dtypes differ.
+        MismatchError: the model has parametrizations, or names, shapes or dtypes differ;
+            or no name is in both.
     """
-    for path, module in model.named_modules():
-        if is_managed(module):
-            raise MismatchError(
-                "Stored weights are restored into a plain model, but this one is sharded. "
-                "Restore first, then call fully_shard(model)."
-            )
-        if parametrize.is_parametrized(module):
-            raise MismatchError(
-                "Stored weights are restored into a plain model, "
-                f"but {path or 'the model'!r} has parametrizations. "
-                "Call quantizer.detach(), or remove_parametrizations(), first."
-            )
+    _check_plain(model)
     targets = {site.name: tensor for site, tensor in named_tensors(model)}
-    problems = sorted(_problems(targets, header))
+    sources = {**{name: name for name in header.tensors}, **header.aliases}
+    shared = {name: target for name, target in targets.items() if name in sources}
+    unmatched = _unmatched(targets, sources, set() if strict else shared.keys())
+    described = {
+        name: _problem(target, *header.tensors[sources[name]]) for name, target in shared.items()
+    }
+    problems = [f"{name}: {problem}" for name, problem in described.items() if problem]
+    if strict or (unmatched and not shared):
+        problems += unmatched
     if problems:
-        more = f"\n  and {len(problems) - 10} more" * (len(problems) > 10)
         raise MismatchError(
             "What is stored does not fit the model; nothing was changed.\n  "
-            + "\n  ".join(problems[:10])
-            + more
+            + _first(sorted(problems))
         )
-    return targets
+    if unmatched:
+        text = f"{len(shared)} names of file and model match. The others stay as they are:\n  "
+        warnings.warn(text + _first(sorted(unmatched)), stacklevel=4)
+    return shared
 
 
 def unique_targets(
@@ -113,15 +118,36 @@ def unique_targets(
     return [(sources[name], targets[name]) for name in first.values()]
 
 
-def _problems(targets: Mapping[str, Tensor], header: Header) -> list[str]:
-    sources = {**{name: name for name in header.tensors}, **header.aliases}
-    problems = [f"not stored: {name}" for name in targets if name not in sources]
-    problems += [f"not in the model: {name}" for name in sources if name not in targets]
-    for name in targets.keys() & sources.keys():
-        problem = _problem(targets[name], *header.tensors[sources[name]])
-        if problem:
-            problems.append(f"{name}: {problem}")
-    return problems
+def _check_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if is_managed(module):
+            raise MismatchError(
+                "Stored weights are restored into a plain model, but this one is sharded. "
+                "Restore first, then call fully_shard(model)."
+            )
+        if parametrize.is_parametrized(module):
+            raise MismatchError(
+                "Stored weights are restored into a plain model, "
+                f"but {path or 'the model'!r} has parametrizations. "
+                "Call quantizer.detach(), or remove_parametrizations(), first."
+            )
+
+
+def _unmatched(
+    targets: Mapping[str, Tensor], sources: Mapping[str, str], loaded: Iterable[str]
+) -> list[str]:
+    """Names that are only in the model, or only stored; not further names of what is loaded."""
+    filled = {id(targets[name]) for name in loaded}
+    used = {sources[name] for name in loaded}
+    missing = [n for n, t in targets.items() if n not in sources and id(t) not in filled]
+    extra = [n for n, source in sources.items() if n not in targets and source not in used]
+    return [f"not stored: {n}" for n in missing] + [f"not in the model: {n}" for n in extra]
+
+
+def _first(lines: list[str]) -> str:
+    """Ten lines at most, to be read by people."""
+    more = f"\n  and {len(lines) - 10} more" * (len(lines) > 10)
+    return "\n  ".join(lines[:10]) + more
 
 
 def _problem(target: Tensor, shape: tuple[int, ...], dtype: str) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,28 +13,34 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from diffq.errors import ConfigError
-from diffq.file import PathLike, StoredModel, write_atomically
+from diffq.file import Readable, StoredModel, read_whole
 from diffq.format.container import Codec, encode_parts
 from diffq.format.reader import default_budget
 from diffq.quantizers.base import BaseQuantizer
 from diffq.restore import match, unique_targets
 from diffq.select import named_tensors
 from diffq.state import Header, Snapshot, from_state
+from diffq.writing import Target, check_target, write_file
+
+Model = TypeVar("Model", bound=nn.Module)
+DeviceLike = torch.device | str | int | None
 
 
 def save(
     source: BaseQuantizer | Mapping[str, Any],
-    path: PathLike,
+    path: Target,
     codec: Codec = "zstd",
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a quantized model to one file, atomically.
 
     The file holds no code and no class names; docs/format.md specifies every byte.
+    Pipes and character devices get the bytes as a stream.
 
     Args:
         source: a quantizer, or what its `get_quantized_state` returned.
-        path: where to; an old file stays intact until the new one is whole.
+        path: where to; an old file stays intact until the new one is whole. A binary file
+            that is open for writing gets the bytes where it stands, and need not seek.
         codec: "zstd" entropy-codes the levels; "packed" only packs them.
         metadata: a JSON object to store along, such as the model's configuration.
 
@@ -45,23 +51,58 @@ def save(
         WeightError: a weight to quantize or a bitwidth is not finite.
         StateError: a state is damaged.
         FormatError: the metadata is no JSON object, or a name is not storable.
-        OSError: the file cannot be written.
+        ConfigError: neither a path nor a binary file was given.
+        OSError: the file cannot be written; a folder, socket or block device is refused
+            before the model is encoded.
     """
+    check_target(path)
     snapshot = _snapshot(source)
     parts = encode_parts(snapshot.records, snapshot.aliases, metadata, codec)
-    return write_atomically(path, parts)
+    return write_file(path, parts)
+
+
+@overload
+def load(
+    path: Readable,
+    model: None = None,
+    *,
+    device: DeviceLike = None,
+    strict: Literal[True] = True,
+    budget: int | None = None,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def load(
+    path: Readable,
+    model: Model,
+    *,
+    device: DeviceLike = None,
+    strict: bool = True,
+    budget: int | None = None,
+) -> Model: ...
 
 
 def load(
-    path: PathLike, model: nn.Module | None = None, budget: int | None = None
+    path: Readable,
+    model: nn.Module | None = None,
+    *,
+    device: DeviceLike = None,
+    strict: bool = True,
+    budget: int | None = None,
 ) -> nn.Module | dict[str, Tensor]:
     """Reads a file, into a plain model or as a dict of tensors.
 
-    With a model, everything is checked and decoded once before anything is changed.
+    With a model, the file is read into memory, and everything is checked and decoded once
+    before anything is changed.
 
     Args:
-        path: a file that `save` wrote; it may come from anywhere.
+        path: a file that `save` wrote, or a binary file open for reading; it may come from
+            anywhere.
         model: a plain model of the same architecture; its tensors keep their place.
+        device: where the tensors of the dict go, by default the CPU. A model has its own.
+        strict: with False, only the names that file and model share are loaded, and a
+            warning lists the others. Shared names must still agree in shape and dtype.
         budget: bytes that the tensors may decode to; see `diffq.open`. With a model,
             its own size is allowed in any case.
 
@@ -72,13 +113,31 @@ def load(
     Raises:
         FormatError: the file is damaged, hostile, or of another version.
         MismatchError: names, shapes or dtypes of file and model differ.
+        ConfigError: `device` is not that of the model, or `strict` is False without one.
         OSError: the file cannot be read.
     """
-    if model is not None:
-        given = default_budget(os.path.getsize(path)) if budget is None else budget
-        budget = max(given, _decoded_size(model))
-    with StoredModel(path, budget) as stored:
-        return _state_dict(stored) if model is None else _fill(model, stored)
+    if model is None:
+        if not strict:
+            raise ConfigError("strict=False compares names with a model, got none. Pass a model.")
+        with StoredModel(path, budget) as stored:
+            return _state_dict(stored, device)
+    _check_device(model, device)
+    data = read_whole(path)
+    given = default_budget(len(data)) if budget is None else budget
+    with StoredModel(io.BytesIO(data), max(given, _decoded_size(model))) as stored:
+        return _fill(model, stored, strict)
+
+
+def _check_device(model: nn.Module, device: DeviceLike) -> None:
+    if device is None:
+        return
+    wanted = torch.empty(0, device=device).device
+    for site, tensor in named_tensors(model):
+        if tensor.device != wanted:
+            raise ConfigError(
+                f"A model's tensors keep their place, but {site.name!r} is on {tensor.device} "
+                f"and device is {wanted}. Call model.to({str(wanted)!r}), or omit device."
+            )
 
 
 def _decoded_size(model: nn.Module) -> int:
@@ -98,22 +157,23 @@ def _snapshot(source: BaseQuantizer | Mapping[str, Any]) -> Snapshot:
     )
 
 
-def _state_dict(stored: StoredModel) -> dict[str, Tensor]:
-    tensors = _decode(stored, {})
+def _state_dict(stored: StoredModel, device: DeviceLike) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(device) for name, tensor in _decode(stored, stored.entries).items()}
     return {name: tensors[stored.aliases.get(name, name)] for name in stored}
 
 
-def _fill(model: nn.Module, stored: StoredModel) -> nn.Module:
+def _fill(model: nn.Module, stored: StoredModel, strict: bool) -> nn.Module:
     header = Header(
         {name: (entry.shape, entry.dtype) for name, entry in stored.entries.items()},
         stored.aliases,
     )
-    targets = match(model, header)
+    targets = match(model, header, strict)
     stored.reader.verify()
     unique = unique_targets(targets, header, lambda name: stored[name])
     # Large tensors are decoded where they belong, without a copy in between.
     direct = {name: target for name, target in unique if _decodes_into(stored, name, target)}
-    decoded = _decode(stored, {name: target.detach().numpy() for name, target in direct.items()})
+    out = {name: target.detach().numpy() for name, target in direct.items()}
+    decoded = _decode(stored, dict(unique), out)
     with torch.no_grad():
         for name, target in unique:
             if direct.get(name) is not target:
@@ -127,10 +187,13 @@ def _decodes_into(stored: StoredModel, name: str, target: Tensor) -> bool:
     return levels and plain and target.is_contiguous()
 
 
-def _decode(stored: StoredModel, out: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
-    """Every tensor of a file; those in `out` are written there."""
-    levels = [name for name, entry in stored.entries.items() if entry.kind != "raw"]
+def _decode(
+    stored: StoredModel, names: Iterable[str], out: Mapping[str, NDArray[np.float32]] | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a file; those in `out` are written there."""
+    chosen = list(names)
+    levels = [name for name in chosen if stored.entries[name].kind != "raw"]
     values = stored.reader.values_of(levels, out)
     dtypes = {name: getattr(torch, stored.entries[name].dtype) for name in levels}
     tensors = {name: torch.from_numpy(values[name]).to(dtypes[name]) for name in levels}
-    return {name: tensors[name] if name in tensors else stored[name] for name in stored.entries}
+    return {name: tensors[name] if name in tensors else stored[name] for name in chosen}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.file import write_atomically
+from diffq.writing import write_file
 
 NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 FAULTS = ["fdopen", "fsync", "chmod", "replace"]
@@ -160,7 +160,7 @@ def test_killed_at_each_step(step, states, files, saved):
     def work(ready):
         ready()
         if step == "write":
-            write_atomically(saved, parts())
+            write_file(saved, parts())
         elif step == "replaced":
             os.replace = replaced
         elif step == "folder":
@@ -237,7 +237,7 @@ def test_interrupts(error, files, saved):
         raise error
 
     with pytest.raises(error):
-        write_atomically(saved, parts())
+        write_file(saved, parts())
     assert _untouched(saved, files[0])
 
 

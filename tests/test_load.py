@@ -1,12 +1,19 @@
 """Files into plain models: whatever their tensors are, and all or nothing."""
 
+import io
 import os
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import diffq
+from diffq.cli import main
 from tests.holder import Holder, all_bits, bits_of, blank
 from tests.models import QUANTIZERS, ConvNet, TiedModules, mlp
 
@@ -154,16 +161,54 @@ def _zeros(name, **tensors):
     ],
 )
 def test_a_large_constant_tensor(make, tmp_path):
-    """A file that decodes to far more than its size is refused, unless the model is as large."""
+    """A file that decodes to far more than its content is read without options, and stays small."""
     path = _saved(make(), tmp_path / "m.diffq", per_channel=True, bits=4)
     assert os.path.getsize(path) < 100_000
-    for read in (diffq.open, diffq.load, diffq.verify):
-        with pytest.raises(diffq.FormatError, match="budget"):
-            read(path)
-    diffq.verify(path, budget=1 << 30)
+    diffq.verify(path)
+    with diffq.open(path) as stored:
+        assert list(stored) == list(make().state_dict())
+    assert list(diffq.load(path)) == list(make().state_dict())
     target = make()
     assert diffq.load(path, target) is target
-    assert list(diffq.load(path, budget=1 << 30)) == list(target.state_dict())
+
+
+_FILLS = {
+    "zeros": torch.zeros,
+    "ones": torch.ones,
+    "mask": lambda *shape: torch.ones(shape).tril(),
+    "bools": lambda *shape: torch.ones(shape, dtype=torch.bool).tril(),
+    "ramp": lambda *shape: torch.arange(shape[0] * shape[1]).reshape(shape),
+    "random": torch.randn,
+}
+
+
+@settings(max_examples=10)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(_FILLS)), st.integers(1, 2000), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from(CODECS),
+)
+def test_what_save_writes_is_read_without_options(tensors, codec):
+    """Whatever buffers and weights a model has, its file needs no larger budget."""
+    parameters, buffers = {}, {}
+    for number, (fill, width, buffer) in enumerate(tensors):
+        tensor = _FILLS[fill](width, 1000)
+        into = buffers if buffer or not tensor.is_floating_point() else parameters
+        into[f"t{number}"] = tensor
+    model = Holder(parameters, buffers)
+    names = set(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.diffq"
+        diffq.save(_qat(model, bits=2), path, codec)
+        diffq.verify(path)
+        with diffq.open(path) as stored:
+            assert set(stored) == names
+        assert set(diffq.load(path)) == names
+        with redirect_stdout(io.StringIO()):
+            assert main(["inspect", str(path)]) == 0
 
 
 def test_a_budget_besides_a_model(tmp_path):

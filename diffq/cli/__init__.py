@@ -1,7 +1,8 @@
 """The command line: `diffq COMMAND`, or `python -m diffq COMMAND`.
 
 Each command is a module with `add_parser(subparsers)`, which names the function that
-runs it. NumPy, torch, rich and safetensors are imported when a command needs them.
+runs it. NumPy, torch and safetensors are imported when a command needs them. rich, which
+makes tables for terminals, may be missing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import diffq
+from diffq.cli.common import printable
 from diffq.cli.convert import add_parser as add_convert
 from diffq.cli.diff import add_parser as add_diff
 from diffq.cli.inspect import add_parser as add_inspect
@@ -44,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
-    if find_spec("rich") is None:
-        return _fail("The command line needs rich. Install it with: pip install rich safetensors")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows a question mark.
         getattr(stream, "reconfigure", lambda errors: None)(errors="replace")
@@ -53,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if error.filename:
+            return _fail(str(error))
         # Whoever read the output has seen enough. Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -81,5 +82,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(message: str) -> int:
-    print("diffq: error:", " ".join(message.split()), file=sys.stderr)
+    print("diffq: error:", printable(" ".join(message.split())), file=sys.stderr)
     return 1

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffq.cli.common import coded_bits, mean_bits
+from diffq.cli.common import coded_bits, mean_bits, missing
+from diffq.cli.kinds import earlier, is_earlier, kind_of
+from diffq.cli.layouts import Checkpoint, find_state, plain_names
 from diffq.errors import ConfigError, FormatError
-from diffq.format.chunks import MAGIC
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# What torch puts into a state dict for modules that define `get_extra_state`.
-_EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,16 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(path: str, key: str | None, budget: int | None) -> Iterator[OpenModel]:
+def open_model(
+    path: str, key: str | None, budget: int | None, tell: Callable[[str], None]
+) -> Iterator[OpenModel]:
     """Opens a model.
 
     Args:
         path: a file of diffq, safetensors or torch.
         key: see `read_state`.
         budget: see `diffq.open`.
+        tell: called with each note on how the state dict was found.
 
     Raises:
         ConfigError, FormatError, OSError: as `read_state`.
@@ -64,60 +66,41 @@ def open_model(path: str, key: str | None, budget: int | None) -> Iterator[OpenM
             names = {name: stored.aliases.get(name, name) for name in stored}
             yield OpenModel(stored.size, names, stored, stored)
         return
-    tensors, aliases = find_ties(drop_extra_state(read_state(path, key))[0])
+    checkpoint = read_state(path, key)
+    for text in checkpoint.notes:
+        tell(f"{path}: {text}")
+    tensors, aliases = find_ties(checkpoint.state)
     names = {**{name: name for name in tensors}, **aliases}
     yield OpenModel(os.path.getsize(path), names, tensors)
 
 
-def kind_of(path: str) -> str:
-    """What a file is by its first bytes: "diffq", "safetensors" or "torch"."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start.startswith(MAGIC):
-        return "diffq"
-    # safetensors: the length of a JSON object, then the object.
-    header = int.from_bytes(start[:8], "little")
-    return "safetensors" if start[8:] == b"{" and header < os.path.getsize(path) else "torch"
-
-
-def read_state(path: str, key: str | None = None) -> dict[str, Any]:
+def read_state(path: str, key: str | None = None) -> Checkpoint:
     """The state dict of a checkpoint, on the CPU; no code in the file is run.
 
     Args:
         path: safetensors, a torch checkpoint, or a file of diffq.
-        key: the key of a torch checkpoint under which the state dict is; the checkpoint
-            itself by default.
+        key: where the state dict is in a torch checkpoint; see `find_state`.
 
     Raises:
         ConfigError: no state dict is where it was said to be.
-        FormatError: the file is damaged, or is not read without running its code.
+        FormatError: the file is damaged, of another kind, or is not read without running
+            its code.
         OSError: the file cannot be read.
     """
     kind = kind_of(path)
     if kind == "torch":
-        return _find_state(path, _load_torch(path), key)
+        return find_state(path, _load_torch(path), key)
     if key is not None:
         raise ConfigError(f"Only torch checkpoints have keys, {path} is of {kind}: omit --key.")
-    return _load_safetensors(path) if kind == "safetensors" else _load_diffq(path)
-
-
-def drop_extra_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A state dict without the extra state of modules, and the names that it had."""
-    from torch import Tensor
-
-    extra = [
-        name
-        for name, value in state.items()
-        if not isinstance(value, Tensor) and name.rpartition(".")[2] == _EXTRA_STATE
-    ]
-    return {name: value for name, value in state.items() if name not in extra}, extra
+    if kind == "diffq":
+        return Checkpoint(_load_diffq(path))
+    return Checkpoint(*plain_names(path, _load_safetensors(path)))
 
 
 def _load_diffq(path: str) -> dict[str, Any]:
     from diffq.storage import load
 
-    state: Any = load(path)
-    return dict(state)
+    return load(path)
 
 
 def _load_safetensors(path: str) -> dict[str, Any]:
@@ -125,7 +108,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install safetensors.") from error
+        raise missing("safetensors", f"Reading {path}") from error
     try:
         return dict(load_file(path))
     except SafetensorError as error:
@@ -135,46 +118,31 @@ def _load_safetensors(path: str) -> dict[str, Any]:
 def _load_torch(path: str) -> Any:
     import torch
 
+    if is_earlier(path):
+        raise earlier(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     # A damaged pickle can make the unpickler raise nearly anything.
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FormatError(
-            f"{path} is no checkpoint that torch.load reads with weights_only=True ({reason}). "
-            "Load it where you trust it, and save model.state_dict()."
+            f"{path} is no checkpoint that torch.load reads with weights_only=True "
+            f"({_reason(path, error)}). Load it where you trust it, and save model.state_dict()."
         ) from error
 
 
-def _find_state(path: str, loaded: Any, key: str | None) -> dict[str, Any]:
-    if not isinstance(loaded, Mapping):
-        got = type(loaded).__name__
-        raise ConfigError(f"{path} must hold a dict, got {got}. Save model.state_dict().")
-    if loaded.get("format") == "diffq.state":
-        raise ConfigError(
-            f"{path} is a quantized state already. Write it as it is with "
-            "diffq.save(torch.load(path), 'model.diffq')."
-        )
-    if key is not None and key in loaded and _is_state(loaded[key]):
-        return dict(loaded[key])
-    if key is None and _is_state(loaded):
-        return dict(loaded)
-    where = "at its top level" if key is None else f"under {key!r}"
-    found = [name for name, value in loaded.items() if _is_state(value)]
-    remedy = "Save model.state_dict()."
-    if found:
-        remedy = f"There are some under {', '.join(map(repr, found))}: pass --key {found[0]}."
-    raise ConfigError(f"{path} has no state dict (name to tensor) {where}. {remedy}")
+def _reason(path: str, error: Exception) -> str:
+    from torch.serialization import get_unsafe_globals_in_checkpoint
 
-
-def _is_state(value: Any) -> bool:
-    from torch import Tensor
-
-    if not isinstance(value, Mapping) or not value:
-        return False
-    extra = (isinstance(name, str) and name.endswith(_EXTRA_STATE) for name in value)
-    tensors = [isinstance(tensor, Tensor) for tensor in value.values()]
-    names = all(isinstance(name, str) for name in value)
-    return names and any(tensors) and all(t or e for t, e in zip(tensors, extra, strict=True))
+    try:
+        unsafe = sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # As above; and only archives of zip can be searched.
+        unsafe = []
+    if not unsafe:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    whole = any(name.startswith("torch.nn.modules.") for name in unsafe)
+    listed = ", ".join(unsafe[:3]) + ", ..." * (len(unsafe) > 3)
+    return f"{'a whole pickled model; ' * whole}it would run code of {listed}"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from diffq.errors import ConfigError
+from diffq.tables import table
+from diffq.writing import check_target
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
     from diffq.format.records import Record
 
@@ -21,8 +26,8 @@ Subparsers = Any  # argparse has no public name for it
 #: Told what is being done, the steps done and the steps in all.
 Report = Callable[[str, int, int], None]
 
-# Wide enough that no line is folded for a reader that is a program or a file.
-_PIPE_WIDTH = 10_000
+# Wide enough for a table without folded names.
+_WIDE = 10_000
 _NAME_WIDTH = 20
 
 
@@ -66,13 +71,28 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--budget-mb",
         type=positive,
         metavar="MB",
-        help="memory that the tensors may decode to (default: 8 MB and 256 times the file's size)",
+        help="memory that the tensors may decode to (default: 8 MB and 1024 times the file's size)",
     )
 
 
 def budget(args: argparse.Namespace) -> int | None:
     """The bytes of `--budget-mb`."""
     return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)
+
+
+def check_output(out: str, source: str) -> None:
+    """Checks, before the work, that a command can write its output and keeps its input.
+
+    Raises:
+        ConfigError: the output is the input.
+        OSError: the output cannot be written.
+    """
+    check_target(out)
+    if os.path.exists(out) and os.path.samefile(out, source):
+        raise ConfigError(
+            f"The output must be another file than the input, got {out} for both. "
+            "Choose another name."
+        )
 
 
 def level_counts(record: Record) -> dict[int, int]:
@@ -151,14 +171,35 @@ def print_table(
     footer: Sequence[str] | None = None,
     left: int = 1,
 ) -> None:
-    """Prints rows under a header on stdout; the first `left` columns are aligned to the left."""
-    from rich.box import SIMPLE_HEAD
+    """Prints rows under a header on stdout; the first `left` columns are aligned to the left.
+
+    A terminal gets a table of rich, if that is installed, which folds long names.
+    """
+    if not (sys.stdout.isatty() and _has_rich()):
+        print(table(header, rows, left, footer))
+        return
     from rich.console import Console
     from rich.measure import Measurement
+
+    folded = _rich_table(header, rows, footer, left)
+    wide = Console(width=_WIDE)
+    least = Measurement.get(wide, wide.options, folded).minimum
+    # A terminal narrower than that wraps the lines by itself.
+    console = Console(emoji=False, highlight=False)
+    console.print(folded, width=max(console.width, least), crop=False, soft_wrap=True)
+
+
+def _rich_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    footer: Sequence[str] | None,
+    left: int,
+) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
+    folded = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -167,7 +208,7 @@ def print_table(
     )
     for number, title in enumerate(header):
         # Only the names are folded to fit the terminal, and not to less than a few characters.
-        table.add_column(
+        folded.add_column(
             title,
             footer[number] if footer else "",
             justify="left" if number < left else "right",
@@ -177,29 +218,25 @@ def print_table(
         )
     for row in rows:
         # As Text, so that brackets in names are no markup.
-        table.add_row(*map(Text, row))
-    wide = Console(width=_PIPE_WIDTH)
-    least = Measurement.get(wide, wide.options, table).minimum
-    # A terminal narrower than that wraps the lines by itself.
-    console = _console()
-    console.print(table, width=max(console.width, least), crop=False, soft_wrap=True)
+        folded.add_row(*map(Text, row))
+    return folded
 
 
 def say(text: str) -> None:
     """Prints a line on stdout."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    print(text)
 
 
 def note(args: argparse.Namespace, text: str) -> None:
     """Prints a line on stderr, unless `--quiet`."""
     if not args.quiet:
-        print("diffq: note:", " ".join(text.split()), file=sys.stderr)
+        print("diffq: note:", printable(" ".join(text.split())), file=sys.stderr)
 
 
 @contextmanager
 def progress(args: argparse.Namespace) -> Iterator[Report]:
-    """A progress bar on stderr, if that is a terminal and not `--quiet`."""
-    if args.quiet or not sys.stderr.isatty():
+    """A progress bar on stderr, if that is a terminal, rich is installed, and not `--quiet`."""
+    if args.quiet or not (sys.stderr.isatty() and _has_rich()):
         yield lambda what, done, total: None
         return
     from rich.console import Console
@@ -213,8 +250,17 @@ def progress(args: argparse.Namespace) -> Iterator[Report]:
         )
 
 
-def _console() -> Console:
-    from rich.console import Console
+def missing(package: str, purpose: str) -> ConfigError:
+    """The error for a package of the extra `cli` that is not installed."""
+    return ConfigError(
+        f"{purpose} needs the package {package}. Install it with pip install 'diffq[cli]', or "
+        "from a checkout with pip install '.[cli]'."
+    )
 
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(width=width, emoji=False, highlight=False)
+
+def _has_rich() -> bool:
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffq.cli.common import (
     Subparsers,
     add_command,
+    check_output,
     megabytes,
     note,
     print_json,
@@ -25,8 +26,8 @@ from diffq.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from diffq.file import PathLike
     from diffq.format.container import Codec
+    from diffq.writing import PathLike
 
 _DESCRIPTION = """\
 Reads what the earlier diffq package (0.1 to 0.2.4) saved, and writes a file of this one: the same
@@ -84,6 +85,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    check_output(args.out, args.file)
     with progress(args) as report:
         report(f"making {printable(args.model)}", 0, 0)
         model = make_model(args.model)
@@ -143,14 +145,14 @@ def convert(
         ConfigError: as in `load_legacy`.
         OSError: a file cannot be read or written.
     """
-    from diffq.file import write_atomically
     from diffq.format.container import encode_parts
     from diffq.format.records import RawRecord
     from diffq.legacy.load import legacy_snapshot
+    from diffq.writing import write_file
 
     snapshot = legacy_snapshot(source, model, key=key, settings=settings, stand_ins=stand_ins)
     parts = encode_parts(snapshot.records, snapshot.aliases, codec=codec)
-    size = write_atomically(target, parts)
+    size = write_file(target, parts)
     levels = [r for r in snapshot.records.values() if not isinstance(r, RawRecord)]
     return {
         "file": os.fspath(target),

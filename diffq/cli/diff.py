@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
@@ -13,6 +14,7 @@ from diffq.cli.common import (
     add_command,
     budget,
     megabytes,
+    note,
     print_json,
     print_table,
     printable,
@@ -55,14 +57,16 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.cli.checkpoint import kind_of, open_model
+    from diffq.cli.checkpoint import open_model
+    from diffq.cli.kinds import kind_of
 
     # A file of diffq needs no key, whatever the other one is.
     keys = [args.key if kind_of(path) == "torch" else None for path in (args.a, args.b)]
+    tell = partial(note, args)
     with (
         progress(args) as report,
-        open_model(args.a, keys[0], budget(args)) as a,
-        open_model(args.b, keys[1], budget(args)) as b,
+        open_model(args.a, keys[0], budget(args), tell) as a,
+        open_model(args.b, keys[1], budget(args), tell) as b,
     ):
         compared = compare(a, b, report) | {"a": args.a, "b": args.b}
     if args.json:

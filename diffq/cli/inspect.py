@@ -24,6 +24,7 @@ from diffq.cli.common import (
     ratio,
     say,
 )
+from diffq.cli.kinds import check_diffq
 
 if TYPE_CHECKING:
     from diffq.file import StoredModel
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from diffq.file import StoredModel
 
+    check_diffq(args.file)
     with StoredModel(args.file, budget(args)) as stored, progress(args) as report:
         described = describe(stored, not args.index, report)
     if args.json:

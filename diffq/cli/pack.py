@@ -13,6 +13,7 @@ from diffq.cli.common import (
     Report,
     Subparsers,
     add_command,
+    check_output,
     coded_bits,
     mean_bits,
     megabytes,
@@ -107,30 +108,28 @@ def add_parser(subparsers: Subparsers) -> None:
         default="zstd",
         help="zstd for the smallest file; packed only packs bits (default: %(default)s)",
     )
-    parser.add_argument("--key", help="where a torch checkpoint keeps its state dict, if nested")
+    parser.add_argument(
+        "--key", help="where a torch checkpoint keeps its state dict, such as model.state_dict"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.cli.checkpoint import drop_extra_state, read_state
-    from diffq.file import write_atomically
+    from diffq.cli.checkpoint import read_state
+    from diffq.writing import write_file
 
+    check_output(args.out, args.checkpoint)
     with progress(args) as report:
         report(f"reading {printable(args.checkpoint)}", 0, 0)
-        state, extra = drop_extra_state(read_state(args.checkpoint, args.key))
+        checkpoint = read_state(args.checkpoint, args.key)
+        state = checkpoint.state
         snapshot, parts = _quantize(args, state, report)
         report(f"writing {printable(args.out)}", 0, 0)
-        size = write_atomically(args.out, parts)
+        size = write_file(args.out, parts)
         report("measuring errors", 0, 0)
         summary = _summary(args, state, snapshot, size)
-    if extra:
-        note(args, f"extra state of modules is not stored: {printable(', '.join(extra))}")
-    if summary["needs_budget_bytes"]:
-        note(
-            args,
-            "this file decodes to so much more than its size that readers ask for a larger "
-            f"budget: diffq.open(path, budget={summary['needs_budget_bytes']})",
-        )
+    for text in checkpoint.notes:
+        note(args, text)
     if args.json:
         print_json(summary)
     elif not args.quiet:
@@ -192,17 +191,14 @@ def _quantize(
 def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
-    from diffq.format.entries import entry_of
-    from diffq.format.reader import default_budget
     from diffq.format.records import RawRecord
     from diffq.state import record_tensor
 
     coded = []
-    decoded = in_float32 = weights = 0
+    in_float32 = weights = 0
     error = power = 0.0
     for name, record in snapshot.records.items():
         tensor = state[name].detach()
-        decoded += entry_of(name, record).decoded_bytes
         in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         if not isinstance(record, RawRecord):
             weights += record.numel
@@ -219,7 +215,6 @@ def _summary(
         "mean_bits": mean_bits(coded),
         "relative_error": math.sqrt(error / power) if power else None,
         "snr_db": 10 * math.log10(power / error) if power and error else None,
-        "needs_budget_bytes": decoded if decoded > default_budget(size) else None,
     }
 
 

@@ -13,13 +13,16 @@ from diffq.cli.common import (
     add_budget,
     add_command,
     budget,
+    check_output,
     megabytes,
+    missing,
     note,
     print_json,
     printable,
     progress,
     say,
 )
+from diffq.cli.kinds import check_diffq
 from diffq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,18 +59,22 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.file import StoredModel, write_atomically
+    from diffq.file import StoredModel, read_whole
     from diffq.storage import load
+    from diffq.writing import write_file
 
+    check_output(args.out, args.file)
+    check_diffq(args.file)
     with progress(args) as report:
         report(f"decoding {printable(args.file)}", 0, 0)
-        with StoredModel(args.file, budget(args)) as stored:
+        data = read_whole(args.file)
+        with StoredModel(io.BytesIO(data), budget(args)) as stored:
             aliases, metadata = dict(stored.aliases), dict(stored.metadata)
-        state: Any = load(args.file, budget=budget(args))
+        state = load(io.BytesIO(data), budget=budget(args))
         to_safetensors = Path(args.out).suffix == _SAFETENSORS
-        data = _safetensors(state, aliases, metadata) if to_safetensors else _torch(state)
+        out = _safetensors(state, aliases, metadata) if to_safetensors else _torch(state)
         report(f"writing {printable(args.out)}", 0, 0)
-        size = write_atomically(args.out, [data])
+        size = write_file(args.out, [out])
     if metadata and not to_safetensors:
         note(args, "a torch state dict has no place for the file's metadata")
     if args.json:
@@ -90,7 +97,7 @@ def _safetensors(
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise ConfigError("This needs safetensors: pip install safetensors.") from error
+        raise missing("safetensors", "Writing a .safetensors file") from error
     header = {"format": "pt"}
     header |= {"diffq.aliases": json.dumps(aliases)} if aliases else {}
     header |= {"diffq.metadata": json.dumps(metadata)} if metadata else {}

@@ -15,6 +15,7 @@ from diffq.cli.common import (
     progress,
     say,
 )
+from diffq.cli.kinds import check_diffq
 from diffq.errors import DiffqError
 
 
@@ -53,6 +54,7 @@ def _check(path: str, most: int | None) -> dict[str, Any]:
     from diffq.file import verify
 
     try:
+        check_diffq(path)
         verify(path, most)
     except (DiffqError, OSError) as error:
         return {"file": path, "ok": False, "error": " ".join(str(error).split())}

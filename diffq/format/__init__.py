@@ -7,6 +7,7 @@ From the inside out, each module importing only from those above it:
     product      one tensor as indices into a codebook
     records      one tensor as integers: what states and files are made of
     wire         bounded reading of numbers
+    source       the bytes of a file, in memory or on the disk
     frames       one zstd frame
     layout       which segment holds which part of which tensor
     entropy      segments of levels

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 from diffq.errors import FormatError
 from diffq.format import frames
+from diffq.format.source import Source
 from diffq.format.wire import Cursor, damaged, varint
 
 #: A byte above 127, CR LF, Ctrl-Z and LF: any text-mode transfer changes one of them.
@@ -14,11 +16,15 @@ VERSION = 1
 
 INDEX, METADATA, DATA, END = b"INDX", b"meta", b"DATA", b"DONE"
 KNOWN = (INDEX, METADATA, DATA, END)
+#: Zeros that a reader skips; see docs/format.md, section 11.
+FILL = b"fill"
 
 HEADER_BYTES = 16
 MAX_CHUNKS = 64
 #: Bytes of the content of INDX or meta: an index of a million tensors.
 MAX_TEXT = 1 << 26
+# Chunks that a reader skips are checked in pieces of this many bytes.
+_STEP = 1 << 20
 
 
 def prologue() -> bytes:
@@ -71,42 +77,63 @@ def _most_content(stored: int) -> int:
     return min(64 * stored + 4096, MAX_TEXT)
 
 
-def read_chunks(data: memoryview) -> dict[bytes, memoryview]:
+@dataclass(frozen=True)
+class Chunk:
+    """Where the body of a chunk is.
+
+    Attributes:
+        tag: the four letters.
+        start: first byte of the body in the file.
+        stop: one past its last.
+        body: the bytes, for INDX and meta.
+    """
+
+    tag: bytes
+    start: int
+    stop: int
+    body: memoryview
+
+
+def read_chunks(source: Source) -> dict[bytes, Chunk]:
     """Checks signature, version and every chunk, and cuts the file.
 
     Args:
-        data: the whole file.
+        source: the whole file.
 
     Returns:
-        the bodies of the known chunks.
+        the known chunks by their tags.
 
     Raises:
         FormatError: not a diffq file, another version, or damage outside the segments.
     """
-    _check_prologue(bytes(data[: len(MAGIC) + 2]))
-    cursor = Cursor(data, "The file")
-    cursor.take(len(MAGIC) + 2, "the signature")
-    known: list[tuple[bytes, memoryview]] = []
+    offset = len(MAGIC) + 2
+    _check_prologue(bytes(source.read(0, min(offset, source.size))))
+    _check_room(source, 0, offset, "the signature")
+    known: list[Chunk] = []
     for _ in range(MAX_CHUNKS):
-        tag, body = _read_chunk(cursor)
-        if tag in KNOWN:
-            known.append((tag, body))
+        chunk = _read_chunk(source, offset)
+        offset = chunk.stop
+        if chunk.tag in KNOWN:
+            known.append(chunk)
         if not known:
-            raise damaged("The file", "the first chunk is INDX", tag.decode())
-        if tag == END:
-            cursor.end()
-            _check_order([tag for tag, _ in known], len(body))
-            return dict(known)
+            raise damaged("The file", "the first chunk is INDX", chunk.tag.decode())
+        if chunk.tag == END:
+            if source.size > offset:
+                raise damaged("The file", "no byte may be left over", source.size - offset)
+            _check_order(known)
+            return {chunk.tag: chunk for chunk in known}
     raise damaged("The file", f"there are at most {MAX_CHUNKS} chunks", "more")
 
 
-def _check_order(tags: list[bytes], end: int) -> None:
+def _check_order(known: list[Chunk]) -> None:
     """Checks that the known chunks come once each, in their order, and the last is empty."""
+    tags = [chunk.tag for chunk in known]
     if tags not in ([INDEX, DATA, END], [INDEX, METADATA, DATA, END]):
         rule = "the chunks are INDX, meta if there is metadata, DATA and DONE"
         raise damaged("The file", rule, b", ".join(tags).decode())
-    if end:
-        raise damaged("Chunk DONE", "it must be empty", f"{end} bytes")
+    end = known[-1]
+    if end.stop > end.start:
+        raise damaged("Chunk DONE", "it must be empty", f"{end.stop - end.start} bytes")
 
 
 def _check_prologue(data: bytes) -> None:
@@ -128,17 +155,29 @@ def _check_prologue(data: bytes) -> None:
         )
 
 
-def _read_chunk(cursor: Cursor) -> tuple[bytes, memoryview]:
-    header = bytes(cursor.take(HEADER_BYTES, "the header of a chunk"))
+def _read_chunk(source: Source, offset: int) -> Chunk:
+    _check_room(source, offset, HEADER_BYTES, "the header of a chunk")
+    start = offset + HEADER_BYTES
+    header = bytes(source.read(offset, start))
     tag, size = header[:4], int.from_bytes(header[4:12], "little")
     if not tag.isalpha():
         raise damaged("The file", "the tag of a chunk is four letters", tag)
-    body = cursor.take(size, f"chunk {tag.decode()}")
-    if header != chunk_header(tag, size, b"" if tag == DATA else body):
+    _check_room(source, start, size, f"chunk {tag.decode()}")
+    body = source.read(start, start + size if tag in (INDEX, METADATA) else start)
+    crc = zlib.crc32(body, zlib.crc32(header[:12]))
+    if tag not in (INDEX, METADATA, DATA):
+        for step in range(start, start + size, _STEP):
+            crc = zlib.crc32(source.read(step, min(step + _STEP, start + size)), crc)
+    if crc != int.from_bytes(header[12:], "little"):
         raise damaged(f"Chunk {tag.decode()}", "its checksum must match", "another")
     if tag not in KNOWN and tag[:1].isupper():
         raise FormatError(
             f"Chunk {tag.decode()}: a reader must understand chunks whose tag starts with a "
             f"capital, and this diffq knows {b', '.join(KNOWN).decode()}. Upgrade diffq."
         )
-    return tag, body
+    return Chunk(tag, start, start + size, body)
+
+
+def _check_room(source: Source, start: int, size: int, what: str) -> None:
+    if size > source.size - start:
+        raise damaged("The file", f"{what} needs {size} more bytes", f"only {source.size - start}")

@@ -25,8 +25,9 @@ from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
 from diffq.format.product import ProductRecord
-from diffq.format.reader import Buffer, Reader
+from diffq.format.reader import Reader, least_size
 from diffq.format.records import Coded, GridRecord, RawRecord, Record
+from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
 Codec = Literal["zstd", "packed"]
@@ -79,7 +80,8 @@ def encode_parts(
     work = partial(_encode_segment, sources=sources, compress=compress)
     segments = in_threads(work, pooling.layout.segments, threads)
     index = write_index(entries, aliases or {}, backs, [storage for storage, _ in segments])
-    return _assemble({chunks.INDEX: index, **texts}, [stored for _, stored in segments])
+    parts = _assemble({chunks.INDEX: index, **texts}, [stored for _, stored in segments])
+    return _fill_up(parts, sum(entry.decoded_bytes for entry in entries))
 
 
 def decode(
@@ -114,8 +116,17 @@ def _assemble(texts: Mapping[bytes, bytes], segments: Sequence[bytes]) -> list[b
         body = chunks.text_body(text)
         parts += [chunks.chunk_header(tag, len(body), body), body]
     size = sum(len(segment) for segment in segments)
+    return [*parts, chunks.chunk_header(chunks.DATA, size), *segments]
+
+
+def _fill_up(parts: list[bytes], decoded: int) -> list[bytes]:
+    """Ends a file, long enough that a reader's default budget allows what it decodes to."""
     end = chunks.chunk_header(chunks.END, 0)
-    return [*parts, chunks.chunk_header(chunks.DATA, size), *segments, end]
+    missing = least_size(decoded) - sum(map(len, parts)) - len(end)
+    if missing <= 0:
+        return [*parts, end]
+    body = bytes(max(0, missing - chunks.HEADER_BYTES))
+    return [*parts, chunks.chunk_header(chunks.FILL, len(body), body), body, end]
 
 
 def _encode_segment(

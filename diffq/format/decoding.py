@@ -86,9 +86,13 @@ class Target:
             raise damaged(self.where, f"flag 2 must be {int(constant)}", int(not constant))
 
     def add_elements(self, piece: Piece, data: NDArray[np.uint8]) -> None:
-        """Takes the bytes of a piece."""
-        item = piece.part.item
-        self.elements[piece.start * item : piece.stop * item] = data
+        """Takes the bytes of a piece, uint8 [elements, item]."""
+        out = self.elements.reshape(-1, piece.part.item)[piece.start : piece.stop]
+        if data.flags.c_contiguous:
+            out[:] = data
+            return
+        for rank in range(piece.part.item):  # NumPy copies planes fastest one by one.
+            out[:, rank] = data[:, rank]
 
     def add_levels(self, piece: Piece, decoded: DecodedPiece) -> None:
         """Takes the levels of a piece.

@@ -33,7 +33,7 @@ def encode(data: NDArray[np.uint8], item: int, compress: bool) -> bytes:
     return min(plain, *tried, key=len)
 
 
-def decode(stored: memoryview, item: int, size: int, where: str) -> bytes | memoryview:
+def decode(stored: memoryview, item: int, size: int, where: str) -> NDArray[np.uint8]:
     """Inverse of `encode`.
 
     Args:
@@ -43,16 +43,11 @@ def decode(stored: memoryview, item: int, size: int, where: str) -> bytes | memo
         where: the segment, for errors.
 
     Returns:
-        the elements' bytes: `stored` itself where they are not compressed.
+        uint8 [elements, item], a view of the stored or decompressed bytes. The caller puts
+        them in order, so that they are not held twice.
 
     Raises:
         FormatError: `stored` is no sound frame of `size` bytes.
     """
-    content = frames.expand(stored, size, where)
-    if len(stored) == size:
-        return content
-    planes = np.frombuffer(content, np.uint8).reshape(item, -1)
-    data = np.empty(planes.shape[::-1], np.uint8)
-    for rank, plane in enumerate(planes):
-        data[:, rank] = plane
-    return data.reshape(-1).data
+    content = np.frombuffer(frames.expand(stored, size, where), np.uint8)
+    return content.reshape(-1, item) if len(stored) == size else content.reshape(item, -1).T

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,30 @@ from diffq.format.entries import Entry
 from diffq.format.index import read_index
 from diffq.format.metadata import read_metadata
 from diffq.format.records import LevelRecord, Record
+from diffq.format.source import Buffer, MemorySource, Source
 from diffq.format.threads import in_threads
 from diffq.format.wire import damaged
 
-#: The bytes of a whole file.
-Buffer = bytes | bytearray | memoryview | mmap
-
-# What a file may decode to unless the caller says otherwise: enough for an average of one
-# bit for eight weights, and for any small model, whatever the file says.
+# What a file may decode to unless the caller says otherwise: any small model, and what a
+# gzip file of this size may hold. A writer fills files up to this (docs/format.md, section 11).
 _BUDGET_BASE = 8 << 20
-_BUDGET_RATIO = 256
+_BUDGET_RATIO = 1024
+
+# Files below this many bytes are read by one thread: each takes the memory of a segment.
+_SMALL = 1 << 16
 
 # Decompressed segments that are kept because several tensors share them.
 _MOST_SHARED = 16
 
 
 def default_budget(size: int) -> int:
-    """Bytes that a file of `size` bytes may decode to: 8 MB and 256 times its size."""
+    """Bytes that a file of `size` bytes may decode to: 8 MB and 1024 times its size."""
     return _BUDGET_BASE + _BUDGET_RATIO * size
+
+
+def least_size(decoded: int) -> int:
+    """The smallest size of a file that may decode to so many bytes: inverse of `default_budget`."""
+    return max(0, -((_BUDGET_BASE - decoded) // _BUDGET_RATIO))
 
 
 class Reader:
@@ -47,9 +52,10 @@ class Reader:
     several threads.
 
     Args:
-        buffer: the whole file; it must stay unchanged as long as the reader is in use.
+        file: the whole file, as bytes or a source; it must stay unchanged as long as the
+            reader is in use.
         budget: bytes that all tensors together may decode to (4 for a weight); by
-            default 8 MB and 256 times the size of the file. A larger file is refused
+            default 8 MB and 1024 times the size of the file. A larger file is refused
             before any memory is allocated.
         threads: threads to decode with; by default one for each core.
 
@@ -66,33 +72,34 @@ class Reader:
     """
 
     def __init__(
-        self, buffer: Buffer, budget: int | None = None, threads: int | None = None
+        self, file: Buffer | Source, budget: int | None = None, threads: int | None = None
     ) -> None:
-        view = memoryview(buffer).cast("B")
-        self.size = len(view)
-        self._threads = threads
-        bodies = chunks.read_chunks(view)
+        self._source = MemorySource(file) if isinstance(file, Buffer) else file
+        self.size = self._source.size
+        self._threads = 1 if threads is None and self.size < _SMALL else threads
+        found = chunks.read_chunks(self._source)
         index = read_index(
-            chunks.read_text(bodies[chunks.INDEX], "The index"),
+            chunks.read_text(found[chunks.INDEX].body, "The index"),
             default_budget(self.size) if budget is None else budget,
         )
-        text = bodies.get(chunks.METADATA)
+        text = found.get(chunks.METADATA)
         self.metadata: dict[str, Any] = {}
         if text is not None:
-            self.metadata = read_metadata(chunks.read_text(text, "The metadata"))
+            self.metadata = read_metadata(chunks.read_text(text.body, "The metadata"))
         self.entries: Mapping[str, Entry] = {entry.name: entry for entry in index.entries}
         self.aliases: Mapping[str, str] = index.aliases
         self._layout = index.layout
         self._storages = index.storages
         self._entries = index.entries
         self._numbers = {entry.name: number for number, entry in enumerate(index.entries)}
-        self._data = bodies[chunks.DATA]
-        self._starts = list(accumulate((s.size for s in index.storages), initial=0))
-        if self._starts[-1] != len(self._data):
-            rule = f"the segments of the index take {self._starts[-1]} bytes"
-            raise damaged("Chunk DATA", rule, len(self._data))
-        self.overhead = self.size - len(self._data)
-        self._shared: dict[int, bytes] = {}
+        data = found[chunks.DATA]
+        sizes = (storage.size for storage in index.storages)
+        self._starts = list(accumulate(sizes, initial=data.start))
+        if self._starts[-1] != data.stop:
+            rule = f"the segments of the index take {self._starts[-1] - data.start} bytes"
+            raise damaged("Chunk DATA", rule, data.stop - data.start)
+        self.overhead = self.size - (data.stop - data.start)
+        self._shared: dict[int, NDArray[np.uint8]] = {}
 
     def record(self, name: str) -> Record:
         """Decodes one tensor, by its name or an alias.
@@ -196,9 +203,9 @@ class Reader:
                 self.record(name)
 
     def close(self) -> None:
-        """Lets go of the buffer, so that a memory map can be closed."""
+        """Closes the file, or releases the buffer."""
         self._shared.clear()
-        self._data.release()
+        self._source.close()
 
     def _number(self, name: str) -> int:
         name = self.aliases.get(name, name)
@@ -234,22 +241,22 @@ class Reader:
         return [segment for home in self._layout.homes[number] for segment in home]
 
     def _decode_segment(self, number: int, targets: Mapping[int, Target]) -> None:
-        segment = self._layout.segments[number]
-        payload, coding = self._payload(number), self._storages[number].coding
+        segment, coding = self._layout.segments[number], self._storages[number].coding
+        payload = self._payload(number)
         if coding:
-            parts = entropy.decode(payload, coding, segment.pieces, self._where(number))
+            parts = entropy.decode(payload.data, coding, segment.pieces, self._where(number))
             for piece, part in zip(segment.pieces, parts, strict=True):
                 if piece.record in targets:
                     targets[piece.record].add_levels(piece, part)
             return
-        start, data = 0, np.frombuffer(payload, np.uint8)
+        start = 0
         for piece in segment.pieces:
-            stop = start + piece.count * segment.item
             if piece.record in targets:
-                targets[piece.record].add_elements(piece, data[start:stop])
-            start = stop
+                targets[piece.record].add_elements(piece, payload[start : start + piece.count])
+            start += piece.count
 
-    def _payload(self, number: int) -> bytes | memoryview:
+    def _payload(self, number: int) -> NDArray[np.uint8]:
+        """The content of a segment: bytes of levels, or uint8 [elements, item]."""
         if len(self._layout.segments[number].pieces) == 1:
             return self._read_payload(number)
         # Short tensors read one by one must not decompress what they share each time.
@@ -257,17 +264,17 @@ class Reader:
         if payload is None:
             if len(self._shared) >= _MOST_SHARED:
                 self._shared.clear()
-            payload = self._shared[number] = bytes(self._read_payload(number))
+            payload = self._shared[number] = self._read_payload(number)
         return payload
 
-    def _read_payload(self, number: int) -> bytes | memoryview:
-        """The checked and decompressed bytes of a segment."""
+    def _read_payload(self, number: int) -> NDArray[np.uint8]:
+        """The checked and decompressed content of a segment."""
         storage, where = self._storages[number], self._where(number)
-        stored = self._data[self._starts[number] : self._starts[number + 1]]
+        stored = self._source.read(self._starts[number], self._starts[number + 1])
         if zlib.crc32(stored) != storage.crc:
             raise damaged(where, "the checksum must match", "another")
         if storage.coding:
-            return frames.expand(stored, storage.payload, where)
+            return np.frombuffer(frames.expand(stored, storage.payload, where), np.uint8)
         item = self._layout.segments[number].item
         return elements.decode(stored, item, storage.payload, where)
 

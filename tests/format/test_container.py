@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffq.errors import ConfigError, FormatError
-from diffq.format import layout
+from diffq.format import chunks, layout
 from diffq.format import reader as reader_module
 from diffq.format.container import decode, encode, encode_parts
 from diffq.format.product import ProductRecord
-from diffq.format.reader import Reader, default_budget
+from diffq.format.reader import Reader, default_budget, least_size
 from diffq.format.records import ITEM_SIZES, GridRecord, RawRecord, ScaledRecord, group_count
+from tests.format import craft
 from tests.format.samples import (
     NAMES,
     RECORDS,
@@ -403,15 +404,33 @@ def test_metadata_compresses_within_the_ratio():
 
 
 def test_budget():
-    """A file decodes to at most 8 MB and 256 times its size, unless the caller allows more."""
-    zeros = raw(np.zeros(10_000_000, np.uint8), "uint8")
-    data = encode({"zeros": zeros})
-    assert len(data) < 2000
+    """A file decodes to at most 8 MB and 1024 times its size, unless the caller allows more."""
+    data = craft.File(tensors=(craft.raw((12 << 20,), dtype=1),), segments=()).build()
     with pytest.raises(FormatError, match=f"budget of {default_budget(len(data))}.*larger budget"):
         Reader(data)
+    zeros = raw(np.zeros(10_000_000, np.uint8), "uint8")
     with pytest.raises(FormatError, match="budget"):
-        Reader(data, zeros.data.size - 1)
-    assert_same(Reader(data, zeros.data.size).record("zeros"), zeros)
+        Reader(encode({"zeros": zeros}), zeros.data.size - 1)
+    assert_same(Reader(encode({"zeros": zeros}), zeros.data.size).record("zeros"), zeros)
+
+
+@given(st.integers(0, 1 << 40))
+def test_least_size(decoded):
+    """least_size is the smallest size of a file whose default budget is enough."""
+    size = least_size(decoded)
+    assert default_budget(size) >= decoded
+    assert size == 0 or default_budget(size - 1) < decoded
+
+
+@pytest.mark.parametrize("numel", [8 << 20, (8 << 20) + 200_000, (8 << 20) + 310_000, 20_000_000])
+def test_files_are_readable_by_default(numel):
+    """A file that decodes to far more than its content is filled up to what its budget needs."""
+    zeros = raw(np.zeros(numel, np.uint8), "uint8")
+    data = encode({"zeros": zeros})
+    reader = Reader(data)
+    reader.verify()
+    assert_same(reader.record("zeros"), zeros)
+    assert len(data) <= max(600, least_size(numel) + chunks.HEADER_BYTES)
 
 
 def test_budget_counts_all_tensors():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from diffq.format.chunks import FILL, HEADER_BYTES
 from diffq.format.container import decode, encode
 from diffq.format.reader import Reader
 from diffq.format.records import RawRecord
@@ -80,9 +81,16 @@ def test_example_reads(name, example):
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.skipif(zstandard.ZSTD_VERSION != ZSTD, reason="another zstd finds other bytes")
 def test_diffq_still_writes(name):
-    """What was decoded is encoded to the same bytes as when the file was made."""
+    """What was decoded is encoded to the same bytes as when the file was made.
+
+    Two are older than the chunk `fill`, which is left out of the comparison.
+    """
     data = (FOLDER / f"{name}.diffq").read_bytes()
-    assert encode(*decode(data, BUDGET), codec=MODELS[name][-1]) == data
+    written, end = encode(*decode(data, BUDGET), codec=MODELS[name][-1]), data[-HEADER_BYTES:]
+    content, found, zeros = written.removesuffix(end).partition(FILL)
+    assert content + end == data
+    assert bool(found) == (name in ("long", "product_long"))
+    assert not any(zeros[HEADER_BYTES - len(FILL) :])
 
 
 def test_example_runs_as_a_script(example, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ import pytest
 
 from diffq.errors import FormatError
 from diffq.format.container import decode
-from diffq.format.reader import Reader
-from tests.format.craft import Elements, File, Levels, chunk, floats, frame, grid, raw
+from diffq.format.reader import Reader, default_budget
+from tests.format.craft import FLOAT32, Elements, File, Levels, chunk, floats, frame, grid, raw
 from tests.format.hostile import CASES, LEVELS, PARAMETERS, SPLIT, SPLIT_FIRST
 
 MOST_MEMORY = 16_000_000
@@ -126,6 +126,26 @@ def test_largest_honest_bomb():
         tracemalloc.stop()
     assert not values.any()
     assert peak < MOST_MEMORY
+
+
+@pytest.mark.parametrize(("item", "dtype"), [(1, 1), (4, FLOAT32), (16, 14)])
+def test_largest_bomb_of_elements(item, dtype):
+    """A file of 1 KiB that decodes to as many elements as it may stays within that memory."""
+    count, most = default_budget(1024) // item, (1 << 22) // item
+    sizes = [min(most, count - start) for start in range(0, count, most)]
+    segments = tuple(Elements(frame(bytes(size * item))) for size in sizes)
+    parts = {"tensors": (raw((count,), dtype=dtype),), "segments": segments}
+    fill = 1024 - len(File(**parts).build()) - len(chunk(b"fill"))
+    data = File(**parts, extra=(chunk(b"fill", bytes(fill)),)).build()
+    assert len(data) == 1024
+    for read in (lambda: Reader(data).verify(), lambda: Reader(data).records()):
+        tracemalloc.start()
+        try:
+            read()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < MOST_MEMORY
 
 
 def test_negative_zero_of_a_constant():

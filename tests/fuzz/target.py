@@ -9,6 +9,7 @@ from diffq.format import chunks, reader
 from diffq.format.container import decode, encode
 from diffq.format.reader import Reader
 from diffq.format.records import RawRecord
+from diffq.format.source import MemorySource
 from tests.format.craft import chunk, text
 
 # Small enough that no input is slow.
@@ -93,10 +94,10 @@ def read_repaired(index, data, meta=None):
 
 def take_apart(data):
     """Index, data and metadata of a sound file, as `read_repaired` takes them."""
-    bodies = chunks.read_chunks(memoryview(data))
-    meta = bodies.get(chunks.METADATA)
+    found = chunks.read_chunks(MemorySource(data))
+    meta, body = found.get(chunks.METADATA), found[chunks.DATA]
     return (
-        bytes(chunks.read_text(bodies[chunks.INDEX], "")),
-        bytes(bodies[chunks.DATA]),
-        None if meta is None else bytes(chunks.read_text(meta, "")),
+        bytes(chunks.read_text(found[chunks.INDEX].body, "")),
+        data[body.start : body.stop],
+        None if meta is None else bytes(chunks.read_text(meta.body, "")),
     )

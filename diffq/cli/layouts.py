@@ -1,0 +1,220 @@
+"""Where the state dict of a checkpoint is, and how its names become those of a plain model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffq.errors import ConfigError
+
+# What torch puts into a state dict for modules that define `get_extra_state`.
+_EXTRA_STATE = "_extra_state"
+_PARAMETRIZED = ".parametrizations."
+_MOST_LISTED = 5
+# A checkpoint can contain itself.
+_DEEPEST = 8
+# What the quantizers of diffq that learn something add to a parametrized tensor.
+_LEARNED = ({"logits", _EXTRA_STATE}, {"codebook", "indices"})
+# Prefixes of wrappers, and what they are.
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state dict of a checkpoint.
+
+    Attributes:
+        state: name to tensor.
+        notes: what a user should know of how it was found.
+    """
+
+    state: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def find_state(path: str, loaded: Any, key: str | None) -> Checkpoint:
+    """The state dict in what a checkpoint holds.
+
+    Args:
+        path: the file, for errors.
+        loaded: what torch.load returned.
+        key: where the state dict is: keys joined by dots, each of which may have dots. By
+            default the top level, or the only state dict there is.
+
+    Raises:
+        ConfigError: there is no state dict, or there are several.
+    """
+    if not isinstance(loaded, Mapping):
+        got = type(loaded).__name__
+        raise ConfigError(f"{path} must hold a dict, got {got}. Save model.state_dict().")
+    if loaded.get("format") == "diffq.state":
+        raise ConfigError(
+            f"{path} is a quantized state already. Write it as it is with "
+            "diffq.save(torch.load(path), 'model.diffq')."
+        )
+    chosen = loaded if key is None else _descend(loaded, key)
+    if _is_state(chosen):
+        return _plain(path, chosen, ())
+    found = dict(_candidates(loaded))
+    if key is None and len(found) == 1:
+        ((name, state),) = found.items()
+        return _plain(path, state, (f"took the state dict under --key {name}",))
+    where = "at its top level" if key is None else f"under {key!r}"
+    remedy = "Save model.state_dict()."
+    if found:
+        listed = ", ".join(map(repr, list(found)[:_MOST_LISTED]))
+        remedy = f"There are some under {listed}: pass --key {next(iter(found))}."
+    raise ConfigError(f"{path} has no state dict (name to tensor) {where}. {remedy}")
+
+
+def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A state dict under the names of the model before a quantizer was attached, with notes.
+
+    A tensor that only a quantizer of diffq parametrizes is stored as it is, so its name can
+    be translated. What other parametrizations store is not the weight itself.
+
+    Raises:
+        ConfigError: the weights of a quantized model cannot be told from the state dict.
+    """
+    renamed: dict[str, str] = {}
+    left_out: list[str] = []
+    kept: list[str] = []
+    for stem, endings in _parametrized(state).items():
+        owner, _, tensor = f".{stem}".rpartition(_PARAMETRIZED)
+        name = f"{owner}.{tensor}"[1:]
+        learned = _is_learned(endings)
+        if learned and "original" in endings and _only_first(endings) and name not in state:
+            renamed[f"{stem}.original"] = name
+            left_out += [f"{stem}.{ending}" for ending in endings if ending != "original"]
+        elif learned or set(endings) <= {"original", "0.scale"}:
+            raise ConfigError(
+                f"{path} does not hold {name!r} itself: a quantizer or another parametrization "
+                "was attached, and computes it from what is stored. Write the file with "
+                "diffq.save(quantizer, 'model.diffq'), or save model.state_dict() after "
+                "quantizer.detach()."
+            )
+        else:
+            kept.append(name)
+    plain = {renamed.get(name, name): t for name, t in state.items() if name not in left_out}
+    notes = []
+    if renamed:
+        notes.append(
+            "a quantizer was attached: took the plain weights without what it learned, such as "
+            f"{left_out[0]}; diffq.save(quantizer, path) keeps that"
+        )
+    if kept:
+        notes.append(
+            f"other parametrizations compute {_listed(kept)}; the names of what they store stay"
+        )
+    return plain, tuple(notes)
+
+
+def _plain(path: str, found: Mapping[str, Any], notes: tuple[str, ...]) -> Checkpoint:
+    """The tensors of a state dict, under plain names, and notes on the rest."""
+    from torch import Tensor
+
+    state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    others = [name for name in found if name not in state]
+    extra = [name for name in others if _is_extra(name)]
+    rest = [name for name in others if not _is_extra(name)]
+    state, more = plain_names(path, state)
+    if extra:
+        notes += (f"extra state of modules is not stored: {_listed(extra)}",)
+    if rest:
+        notes += (f"left out, because they are no tensors: {_listed(rest)}",)
+    for prefix, wrapper in _WRAPPERS.items():
+        if all(name.startswith(prefix) for name in state):
+            notes += (
+                f"all names keep the prefix {prefix!r} of {wrapper}; save the state dict of the "
+                "wrapped model for names without it",
+            )
+    return Checkpoint(state, notes + more)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_LISTED]) + ", ..." * (len(names) > _MOST_LISTED)
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
+def _is_state(value: Any) -> bool:
+    """Tells whether a value maps names to tensors, and to nothing else that holds tensors."""
+    from torch import Tensor
+
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return False
+    others = [v for n, v in value.items() if not isinstance(v, Tensor) and not _is_extra(n)]
+    return len(others) < len(value) and not any(_has_tensors(other) for other in others)
+
+
+def _has_tensors(value: Any, depth: int = _DEEPEST) -> bool:
+    from torch import Tensor
+
+    if not isinstance(value, (Mapping, list, tuple, set)):
+        return isinstance(value, Tensor)
+    inner = value.values() if isinstance(value, Mapping) else value
+    return depth == 0 or any(_has_tensors(item, depth - 1) for item in inner)
+
+
+def _children(value: Any) -> Mapping[str, Any]:
+    """What a key can lead to."""
+    if isinstance(value, (list, tuple)):
+        return {str(number): item for number, item in enumerate(value)}
+    # The tensors of an optimizer have numbers for names.
+    if not isinstance(value, Mapping) or "param_groups" in value:
+        return {}
+    return {name: item for name, item in value.items() if isinstance(name, str)}
+
+
+def _candidates(
+    value: Any, prefix: str = "", depth: int = _DEEPEST
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The state dicts within a value, with their keys."""
+    for name, item in _children(value).items():
+        if _is_state(item):
+            yield prefix + name, item
+        elif depth:
+            yield from _candidates(item, f"{prefix}{name}.", depth - 1)
+
+
+def _descend(value: Any, key: str) -> Any:
+    """What is under a key; the longest part that is a key itself comes first."""
+    children = _children(value)
+    if key in children:
+        return children[key]
+    parts = key.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        first = ".".join(parts[:count])
+        if first in children:
+            found = _descend(children[first], ".".join(parts[count:]))
+            if found is not None:
+                return found
+    return None
+
+
+def _parametrized(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What follows `a.parametrizations.weight` in the names, for each such tensor."""
+    endings = defaultdict(list)
+    for name in state:
+        owner, found, rest = f".{name}".rpartition(_PARAMETRIZED)
+        tensor, dot, ending = rest.partition(".")
+        if found and dot:
+            endings[f"{owner}{found}{tensor}"[1:]].append(ending)
+    return dict(endings)
+
+
+def _is_learned(endings: list[str]) -> bool:
+    """Tells whether a quantizer of diffq has stored what it learned."""
+    stored = defaultdict(set)
+    for ending in endings:
+        number, _, name = ending.partition(".")
+        stored[number].add(name)
+    return any(learned <= names for names in stored.values() for learned in _LEARNED)
+
+
+def _only_first(endings: list[str]) -> bool:
+    return all(ending == "original" or ending.startswith("0.") for ending in endings)

@@ -1,0 +1,199 @@
+"""Checkpoints as trainers write them: where the state dict is, and under which names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import diffq
+from diffq.cli import main
+from diffq.cli.layouts import find_state
+from tests.holder import bits_of
+
+STATE = nn.Linear(4, 4).state_dict()
+
+
+@pytest.fixture
+def pack(tmp_path, monkeypatch, capsys):
+    """Packs a checkpoint: (exit code, stderr, the names of the file)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(content, *options, save=torch.save):
+        save(content, "in.pt")
+        code = main(["pack", "in.pt", "out.diffq", "--bits", "6", "--min-size", "0", *options])
+        err = capsys.readouterr().err
+        return code, err, list(diffq.load("out.diffq")) if code == 0 else None
+
+    return call
+
+
+# --- Where the state dict is ---
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"state_dict": STATE, "epoch": 3, "hyper_parameters": {"lr": 0.1}}, "state_dict"),
+        ({"model": {"state_dict": STATE, "model_args": {}}, "optimizer": {}}, "model.state_dict"),
+        ({"a": {"b": {"c": STATE}}, "rng": torch.zeros(3)}, "a.b.c"),
+        ({"models": [STATE]}, "models.0"),
+        ({"net.v2": {"best.pt": STATE}}, "net.v2.best.pt"),
+        ({"model": STATE, "opt": torch.optim.Adam([torch.ones(2)]).state_dict()}, "model"),
+        ({"a": {"b": {}, "b.c": STATE}}, "a.b.c"),
+    ],
+)
+def test_nested_state_dicts(content, key, pack):
+    """The only state dict is taken with a note of its key; the key itself is taken silently."""
+    code, err, names = pack(content)
+    assert (code, names) == (0, list(STATE))
+    assert err == f"diffq: note: took the state dict under --key {key}\n"
+    assert pack(content, "--key", key) == (0, "", list(STATE))
+
+
+def test_several_state_dicts(pack):
+    """Where there are several, the error lists their keys at any depth."""
+    content = {"model": {"student": STATE, "teacher": STATE}, "ema": STATE, "step": 1}
+    code, err, _ = pack(content)
+    assert code == 1
+    assert "'model.student', 'model.teacher', 'ema': pass --key model.student." in err
+    code, err, _ = pack(content, "--key", "model")
+    assert code == 1
+    assert "under 'model'. There are some under 'model.student'" in err
+    assert pack(content, "--key", "model.teacher")[0] == 0
+
+
+def test_optimizer_state_is_no_state_dict(pack):
+    """The tensors of an optimizer are not taken for a model."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    assert "Save model.state_dict()" in pack({"optimizer": optimizer.state_dict()})[1]
+    assert pack({"net": STATE, "optimizer": optimizer.state_dict()})[2] == list(STATE)
+
+
+def test_a_key_is_never_guessed():
+    """Names with dots are found as they are before they are split."""
+    one, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    loaded = {"a.b": {"c": one}, "a": {"b.c": other, "b": {"c": other}}}
+    assert find_state("x", loaded, "a.b.c").state["w"] is one["w"]
+    assert find_state("x", {"a": {"b.c": one}}, "a.b.c").state["w"] is one["w"]
+
+
+@pytest.mark.parametrize("deep", [1, 7])
+def test_a_checkpoint_that_contains_itself(deep):
+    """A cycle is an error, not a recursion without end."""
+    loaded = {"step": 1}
+    inner = loaded
+    for _ in range(deep):
+        inner["next"] = inner = {"step": 2}
+    inner["next"] = loaded
+    with pytest.raises(diffq.ConfigError, match="no state dict"):
+        find_state("x", loaded, None)
+
+
+# --- What is beside the tensors ---
+
+
+def test_numbers_beside_tensors(pack):
+    """Numbers, text, None and settings beside the tensors are left out, and a note names them."""
+    others = {"epoch": 3, "lr": 0.1, "name": "x", "none": None, "args": {"depth": [1, 2]}}
+    code, err, names = pack({**STATE, **others})
+    assert (code, names) == (0, list(STATE))
+    assert err == (
+        "diffq: note: left out, because they are no tensors: epoch, lr, name, none, args\n"
+    )
+    assert "a0, a1, a2, a3, a4, ..." in pack({**STATE, **{f"a{i}": i for i in range(9)}})[1]
+
+
+def test_tensors_beside_a_state_dict(pack):
+    """A tensor beside a nested state dict does not make the whole a state dict."""
+    code, err, names = pack({"step": torch.tensor(3), "model": STATE})
+    assert (code, names) == (0, list(STATE))
+    assert "--key model" in err
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_prefixes_of_wrappers(prefix, pack):
+    """Names of a wrapped model stay, and a note says so."""
+    code, err, names = pack({prefix + name: tensor for name, tensor in STATE.items()})
+    assert (code, names) == (0, [prefix + name for name in STATE])
+    assert repr(prefix) in err
+
+
+# --- Models with a quantizer attached ---
+
+
+def _net():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
+    net[1].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize("kind", [diffq.DiffQuantizer, diffq.ProductQuantizer])
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_attached_model(kind, trained, pack):
+    """The checkpoint of an attached model gives the file of its plain weights, and a note."""
+    net = _net()
+    plain = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    options = {"codebook_size": 16} if kind is diffq.ProductQuantizer else {}
+    quantizer = kind(net, min_size=0, **options)
+    quantizer.no_optimizer()
+    if trained and kind is diffq.DiffQuantizer:
+        quantizer.freeze_bits()
+    code, err, names = pack(net.state_dict())
+    assert code == 0
+    assert set(names) == set(plain)
+    assert "a quantizer was attached" in err
+    assert "diffq.save(quantizer" in err
+    packed = {name: bits_of(tensor) for name, tensor in diffq.load("out.diffq").items()}
+    diffq.load("out.diffq", _net())
+    net = _net()
+    net.load_state_dict(plain)
+    pack(net.state_dict())
+    assert {name: bits_of(tensor) for name, tensor in diffq.load("out.diffq").items()} == packed
+
+
+def test_an_attached_model_in_safetensors(pack):
+    """Names in a safetensors file are translated too, and those that `diff` compares."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    net = nn.Linear(16, 16)
+    torch.save(net.state_dict(), "plain.pt")
+    diffq.DiffQuantizer(net, min_size=0)
+    code, err, names = pack(net.state_dict(), save=safetensors.save_file)
+    assert code == 0, err
+    assert set(names) == {"weight", "bias"}
+    assert main(["diff", "plain.pt", "in.pt"]) == 0
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda net: diffq.QATQuantizer(net, min_size=0),
+        lambda net: diffq.LSQQuantizer(net, min_size=0),
+        lambda net: parametrize.register_parametrization(net[0], "weight", nn.Identity()),
+        lambda net: diffq.DiffQuantizer(parametrizations.weight_norm(net[0]) and net, min_size=0),
+    ],
+)
+def test_attached_models_that_are_refused(attach, pack):
+    """Where the names do not tell that the stored tensor is the weight, nothing is written."""
+    net = nn.Sequential(nn.Linear(16, 16))
+    attach(net)
+    code, err, _ = pack(net.state_dict())
+    assert code == 1
+    assert "diffq.save(quantizer" in err
+    assert "'0.weight'" in err
+    assert err.count("\n") == 1
+    assert not Path("out.diffq").exists()
+
+
+@pytest.mark.parametrize("other", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_other_parametrizations(other, pack):
+    """What other parametrizations store is packed under its own names, and a note says so."""
+    net = nn.Sequential(getattr(parametrizations, other)(nn.Linear(16, 16)))
+    code, err, names = pack(net.state_dict())
+    assert code == 0
+    assert set(names) == set(net.state_dict())
+    assert "other parametrizations compute 0.weight" in err
