@@ -1,5 +1,4 @@
 """Settings of all tests: bounded property tests, repeatable random numbers, threads, kernels."""
-# ruff: noqa: E402
 
 import os
 import random

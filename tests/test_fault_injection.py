@@ -18,8 +18,9 @@ from benchmarks.models import (
     task_loss,
     token_batch,
 )
+from tests.compare import close, same_bits
 from tests.holder import all_bits
-from tests.models import QUANTIZERS, gradients, same_tensors, seeded, snapshot_of
+from tests.models import QUANTIZERS, gradients, seeded, snapshot_of
 
 _transformer = partial(Transformer, width=8, layers=1, heads=2, context=6)
 
@@ -157,9 +158,10 @@ def test_exception_in_each_submodule(name, kind, training):
         assert _changed(values, all_bits(run.model)) <= moved, path
         assert _changed(versions, run.versions()) <= moved, path
         assert _held(run.quantizer) <= held, path
-        assert same_tensors(run.call(training), expected), path
+        assert close(run.call(training), expected), path
 
 
+@pytest.mark.repeatable
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_after_exceptions(name, kind):
@@ -171,7 +173,7 @@ def test_training_goes_on_after_exceptions(name, kind):
         for buffer, moved in zip(other.model.buffers(), failed.model.buffers(), strict=True):
             buffer.copy_(moved)
     for training in (True, False, True, False):
-        assert same_tensors(failed.call(training), other.call(training))
+        assert same_bits(failed.call(training), other.call(training))
         failed.optimizer.step()
         other.optimizer.step()
-    assert same_tensors(snapshot_of(failed.model), snapshot_of(other.model))
+    assert same_bits(snapshot_of(failed.model), snapshot_of(other.model))

@@ -21,6 +21,7 @@ import diffq
 from diffq import optimizer as optimizer_guards
 from diffq import sharding
 from diffq.chains import quantizers_in
+from tests.compare import same_bits
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
 from tests.models import QUANTIZERS, Recurrent, seeded
 
@@ -105,7 +106,7 @@ def assert_exported_alike(quantizer, alone):
     assert repr(quantizer) == repr(alone)
     assert str(quantizer.mean_bits()) == str(alone.mean_bits())
     ours, theirs = quantizer.bits(), alone.bits()
-    assert all(torch.equal(ours[name], bits) for name, bits in theirs.items())
+    assert all(same_bits(ours[name], bits) for name, bits in theirs.items())
     assert file_of(quantizer.get_quantized_state()) == file_of(alone)
     assert file_of(quantizer.get_quantized_state(packed=False)) == file_of(alone)
     torch.testing.assert_close(quantizer.model_size(), alone.model_size())
@@ -130,7 +131,7 @@ def check_every_quantizer():
         assert_exported_alike(quantizer, gathered(model, attach=attach)[1])
         for (one, value), (other, after) in zip(before, parameters_of(model), strict=True):
             assert one == other
-            assert torch.equal(value, after)
+            assert same_bits(value, after)
 
 
 def check_codebooks():
@@ -141,7 +142,7 @@ def check_codebooks():
     quantizer.refresh()
     expected.refresh()
     indices = [(n, buffer) for n, buffer in alone.named_buffers() if n.endswith("indices")]
-    assert all(torch.equal(buffer, model.get_buffer(name)) for name, buffer in indices)
+    assert all(same_bits(buffer, model.get_buffer(name)) for name, buffer in indices)
     assert len(quantizer.quantize_stage()) == 4
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     quantizer.setup_optimizer(optimizer, lr=0.3)
@@ -152,7 +153,7 @@ def check_codebooks():
         optimizer.step()
     sharding.reshard(model)
     codebook = model.blocks[0][0].parametrizations.weight[0].codebook
-    assert not torch.equal(codebook.full_tensor(), before)
+    assert not same_bits(codebook.full_tensor(), before)
     assert_exported_alike(quantizer, gathered(model, attach=attach)[1])
 
 
@@ -212,7 +213,7 @@ def check_checkpointing():
         gradients.append([p.grad.to_local() for p in model.parameters()])
         assert_exported_alike(quantizer, gathered(model)[1])
     for other in gradients[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(gradients[0], other, strict=True))
 
 
 def check_gradients():
@@ -271,7 +272,7 @@ def check_export_between_forward_and_backward():
             quantizer.get_quantized_state()
         loss.backward()
         gradients.append([p.grad.to_local() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def check_eval():
@@ -280,7 +281,7 @@ def check_eval():
     inputs = tokens(torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs = model.eval()(inputs)
-        assert torch.equal(outputs, gathered(model)[0].eval()(inputs))
+        assert same_bits(outputs, gathered(model)[0].eval()(inputs))
     assert same_on_ranks(outputs)
 
 
@@ -325,7 +326,7 @@ def check_frozen_bits():
         optimizer.step()
     alone = gathered(model)[1]
     assert_exported_alike(quantizer, alone)
-    assert all(torch.equal(bits, quantizer.bits()[name]) for name, bits in frozen.items())
+    assert all(same_bits(bits, quantizer.bits()[name]) for name, bits in frozen.items())
 
 
 def check_optimizer_made_after():
@@ -389,7 +390,7 @@ def check_optimizer_given_new_parameters():
     (model(tokens(None)).square().mean() + quantizer.model_size()).backward()
     optimizer.step()
     pairs = zip(before, parameters_of(model), strict=True)
-    assert any(not torch.equal(old, new) for (_, old), (_, new) in pairs)
+    assert any(not same_bits(old, new) for (_, old), (_, new) in pairs)
 
 
 def check_attaching_after():
@@ -419,8 +420,8 @@ def check_restoring():
     inputs = tokens(torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(inputs)
-        assert torch.equal(plain(inputs), expected)
-        assert torch.equal(shard(plain)(inputs), expected)
+        assert same_bits(plain(inputs), expected)
+        assert same_bits(shard(plain)(inputs), expected)
     with pytest.raises(diffq.MismatchError, match="Restore first"):
         diffq.restore_quantized_state(plain, state)
 
