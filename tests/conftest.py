@@ -2,7 +2,6 @@
 
 import os
 import random
-from contextlib import nullcontext
 
 # The tensors of tests are small: more threads cost more than they give. OpenMP reads this when
 # torch is imported, for every thread and every process that a test starts.
@@ -30,11 +29,3 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _repeatable(request):
-    """In a test marked `repeatable`, equal calls of perturbed kernels give equal bits."""
-    marked = request.node.get_closest_marker("repeatable")
-    with processors.repeatable() if marked else nullcontext():
-        yield

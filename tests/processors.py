@@ -7,8 +7,8 @@ environment, `perturb()` therefore replaces torch's CPU kernels: each call compu
 and moves the last digits of the result. A test that passes so compares nothing bit for bit that a
 matrix product computed.
 
-Equal runs of the same code on one machine do give equal bits, as a resumed training must: in a
-test marked `repeatable`, the last digits depend on layouts, threads and modes alone.
+Equal runs of the same code on one machine do give equal bits, as a resumed training must. Under
+`@repeatable()`, the last digits depend on layouts, threads and modes alone.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def perturb():
 
 @contextmanager
 def repeatable():
-    """Lets equal calls give equal bits for a while."""
+    """Lets equal calls give equal bits: for what one machine does twice, such as resuming."""
     global _repeating
     before, _repeating = _repeating, True
     try:

@@ -142,7 +142,7 @@ def test_checkpointed_root(use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_submodule_without_root(use_reentrant):
-    """A submodule called under checkpointing without its root gives the gradients of the same noise."""
+    """A checkpointed submodule called without its root gives the gradients of the same noise."""
     grads = []
     for checkpointed in (False, True):
         model, _ = attached(mlp)

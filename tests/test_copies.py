@@ -18,6 +18,7 @@ from tests.models import (
     snapshot_of,
     step,
 )
+from tests.processors import repeatable
 
 
 def _train_on(model, quantizer, inputs):
@@ -30,7 +31,7 @@ def _train_on(model, quantizer, inputs):
     return snapshot_of(model)
 
 
-@pytest.mark.repeatable
+@repeatable()
 @pytest.mark.parametrize("name", ["mlp", "tied-modules", "two-names", "lstm-deep", "encoder"])
 @pytest.mark.parametrize("kind", ["diffq", "lsq"])
 def test_deepcopy_of_model_and_quantizer(name, kind):

@@ -21,6 +21,7 @@ from benchmarks.models import (
 from tests.compare import close, same_bits
 from tests.holder import all_bits
 from tests.models import QUANTIZERS, gradients, seeded, snapshot_of
+from tests.processors import repeatable
 
 _transformer = partial(Transformer, width=8, layers=1, heads=2, context=6)
 
@@ -161,7 +162,7 @@ def test_exception_in_each_submodule(name, kind, training):
         assert close(run.call(training), expected), path
 
 
-@pytest.mark.repeatable
+@repeatable()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_after_exceptions(name, kind):

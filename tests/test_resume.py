@@ -9,6 +9,7 @@ from torch import nn
 import diffq
 from tests.compare import same_bits
 from tests.models import MODELS, QUANTIZERS, mlp, seeded, snapshot_of, step
+from tests.processors import repeatable
 
 STEPS, CUT = 6, 3
 
@@ -84,6 +85,7 @@ def _same_results(one, other):
     )
 
 
+@repeatable()
 def _uninterrupted_and_resumed(name, kind, make_optimizer=_adam, cut=CUT, at=None, **options):
     whole = _Run(name, kind, make_optimizer, **options)
     torch.manual_seed(1)
@@ -187,6 +189,7 @@ def test_checkpoint_has_the_same_entries_always():
     assert list(run.model.state_dict()) == keys
 
 
+@repeatable()
 def test_evaluation_between_steps_changes_nothing():
     """Evaluations, sizes, states and tables in between leave the training as it would be."""
     plain, watched = (_Run("conv", "diffq", _adam) for _ in range(2))
@@ -204,6 +207,7 @@ def test_evaluation_between_steps_changes_nothing():
     assert _same_results(plain.result(), watched.result())
 
 
+@repeatable()
 def test_setup_optimizer_is_repeatable():
     """Calling setup_optimizer again moves the extras once more and keeps their moments."""
     plain, repeated = (_Run("mlp", "diffq", _adam) for _ in range(2))
@@ -217,6 +221,7 @@ def test_setup_optimizer_is_repeatable():
     assert len(repeated.optimizer.param_groups) == 2
 
 
+@repeatable()
 def test_resume_with_a_scheduler():
     """A learning rate schedule made after setup_optimizer resumes too."""
 
@@ -251,6 +256,7 @@ def test_resume_with_a_scheduler():
     assert rates[0] != rates[1]
 
 
+@repeatable()
 def test_fine_tuning_from_a_plain_checkpoint():
     """Attaching to a loaded model and loading into an attached one train alike."""
     checkpoint = seeded(mlp, 4).state_dict()

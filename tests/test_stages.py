@@ -23,6 +23,7 @@ from tests.models import (
     seeded,
     step,
 )
+from tests.processors import repeatable
 
 attach = partial(diffq.ProductQuantizer, min_size=0, block_size=2, codebook_size=4)
 
@@ -213,7 +214,7 @@ def test_centroids_are_a_group_without_decay():
         assert same_bits(quantizer.codebook, book)
 
 
-@pytest.mark.repeatable
+@repeatable()
 @pytest.mark.parametrize("cut", [1, 3])
 def test_resuming_between_stages(cut):
     """Training that is cut before or after a stage goes on bit for bit."""

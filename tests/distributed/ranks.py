@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import diffq
+from tests import processors
 
 
 def main(members):
@@ -25,7 +26,8 @@ def main(members):
     Args:
         members: the script's `globals()`.
     """
-    torch.set_num_threads(1)
+    if processors.wanted():
+        processors.perturb()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
     for name, check in list(members.items()):
