@@ -11,6 +11,7 @@ from torch import nn
 import diffq
 from diffq import chains
 from tests.compare import close, same_bits
+from tests.models import SUMS
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
@@ -162,6 +163,11 @@ def step(model, optimizer, inputs, quantizer=None, lam=0.1):
 def learned(model):
     """Name and parameter of all that training moves from the start: codebooks wait for a stage."""
     return [(n, p) for n, p in model.named_parameters() if not n.endswith(".codebook")]
+
+
+#: How close gradients are, in units of the last place: what is learned gets sums that cancel out,
+#: while another sample of noise moves them by a hundredth and more.
+SUMS = 2**12
 
 
 def gradients(model):

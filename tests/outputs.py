@@ -27,6 +27,8 @@ VALUES = {
 }
 #: Functions whose result holds the values of their arguments.
 CONTAINERS = {"list", "tuple", "dict", "zip", "sorted", "reversed", "float", "bits_of", "next"}
+#: Names of arguments that are called and give no outputs: of hypothesis, and the command line.
+FIXTURES = {"draw", "run", "run_json"}
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 
 
@@ -62,35 +64,47 @@ class _Module:
 
     tree: ast.Module
     returning: set
-    outputs: dict = field(default_factory=dict)
+    scopes: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.parents = {c: n for n in ast.walk(self.tree) for c in ast.iter_child_nodes(n)}
-        self.scopes = [n for n in ast.walk(self.tree) if isinstance(n, (ast.Module, *FUNCTIONS))]
-        self.outputs = {scope: set() for scope in self.scopes}
-        self.locals = {scope: _local_names(scope) for scope in self.scopes}
+        self.nodes = list(ast.walk(self.tree))
+        self._scope(self.tree, (self.tree,))
+        functions = {scopes[0] for scopes in self.scopes.values()}
+        self.outputs = {function: set() for function in functions}
+        self.locals = {function: _local_names(function) for function in functions}
         before = None
         while before != (before := self._known()):
-            for node in ast.walk(self.tree):
+            for node in self.nodes:
                 self._bind(node)
+
+    def _scope(self, node, scopes):
+        """Notes for all nodes the functions that they are in, the innermost first."""
+        for child in ast.iter_child_nodes(node):
+            self.scopes[child] = scopes
+            self._scope(child, (child, *scopes) if isinstance(child, FUNCTIONS) else scopes)
 
     def comparisons(self):
         """The calls and operators that compare an output exactly."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Call) and _name(node.func) in EXACT:
                 operands = [*node.args, getattr(node.func, "value", node.func)]
-                if any(map(self.is_output, operands)):
+                if any(map(self.is_output, operands)) and not self._repeats(node):
                     yield node
             elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
                 operands = [node.left, *node.comparators]
                 if any(map(self.is_output, operands)) and not any(map(_harmless, operands)):
                     yield node
 
+    def _repeats(self, node):
+        """Whether a node is in a function that is decorated with `repeatable()`."""
+        decorators = [d for s in self.scopes[node] for d in getattr(s, "decorator_list", ())]
+        return any(_name(d.func) == "repeatable" for d in decorators if isinstance(d, ast.Call))
+
     def is_output(self, node):
         """Whether an expression holds an output."""
         match node:
             case ast.Name(id=name):
-                return any(name in self.outputs[scope] for scope in self._around(node))
+                return any(name in self.outputs[scope] for scope in self.scopes[node])
             case ast.Attribute(attr=attribute, value=value):
                 return attribute == "grad" or (attribute in ("T", "data") and self.is_output(value))
             case ast.Call():
@@ -121,7 +135,8 @@ class _Module:
 
     def _is_object(self, name):
         """Whether what is called by a name is an argument or was assigned: no def, no import."""
-        return any(name.id in self.locals[scope] for scope in self._around(name))
+        local = any(name.id in self.locals[scope] for scope in self.scopes[name])
+        return local and name.id not in FIXTURES
 
     def _bind(self, node):
         match node:
@@ -138,8 +153,7 @@ class _Module:
             ):
                 self._bind_items(target, values)
             case ast.Return(value=value) | ast.Yield(value=value) if self.is_output(value):
-                function = next(s for s in self._around(node) if s is not node)
-                self.returning.add(getattr(function, "name", ""))
+                self.returning.add(getattr(self.scopes[node][0], "name", ""))
             case ast.Call(func=ast.Attribute(attr="append" | "extend" | "update", value=value)):
                 if any(map(self.is_output, node.args)):
                     self._add(value)
@@ -166,35 +180,32 @@ class _Module:
 
     def _add(self, target):
         if isinstance(target, ast.Name):
-            self.outputs[next(iter(self._around(target)))].add(target.id)
+            self.outputs[self.scopes[target][0]].add(target.id)
         elif isinstance(target, ast.Tuple | ast.List):
             for part in target.elts:
                 self._add(part)
         elif isinstance(target, ast.Subscript | ast.Starred):
             self._add(target.value)
 
-    def _around(self, node):
-        """The function that a node is in, those around it, and the module."""
-        while node in self.parents:
-            node = self.parents[node]
-            if node in self.outputs:
-                yield node
-
     def _known(self):
         return sum(map(len, self.outputs.values())) + len(self.returning)
 
 
 def _local_names(scope):
-    """The arguments of a function and the names that it assigns, without its own functions."""
+    """The arguments of a function and what it assigns, without its functions and other names."""
     if isinstance(scope, ast.Module):
         return set()
-    inner = {n.name for n in ast.walk(scope) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    stored = {
-        n.id for n in ast.walk(scope) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    nodes = list(ast.walk(scope))
+    inner = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assigned = [n for n in nodes if isinstance(n, ast.Assign)]
+    renamed = {
+        _name(n.targets[0])
+        for n in assigned
+        if isinstance(n.value, ast.Name | ast.Attribute | ast.IfExp)
     }
-    arguments = scope.args
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return (stored | {argument.arg for argument in named}) - inner
+    arguments = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return (stored | arguments) - inner - renamed
 
 
 def _name(node):
