@@ -11,7 +11,6 @@ from torch import nn
 import diffq
 from diffq import chains
 from tests.compare import close, same_bits
-from tests.models import SUMS
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
