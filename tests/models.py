@@ -165,7 +165,7 @@ def learned(model):
 
 
 #: How close gradients are, in units of the last place: what is learned gets sums that cancel out,
-#: while another sample of noise moves them by a hundredth and more.
+#: while another sample of noise moves them by some thousandths and more.
 SUMS = 2**12
 
 

@@ -3,8 +3,8 @@
 A processor's kernels round as its vector width, the memory layout, the alignment and the number
 of threads make them, so two ways through the same mathematics agree only to some digits, on another
 machine if not on this one. No setting turns one processor into another. With `PERTURB=1` in the
-environment, `perturb()` therefore replaces torch's CPU kernels: each call computes what it did,
-and moves the last digits of the result. A test that passes so compares nothing bit for bit that a
+environment, torch's CPU kernels are therefore replaced: each call computes what it did, and moves
+the last digits of the result. A test that passes so compares nothing bit for bit that a
 matrix product computed.
 
 Equal runs of the same code on one machine do give equal bits, as a resumed training must. Under
@@ -34,7 +34,6 @@ PRODUCTS = [
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 ]
 
-_LIBRARY = torch.library.Library("aten", "IMPL", "CPU")
 _calls = itertools.count()
 _repeating = False
 
@@ -44,14 +43,20 @@ def wanted():
     return os.environ.get("PERTURB", "") not in ("", "0")
 
 
-def perturb():
-    """Replaces the kernels of all `PRODUCTS` in this process, for good."""
+@contextmanager
+def perturbed():
+    """Replaces the kernels of all `PRODUCTS`, in every thread of this process."""
+    library = torch.library.Library("aten", "IMPL", "CPU")
     with warnings.catch_warnings():
         # torch warns of each kernel that is replaced.
         warnings.simplefilter("ignore")
         for name in PRODUCTS:
             kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-            _LIBRARY.impl(name, partial(_perturbed, name, kernel), with_keyset=True)
+            library.impl(name, partial(_call, name, kernel), with_keyset=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def repeatable():
         _repeating = before
 
 
-def _perturbed(name, kernel, keys, *args, **options):
+def _call(name, kernel, keys, *args, **options):
     # Before the call, which may write to its arguments.
     seed = _seed(name, [*args, *options.values()])
     outputs = kernel.call_boxed(keys, *args, **options)
