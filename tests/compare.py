@@ -6,8 +6,12 @@ and numbers of threads round them differently. `tests/test_comparisons.py` holds
 """
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from tests.holder import bits_of
+
+#: How many roundings, in units of the last place, the sums of small models add up.
+FEW = 64
 
 
 def same_bits(one, other):
@@ -21,11 +25,12 @@ def same_bits(one, other):
     return type(one) is type(other) and one == other
 
 
-def close(one, other, roundings=64):
+def close(one, other, roundings=FEW):
     """Whether tensors, or dicts and sequences of them, are equal up to the rounding of sums.
 
-    A difference is measured against the largest value of its tensor: where large terms cancel,
-    what is left is as wrong as they were.
+    A difference is measured against the largest value of its tensor, because where large terms
+    cancel, what is left is as wrong as they were. What cancels to nothing, such as the gradient of
+    a bias that a norm takes away again, is measured against the largest of all values.
 
     Args:
         one: what was computed.
@@ -33,17 +38,24 @@ def close(one, other, roundings=64):
         roundings: by how many units in the last place of the largest value they may differ. The
             half types have few digits, which only the last rounding takes: there it is an eighth.
     """
-    if isinstance(other, dict):
-        return one.keys() == other.keys() and all(close(one[k], other[k], roundings) for k in one)
-    if isinstance(other, list | tuple):
-        pairs = list(zip(one, other, strict=True))
-        return all(close(a, b, roundings) for a, b in pairs)
+    (ones, structure), (others, wanted) = tree_flatten(one), tree_flatten(other)
+    largest = max(map(_largest, others), default=0.0)
+    return structure == wanted and all(
+        _near(a, b, max(roundings * _largest(b), FEW * largest))
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+def _largest(tensor):
+    return 0.0 if tensor is None or not tensor.numel() else tensor.abs().max().item()
+
+
+def _near(one, other, roundings):
+    """Whether two tensors differ by no more than so many units in the last place of 1."""
     if one is None or other is None:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if torch.finfo(other.dtype).bits == 16:
-        roundings /= 8
-    largest = other.abs().max().item() if other.numel() else 0.0
-    slack = roundings * torch.finfo(other.dtype).eps * largest
+    kind = torch.finfo(other.dtype)
+    slack = roundings * kind.eps / (8 if kind.bits == 16 else 1)
     return bool(((one - other).abs() <= slack).all())
