@@ -4,6 +4,9 @@ PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 600
+# What makes torch compute as on other processors, and PERTURB as on none: see CONTRIBUTING.md.
+PROCESSORS ?= ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 PERTURB=1
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
@@ -15,11 +18,11 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-22s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mnist.py $(DEMO_FLAGS)
 	$(PY) examples/mnist.py $(DEMO_FLAGS)
@@ -29,6 +32,15 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+test-processors: $(VENV)/.installed-test  ## run the tests as on other processors: $(PROCESSORS)
+	@failed=; for setting in $(PROCESSORS); do \
+		printf '\n== %s\n' "$$setting"; \
+		env "$$setting" $(PY) -m pytest -q $(PYTEST_FLAGS) || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "tests failed under:$$failed" >&2; exit 1; }
+
+test-processors-short:  ## the same in a few minutes: the tests that compare outputs, two settings
+	$(MAKE) test-processors PROCESSORS="OMP_NUM_THREADS=2 PERTURB=1" PYTEST_FLAGS="$(OUTPUTS)"
 
 coverage: $(VENV)/.installed-dev  ## check that the tests reach every branch of diffq.format
 	$(PY) -m pytest -q tests/format tests/fuzz --cov=diffq.format --cov-branch --cov-fail-under=100

@@ -142,6 +142,15 @@ MODELS = {
 }
 
 
+def pairs(ones, others):
+    """Each of the first with two of the second, which all come up if they are not many more.
+
+    Where a fault is in one or in the other, a test of each with each finds no more, and takes long.
+    """
+    others, half = list(others), len(others) // 2
+    return [(one, others[(i + k) % len(others)]) for i, one in enumerate(ones) for k in (0, half)]
+
+
 def seeded(make, seed=0):
     """What `make` makes with a fixed seed."""
     torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from benchmarks.models import (
 )
 from tests.compare import close, same_bits
 from tests.holder import all_bits
-from tests.models import QUANTIZERS, SUMS, gradients, seeded, snapshot_of
+from tests.models import QUANTIZERS, SUMS, gradients, pairs, seeded, snapshot_of
 from tests.processors import repeatable
 
 _transformer = partial(Transformer, width=8, layers=1, heads=2, context=6)
@@ -36,7 +36,9 @@ MODELS = {
     ),
     "lstm": (partial(Recurrent, 24, 8), partial(token_batch, 24, 2, 6)),
 }
-KINDS = ("diffq", "diffq-rounding", "qat", "lsq")
+PAIRS = pytest.mark.parametrize(
+    ("name", "kind"), pairs(MODELS, ["diffq", "diffq-rounding", "qat", "lsq"])
+)
 
 
 class _Fault(Exception):
@@ -143,8 +145,7 @@ def _parts(thing):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@PAIRS
 def test_exception_in_each_submodule(name, kind, training):
     """It changes what it changes in the plain model and nothing else, and leaves nothing behind.
 
@@ -163,8 +164,7 @@ def test_exception_in_each_submodule(name, kind, training):
 
 
 @repeatable()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@PAIRS
 def test_training_goes_on_after_exceptions(name, kind):
     """Steps and evals after failures in both modes are those of a model that did not fail."""
     failed, other = _Run(name, kind), _Run(name, kind)
