@@ -34,6 +34,8 @@ PRODUCTS = [
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 ]
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 _calls = itertools.count()
 _repeating = False
 
@@ -99,10 +101,17 @@ def _layout(tensor):
 
 
 def _move_last_digits(output, generator):
-    """Adds some units in the last place, as sums in another order do; zeros stay zero."""
+    """Adds some units in the last place, as sums in another order do."""
     typical = (output.norm(dtype=torch.double) / max(output.numel(), 1) ** 0.5).item()
     if math.isfinite(typical):
         share = torch.rand(output.shape, generator=generator, dtype=output.dtype).sub_(0.5)
         # What cancels out is as wrong as what it was the sum of.
-        size = output.abs().add_(typical).mul_(output != 0)
+        size = output.abs().add_(typical).mul_(_rounded(output))
         output.add_(share.mul_(size).mul_(4 * torch.finfo(output.dtype).eps))
+
+
+def _rounded(values):
+    """Where the last half of the digits is not zero: what is, such as 0 or 1.5, is exact."""
+    digits = round(-math.log2(torch.finfo(values.dtype).eps))
+    integers = values.contiguous().view(_INTEGERS[values.element_size()])
+    return integers & (2 ** (digits // 2) - 1) != 0
