@@ -102,16 +102,15 @@ def _layout(tensor):
 
 def _move_last_digits(output, generator):
     """Adds some units in the last place, as sums in another order do."""
-    typical = (output.norm(dtype=torch.double) / max(output.numel(), 1) ** 0.5).item()
-    if math.isfinite(typical):
-        share = torch.rand(output.shape, generator=generator, dtype=output.dtype).sub_(0.5)
-        # What cancels out is as wrong as what it was the sum of.
-        size = output.abs().add_(typical).mul_(_rounded(output))
-        output.add_(share.mul_(size).mul_(4 * torch.finfo(output.dtype).eps))
+    # What cancels out is as wrong as what it was the sum of.
+    typical = (output.norm(dtype=torch.double) / max(output.numel(), 1) ** 0.5).nan_to_num(0, 0)
+    share = torch.rand(output.shape, generator=generator, dtype=output.dtype).sub_(0.5)
+    units = share.mul_(output.abs().add_(typical)).mul_(4 * torch.finfo(output.dtype).eps)
+    output.add_(torch.where(_rounded(output), units, 0))
 
 
 def _rounded(values):
-    """Where the last half of the digits is not zero: what is, such as 0 or 1.5, is exact."""
+    """Where the last half of the digits is not zero; elsewhere are exact values such as 0 and 1.5."""
     digits = round(-math.log2(torch.finfo(values.dtype).eps))
     integers = values.contiguous().view(_INTEGERS[values.element_size()])
     return integers & (2 ** (digits // 2) - 1) != 0
