@@ -110,7 +110,7 @@ def _move_last_digits(output, generator):
 
 
 def _rounded(values):
-    """Where the last half of the digits is not zero; elsewhere are exact values such as 0 and 1.5."""
+    """Where the last half of the digits is not zero, unlike in exact values such as 0 or 1.5."""
     digits = round(-math.log2(torch.finfo(values.dtype).eps))
     integers = values.contiguous().view(_INTEGERS[values.element_size()])
     return integers & (2 ** (digits // 2) - 1) != 0
