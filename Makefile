@@ -4,6 +4,9 @@ PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 600
+# Settings under which torch computes as on other processors: see CONTRIBUTING.md. Commas join some.
+PROCESSORS ?= OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE PERTURB=1
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
@@ -15,11 +18,11 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-22s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mnist.py $(DEMO_FLAGS)
 	$(PY) examples/mnist.py $(DEMO_FLAGS)
@@ -29,6 +32,19 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)
+	@failed=; for settings in $(PROCESSORS); do \
+		printf '\n== %s\n' "$$settings"; \
+		env $$(echo "$$settings" | tr , ' ') $(PY) -m pytest -q $(PYTEST_FLAGS) || \
+			failed="$$failed $$settings"; \
+	done; test -z "$$failed" || { echo "error: tests fail under$$failed" >&2; exit 1; }
+
+# Without the files that take long, or that multiply no matrices.
+test-processors-short: PROCESSORS = ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2,PERTURB=1
+test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz $(patsubst \
+	%,test_%.py,compile distributed fault_injection attach changed_models legacy cli file load))
+test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 
 coverage: $(VENV)/.installed-dev  ## check that the tests reach every branch of diffq.format
 	$(PY) -m pytest -q tests/format tests/fuzz --cov=diffq.format --cov-branch --cov-fail-under=100

@@ -1,20 +1,24 @@
-"""Settings of all tests: bounded property tests and repeatable random numbers."""
+"""Settings of all tests: bounded property tests, repeatable random numbers, threads, kernels."""
 
 import os
 import random
+from contextlib import nullcontext
+
+# The tensors of tests are small: more threads cost more than they give. OpenMP reads this when
+# torch is imported, for every thread and every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from tests import processors
+
 settings.register_profile("local", max_examples=50, deadline=None)
 # The same examples on every run, so that a red check is the fault of the change it checks.
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
-
-# The tensors of tests are small: more threads cost more than they give.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +27,10 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels():
+    """With `PERTURB=1`, no matrix product gives the same last digits twice."""
+    with processors.perturbed() if processors.wanted() else nullcontext():
+        yield

@@ -10,6 +10,7 @@ from torch import nn
 
 import diffq
 from diffq import chains
+from tests.compare import close, same_bits
 
 #: Every public quantizer, with all tensors selected.
 QUANTIZERS = {
@@ -141,6 +142,15 @@ MODELS = {
 }
 
 
+def pairs(ones, others):
+    """Each of the first with two of the second, which all come up if they are not many more.
+
+    Where a fault is in one or in the other, a test of each with each finds no more, and takes long.
+    """
+    others, half = list(others), len(others) // 2
+    return [(one, others[(i + k) % len(others)]) for i, one in enumerate(ones) for k in (0, half)]
+
+
 def seeded(make, seed=0):
     """What `make` makes with a fixed seed."""
     torch.manual_seed(seed)
@@ -163,6 +173,11 @@ def learned(model):
     return [(n, p) for n, p in model.named_parameters() if not n.endswith(".codebook")]
 
 
+#: How close gradients are, in units of the last place: what is learned gets sums that cancel out,
+#: while another sample of noise moves them by some thousandths and more.
+SUMS = 2**12
+
+
 def gradients(model):
     """Name to a copy of the gradient, of all parameters."""
     return {
@@ -175,24 +190,31 @@ def snapshot_of(model):
     return copy.deepcopy(dict(model.state_dict()))
 
 
-def same_tensors(one, other):
-    """Whether two dicts hold the same names, in the same order, and bit-equal tensors."""
-    if list(one) != list(other):
-        return False
-    return all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
+def computed(model):
+    """Name to a copy of each tensor that the modules of a model compute with in their mode."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" not in path.split("."):
+            names = [
+                *module._parameters,
+                *module._buffers,
+                *getattr(module, "parametrizations", []),
+            ]
+            found |= {f"{path}.{name}".strip("."): getattr(module, name) for name in names}
+    return {n: None if found[n] is None else found[n].detach().clone() for n in sorted(found)}
+
+
+def evaluate_alike(one, other, *inputs, **options):
+    """Whether two models evaluate with the same weights, bit for bit, and so to close outputs."""
+    with torch.no_grad():
+        outputs = [model.eval()(*inputs, **options) for model in (one, other)]
+        return same_bits(computed(one), computed(other)) and close(*outputs)
 
 
 def restored(make, quantizer):
-    """A fresh model in eval mode with the values of the quantizer's state.
-
-    Its parameters need no gradient, as the eval weights of a quantizer under no_grad: torch
-    chooses the kernels of nn.RNN by that, and they differ in the last bit.
-    """
+    """A fresh model in eval mode with the values of the quantizer's state."""
     fresh = diffq.restore_quantized_state(make(), quantizer.get_quantized_state())
-    return fresh.eval().requires_grad_(False)
+    return fresh.eval()
 
 
 class First(nn.Module):
@@ -208,14 +230,6 @@ def attached(make, kind="diffq", **options):
     quantizer = QUANTIZERS[kind](model, **options)
     quantizer.no_optimizer()
     return model, quantizer
-
-
-def same_gradients(one, other):
-    """Whether two dicts of `gradients` are bit-equal."""
-    return one.keys() == other.keys() and all(
-        (a is None and b is None) or torch.equal(a, b)
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
 
 
 def nothing_held(model):
@@ -284,7 +298,7 @@ def refused(model, error, make, *words):
     assert all(str(word) in message for word in words), message
     assert message.endswith((".", ")", "'")) or "\n" in message
     assert state_of(model) == before
-    assert same_tensors(snapshot_of(model), values) or any(
+    assert same_bits(snapshot_of(model), values) or any(
         not value.isfinite().all() for value in values.values()
     )
     return message

@@ -16,9 +16,13 @@ import diffq
 from diffq.activations import fake_quantize
 from diffq.errors import AttachError, CalibrationError, ConfigError, MismatchError
 from diffq.observers import keep_zero
-from tests.models import MODELS, QUANTIZERS, ConvNet, mlp, seeded, snapshot_of, step
+from tests.compare import close, same_bits
+from tests.models import MODELS, QUANTIZERS, SUMS, ConvNet, computed, mlp, seeded, snapshot_of, step
 
 OBSERVERS = ["min-max", "histogram", "channel"]
+
+#: How close outputs are where the rounding of one hidden value falls to the other side.
+A_LEVEL = 2**18
 
 
 def _calibrated(model, inputs, **options):
@@ -39,6 +43,13 @@ def _observed_inputs(model, x):
     for handle in handles:
         handle.remove()
     return seen
+
+
+def _evaluate_alike(one, other, x):
+    """Whether two models have the same weights and ranges, and round what they are given alike."""
+    seen = [_observed_inputs(model.eval(), x)["0"] for model in (one, other)]
+    same = same_bits(computed(one), computed(other)) and same_bits(*seen)
+    return same and not same_bits(seen[0], x) and close(one(x), other(x), A_LEVEL)
 
 
 # The grid
@@ -76,7 +87,7 @@ def test_gradient_stops_at_the_ends():
     """The gradient is one within the range, its ends included, and zero outside."""
     x = torch.tensor([-2.0, -1.0, 0.2, 1.0, 1.1], requires_grad=True)
     fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4).sum().backward()
-    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+    assert close(x.grad, torch.tensor([0.0, 1, 1, 1, 0]))
 
 
 # Calibration
@@ -128,7 +139,7 @@ def test_calibrating_again_replaces_the_ranges():
         model[0](torch.randn(5, 16))
     after = activations.ranges()
     assert after["0"][1] < before["0"][1] / 10
-    assert torch.equal(after["2"], before["2"])
+    assert same_bits(after["2"], before["2"])
 
 
 def test_failed_calibration_changes_nothing():
@@ -141,8 +152,8 @@ def test_failed_calibration_changes_nothing():
         model(torch.randn(5, 16) * 9), model(torch.randn(5, 17))
     with pytest.raises(CalibrationError, match="input of 0 holds NaN"), activations.calibrate():
         model(x * torch.nan)
-    assert all(torch.equal(before[name], r) for name, r in activations.ranges().items())
-    assert torch.equal(model(x), output)
+    assert same_bits(activations.ranges(), before)
+    assert close(model(x), output, A_LEVEL)
 
 
 def test_calibration_needs_data():
@@ -181,7 +192,7 @@ def test_calibration_computes_no_gradient_and_rounds_nothing():
     activations = _calibrated(model, x, bits=2)
     with activations.calibrate():
         output = model(x)
-    assert torch.equal(output, wanted)
+    assert close(output, wanted)
     assert not output.requires_grad
 
 
@@ -198,7 +209,7 @@ def test_eval_rounds_the_inputs(observer):
     y = 2 * torch.randn(5, 16)
     first, second = activations.ranges().values()
     hidden = torch.relu(plain[0](fake_quantize(y, *first, 4)))
-    assert torch.equal(model(y), plain[2](fake_quantize(hidden, *second, 4)))
+    assert close(model(y), plain[2](fake_quantize(hidden, *second, 4)))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -215,8 +226,8 @@ def test_all_models(name, observer):
         # Eight bits: a quarter of a percent of the range at each layer.
         assert (output - plain).abs().max() < 0.1 * plain.abs().max()
         activations.detach()
-        assert torch.equal(model(x), plain)
-    assert list(before) == list(model.state_dict())
+        assert close(model(x), plain)
+    assert same_bits(before, snapshot_of(model))
 
 
 def test_attention_in_eval_is_emulated():
@@ -235,7 +246,7 @@ def test_inputs_by_keyword():
     layer = nn.Linear(16, 4).eval()
     x = torch.randn(9, 16)
     _calibrated(layer, x, bits=2)
-    assert torch.equal(layer(input=x), layer(x))
+    assert close(layer(input=x), layer(x))
 
 
 def test_unbatched_and_empty_inputs():
@@ -268,7 +279,7 @@ def test_levels_fit_the_bits(bits):
 
 
 def test_training_without_noise_is_plain():
-    """With p=0, training steps are those of the plain model to the bit."""
+    """With p=0, training steps are those of the plain model."""
     results = []
     for attach in (False, True):
         model = seeded(mlp)
@@ -277,7 +288,7 @@ def test_training_without_noise_is_plain():
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         torch.manual_seed(1)
         results.append([step(model, optimizer, torch.randn(5, 16)).item() for _ in range(3)])
-    assert results[0] == results[1]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_noise_rounds_a_share():
@@ -295,7 +306,7 @@ def test_noise_rounds_a_share():
         assert ((inputs == x) | (inputs == rounded)).all()
         # 6400 draws: the share is known to 0.0054.
         assert abs((inputs != x).double().mean() - 0.25) < 0.03
-    assert not torch.equal(*noisy)
+    assert not same_bits(*noisy)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -311,7 +322,7 @@ def test_noise_under_checkpointing(use_reentrant):
         inputs = x.clone().requires_grad_()
         run(inputs).square().sum().backward()
         results.append([inputs.grad, *(p.grad.clone() for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert close(*results, SUMS)
 
 
 # With weight quantizers, states and files
@@ -319,7 +330,7 @@ def test_noise_under_checkpointing(use_reentrant):
 
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_with_every_weight_quantizer(name, tmp_path):
-    """Weights and activations together: the file gives back both, and equal outputs."""
+    """Weights and activations together: file and state give back both, and the same rounding."""
     model = mlp()
     activations = diffq.ActivationQuantizer(model, bits=6)
     quantizer = QUANTIZERS[name](model)
@@ -334,13 +345,11 @@ def test_with_every_weight_quantizer(name, tmp_path):
     fresh = mlp()
     diffq.ActivationQuantizer(fresh, bits=6)
     diffq.load(tmp_path / "model.diffq", fresh)
-    with torch.no_grad():
-        assert torch.equal(fresh.eval()(x), model(x))
+    assert _evaluate_alike(fresh, model, x)
     restored = mlp()
     diffq.ActivationQuantizer(restored, bits=6)
     diffq.restore_quantized_state(restored, quantizer.get_quantized_state())
-    with torch.no_grad():
-        assert torch.equal(restored.eval()(x), model(x))
+    assert _evaluate_alike(restored, model, x)
 
 
 def test_ranges_count():
@@ -360,7 +369,7 @@ def test_files_need_the_activation_quantizer(tmp_path):
     with pytest.raises(MismatchError, match=r"not in the model: 0\.activation_range"):
         diffq.load(tmp_path / "model.diffq", mlp())
     loaded = diffq.load(tmp_path / "model.diffq")
-    assert torch.equal(loaded["0.activation_range"], model[0].activation_range)
+    assert same_bits(loaded["0.activation_range"], model[0].activation_range)
 
 
 def test_resume():
@@ -370,7 +379,7 @@ def test_resume():
     _calibrated(model, x, bits=3)
     diffq.ActivationQuantizer(fresh, bits=3)
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(x), model(x))
+    assert _evaluate_alike(fresh, model, x)
 
 
 def test_uncalibrated_state_is_noticed():
@@ -393,8 +402,8 @@ def test_plain_checkpoints_load():
     before = activations.ranges()
     plain = mlp()
     model.load_state_dict(plain.state_dict())
-    assert torch.equal(model[0].weight, plain[0].weight)
-    assert torch.equal(activations.ranges()["0"], before["0"])
+    assert same_bits(model[0].weight, plain[0].weight)
+    assert same_bits(activations.ranges()["0"], before["0"])
 
 
 def test_copies():
@@ -406,8 +415,8 @@ def test_copies():
     wanted = model(x)
     with activations.calibrate():
         model(9 * x)
-    assert torch.equal(twin(x), wanted)
-    assert not torch.equal(model(x), wanted)
+    assert close(twin(x), wanted)
+    assert not close(model(x), wanted, A_LEVEL)
 
 
 def test_compiled():
@@ -417,7 +426,7 @@ def test_compiled():
     _calibrated(model, x, bits=3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(x), model(x))
+        assert close(compiled(x), model(x))
 
 
 # Attaching

@@ -8,14 +8,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import diffq
+from tests.compare import same_bits
 from tests.models import (
     MODELS,
     QUANTIZERS,
     TiedModules,
     after_steps,
+    evaluate_alike,
     mlp,
     restored,
-    same_tensors,
     seeded,
     snapshot_of,
     step,
@@ -32,11 +33,9 @@ def test_plain_checkpoint_into_attached_model(name, assign):
     quantizer = QUANTIZERS["diffq"](model)
     keys = model.load_state_dict(copy.deepcopy(checkpoint), assign=assign)
     assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
-    with torch.no_grad():
-        expected = model.eval()(inputs)
-        assert torch.equal(restored(make, quantizer)(inputs), expected)
+    assert evaluate_alike(model, restored(make, quantizer), inputs)
     quantizer.detach()
-    assert same_tensors(snapshot_of(model), checkpoint)
+    assert same_bits(snapshot_of(model), checkpoint)
 
 
 @pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
@@ -50,10 +49,9 @@ def test_attached_checkpoint_into_attached_model(name, kind, assign):
     second = QUANTIZERS[kind](model)
     keys = model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=assign)
     assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
-    assert same_tensors(snapshot_of(model), snapshot_of(trained))
+    assert same_bits(snapshot_of(model), snapshot_of(trained))
     assert second.true_model_size() == first.true_model_size()
-    with torch.no_grad():
-        assert torch.equal(model.eval()(inputs), trained.eval()(inputs))
+    assert evaluate_alike(model, trained, inputs)
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied-modules", "two-names", "lstm"])
@@ -69,10 +67,9 @@ def test_training_after_assign(name):
     before = snapshot_of(model)
     step(model, optimizer, inputs, quantizer)
     after = snapshot_of(model)
-    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    changed = [key for key in before if not same_bits(before[key], after[key])]
     assert changed == [key for key in before if not key.endswith("_extra_state")]
-    with torch.no_grad():
-        assert torch.equal(restored(make, quantizer)(inputs), model.eval()(inputs))
+    assert evaluate_alike(model, restored(make, quantizer), inputs)
 
 
 def test_checkpoint_is_not_changed_by_loading():
@@ -91,7 +88,7 @@ def test_plain_checkpoint_keeps_what_is_learned():
     model, quantizer, _ = after_steps(steps=5)
     bits = quantizer.bits()
     model.load_state_dict(seeded(mlp, 9).state_dict())
-    assert all(torch.equal(bits[name], widths) for name, widths in quantizer.bits().items())
+    assert all(same_bits(bits[name], widths) for name, widths in quantizer.bits().items())
 
 
 def test_strict_loading_still_checks():

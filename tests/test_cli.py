@@ -21,8 +21,8 @@ from diffq.format.entropy import entropy_bound_bits
 from diffq.format.records import GridRecord
 from diffq.ptq import Settings, quantize_state
 from diffq.state import raw_record
+from tests.compare import same_bits
 from tests.format.samples import grid, product
-from tests.models import same_tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -306,7 +306,7 @@ def test_pack_keeps_everything_else_to_the_bit(state, packed):
     assert list(loaded) == [*(name for name in state if name != "head.weight"), "head.weight"]
     assert loaded["head.weight"] is loaded["embed.weight"]
     others = [name for name in state if name not in ("embed.weight", "head.weight", "body.weight")]
-    assert same_tensors({n: loaded[n] for n in others}, {n: state[n] for n in others})
+    assert same_bits({n: loaded[n] for n in others}, {n: state[n] for n in others})
     diffq.load(packed, Model())
 
 
@@ -446,7 +446,7 @@ def test_unpack_gives_a_state_dict(packed, run, name):
     """A torch checkpoint has the decoded tensors, in order, tied as in the file."""
     assert run("unpack", packed, name)[0] == 0
     loaded = torch.load(name)
-    assert same_tensors(loaded, diffq.load(packed))
+    assert same_bits(loaded, diffq.load(packed))
     assert loaded["head.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
 
 
@@ -457,7 +457,7 @@ def test_unpack_gives_safetensors(packed, run):
     assert run("unpack", packed, "out.safetensors", "--quiet") == (0, "", "")
     wanted = diffq.load(packed)
     with safe_open("out.safetensors", "pt") as file:
-        assert same_tensors({n: file.get_tensor(n) for n in wanted}, wanted)
+        assert same_bits({n: file.get_tensor(n) for n in wanted}, wanted)
         header = file.metadata()
     assert json.loads(header["diffq.aliases"]) == {"head.weight": "embed.weight"}
     assert json.loads(header["diffq.metadata"])["classes"] == 10
@@ -501,7 +501,7 @@ def test_diff_measures_the_error(state, packed, run, run_json):
     assert "head.weight" not in tensors
     for name, tensor in tensors.items():
         a, b = state[name].double(), loaded[name].double()
-        assert tensor["identical"] == torch.equal(a, b)
+        assert tensor["identical"] == same_bits(a, b)
         assert tensor["max_abs"] == pytest.approx(float((a - b).abs().max()))
     name = "body.weight"
     a, b = state[name].double(), loaded[name].double()

@@ -25,6 +25,7 @@ from diffq.legacy.load import legacy_snapshot, load_legacy
 from diffq.legacy.planes import unpack_shorts, unpack_words
 from diffq.legacy.unpickle import KNOWN, read_file
 from diffq.state import record_tensor
+from tests.compare import same_bits
 from tests.holder import Holder, all_bits
 from tests.legacy.make_golden import CASES, FOLDER, MIN_SIZE, build
 from tests.models import MODELS
@@ -200,7 +201,7 @@ def test_golden_files_convert(case, tmp_path):
             error = (tensor.double() - other.double()).abs().max()
             assert error <= last_bits * float(np.abs(record.ranges).max())
         else:
-            assert torch.equal(tensor, other)
+            assert same_bits(tensor, other)
 
 
 def test_golden_levels_and_ranges():
@@ -264,7 +265,7 @@ def test_diffq_layouts(data, seed, group_size):
         model = Holder({"w": torch.zeros(4, size // 4), "b": torch.zeros(3)})
         load_legacy(state, model)
         assert same_bytes(model.w.detach().numpy().ravel(), np.array(expected))
-        assert torch.equal(model.b, bias)
+        assert same_bits(model.b, bias)
 
 
 @given(bits=st.integers(1, 15), seed=st.integers(0, 99), packing=st.sampled_from([None, "int64"]))
@@ -353,7 +354,7 @@ def test_version_0_1_uniform_and_lsq():
         Holder({"w": torch.ones(4, 4)}),
         settings=given_settings,
     )
-    assert torch.equal(model.w, index * 0.5)
+    assert same_bits(model.w, index * 0.5)
 
 
 def test_version_0_2_0_file(tmp_path):
@@ -368,7 +369,7 @@ def test_version_0_2_0_file(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.th", weights_only=True)
     model = load_legacy(tmp_path / "old.th", Holder({"w": torch.zeros(160)}))
-    assert torch.equal(model.w, expected)
+    assert same_bits(model.w, expected)
 
 
 @pytest.mark.parametrize("name", ["tied-head", "tied-modules", "shared-module", "two-names"])
@@ -396,7 +397,7 @@ def test_ties_that_are_excluded_by_one_name():
     ):
         meta = meta_of("UniformQuantizer", exclude=[exclude], **kwargs)
         model = load_legacy(state_of(quantized, others, meta=meta), MODELS["tied-modules"][0]())
-        assert torch.equal(model.embed.weight, torch.ones(24, 16))
+        assert same_bits(model.embed.weight, torch.ones(24, 16))
         assert torch.allclose(model.body.weight, torch.tensor(0.2))
 
 
@@ -813,7 +814,7 @@ def test_model_of_another_dtype():
     """A half-precision model gets the float32 values rounded to its dtype."""
     model = load_legacy(FOLDER / "diffq-g8.th", build("diffq-g8").half())
     expected = torch.from_numpy(EXPECTED["diffq-g8/conv.weight"]).half()
-    assert torch.equal(model.conv.weight, expected)
+    assert same_bits(model.conv.weight, expected)
 
 
 def test_parametrized_models():

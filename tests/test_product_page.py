@@ -11,6 +11,7 @@ from torch import nn
 import diffq
 from diffq.quantizers.blocks import LAYER_KINDS
 from diffq.quantizers.product_weight import ProductSettings
+from tests.models import evaluate_alike
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "product_quantization.md").read_text(encoding="utf-8")
@@ -62,7 +63,7 @@ def test_code_runs(block, tmp_path, monkeypatch):
     assert [len(stage) for stage in quantizer.stages] == [4, 1, 2]
     fresh, inputs = _Net(), torch.randint(50, (2, 5))
     diffq.load("model.diffq", fresh)
-    assert torch.equal(fresh(inputs), model.eval()(inputs))
+    assert evaluate_alike(fresh, model, inputs)
 
 
 def test_page_names_every_setting():

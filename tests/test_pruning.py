@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import diffq
 from diffq.errors import AttachError
 from diffq.pruning import is_pruned
-from tests.models import mlp, restored, seeded, step
+from tests.compare import close, same_bits
+from tests.models import evaluate_alike, mlp, restored, seeded, step
 
 #: Every way to quantize a pruned model, and what it needs for it.
 METHODS = {
@@ -51,14 +52,15 @@ def test_zeros_survive(kind, tmp_path):
     quantizer.setup_optimizer(optimizer, lr=0.05)
     for _ in range(3):
         seen = [zero & ~mask for zero, mask in zip(_zeros(model), masks, strict=True)]
-        assert all(torch.equal(s, ~m) for s, m in zip(seen, masks, strict=True))
+        assert all(same_bits(s, ~m) for s, m in zip(seen, masks, strict=True))
         step(model, optimizer, torch.randn(5, 16), quantizer)
     model.eval()
     assert all(zero[~mask].all() for zero, mask in zip(_zeros(model), masks, strict=True))
     diffq.save(quantizer, tmp_path / "model.diffq")
     for plain in (restored(mlp, quantizer), diffq.load(tmp_path / "model.diffq", mlp())):
         for place, mask in zip((0, 2), masks, strict=True):
-            assert torch.equal(plain[place].weight, model[place].weight)
+            # Adding zero takes the sign off zeros, which some methods give pruned weights.
+            assert same_bits(plain[place].weight + 0, model[place].weight + 0)
             # Bits of zero: minus zero is another number to a file.
             assert (plain[place].weight[~mask].view(torch.int32) == 0).all()
 
@@ -100,7 +102,7 @@ def test_operators_commute(kind):
     METHODS[kind](model, min_size=0)
     weight = model.eval()[0].weight.detach()
     mask = model[0].parametrizations.weight[0].mask
-    assert torch.equal(torch.where(mask, weight, 0), weight)
+    assert same_bits(torch.where(mask, weight, 0), weight)
 
 
 def test_quantization_error_stays_small():
@@ -120,8 +122,8 @@ def test_nothing_else_moves():
     diffq.parametrize_pruning(model)
     for one in (model, plain):
         diffq.QATQuantizer(one, bits=4, min_size=0)
-    assert torch.equal(model.eval()[2].weight, plain.eval()[2].weight)
-    assert not torch.equal(model[0].weight, plain[0].weight)
+    assert same_bits(model.eval()[2].weight, plain.eval()[2].weight)
+    assert not same_bits(model[0].weight, plain[0].weight)
 
 
 # Masks of torch as parametrizations
@@ -137,7 +139,7 @@ def test_parametrize_pruning_keeps_the_parameter():
     prune.l1_unstructured(model[2], "bias", amount=2)
     wanted = model(x)
     assert diffq.parametrize_pruning(model) is model
-    assert torch.equal(model(x), wanted)
+    assert close(model(x), wanted)
     assert model[0].parametrizations.weight.original is weight
     assert is_pruned(model[0], "weight")
     assert is_pruned(model[2], "bias")
@@ -158,7 +160,7 @@ def test_zeros_can_be_made_permanent():
     diffq.QATQuantizer(model, min_size=0).detach()
     for place in (0, 2):
         parametrize.remove_parametrizations(model[place], "weight")
-    assert all(torch.equal(a, b) for a, b in zip(_zeros(model), zeros, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(_zeros(model), zeros, strict=True))
     assert sorted(model.state_dict()) == sorted(mlp().state_dict())
 
 
@@ -169,8 +171,8 @@ def test_resume():
         diffq.QATQuantizer(one, min_size=0)
     other.load_state_dict(model.state_dict())
     x = torch.randn(5, 16)
-    assert torch.equal(other(x), model(x))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert evaluate_alike(other, model, x)
+    assert evaluate_alike(copy.deepcopy(model), model, x)
 
 
 def test_masks_of_torch_are_refused():

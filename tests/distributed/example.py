@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.ranks import main, require_fsdp
+from tests.processors import repeatable
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -19,6 +20,7 @@ import language_model
 SMALL = {"WIDTH": 16, "HEADS": 2, "LAYERS": 2, "CONTEXT": 16, "BATCH": 2, "TEXT_BYTES": 10_000}
 
 
+@repeatable()
 def _resume(strategy):
     """Trains to the end, and again from the middle; returns both files."""
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
