@@ -1,21 +1,24 @@
-# `make` lists the targets. Everything runs in .venv, made on first use with $(PYTHON).
+# `make` lists the targets. Everything runs in .venv, made on first use with $(PYTHON);
+# test-torch has an environment for each version of torch.
 
 PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 600
+TORCH ?=
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 
 VENV := .venv
+PINS := -c constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-torch coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -29,6 +32,10 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+
+test-torch:  ## run the tests on another torch: TORCH=2.6.0, in an environment of its own
+	@test -n '$(TORCH)' || { echo 'test-torch needs a version: make test-torch TORCH=2.6.0' >&2; exit 2; }
+	$(MAKE) test VENV=.venv-torch-$(TORCH) PINS=torch==$(TORCH)
 
 coverage: $(VENV)/.installed-dev  ## check that the tests reach every branch of diffq.format
 	$(PY) -m pytest -q tests/format tests/fuzz --cov=diffq.format --cov-branch --cov-fail-under=100
@@ -51,8 +58,8 @@ wheel: $(VENV)/.created  ## build the wheel into dist/
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls dist
 
-clean:  ## remove .venv, build outputs and caches
-	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments, build outputs and caches
+	rm -rf .venv .venv-torch-* build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment and its packages are made once, and again when their inputs change.
@@ -66,5 +73,5 @@ $(VENV)/.created:
 
 $(VENV)/.installed-%: pyproject.toml setup.cfg constraints.txt | $(VENV)/.created
 	@echo "Installing diffq[$*] into $(VENV) (the first time takes some minutes: torch is large)"
-	$(PIP) install -c constraints.txt -e '.[$*]'
+	$(PIP) install $(PINS) -e '.[$*]'
 	@touch $@
