@@ -1,4 +1,5 @@
-# `make` lists the targets. Everything runs in .venv, made on first use with $(PYTHON).
+# `make` lists the targets. Everything runs in .venv, made on first use with $(PYTHON);
+# test-torch has an environment for each version of torch.
 
 PYTHON ?= python3
 DEMO_FLAGS ?=
@@ -7,18 +8,20 @@ FUZZ_SECONDS ?= 600
 # Settings under which torch computes as on other processors: see CONTRIBUTING.md. Commas join some.
 PROCESSORS ?= OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE PERTURB=1
+TORCH ?=
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 
 VENV := .venv
+PINS := -c constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-processors test-processors-short coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -46,6 +49,10 @@ test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz $
 	%,test_%.py,compile distributed fault_injection attach changed_models legacy cli file load))
 test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 
+test-torch:  ## run the tests on another torch: TORCH=2.6.0, in an environment of its own
+	@test -n '$(TORCH)' || { echo 'test-torch needs a version: make test-torch TORCH=2.6.0' >&2; exit 2; }
+	$(MAKE) test VENV=.venv-torch-$(TORCH) PINS=torch==$(TORCH)
+
 coverage: $(VENV)/.installed-dev  ## check that the tests reach every branch of diffq.format
 	$(PY) -m pytest -q tests/format tests/fuzz --cov=diffq.format --cov-branch --cov-fail-under=100
 
@@ -67,8 +74,8 @@ wheel: $(VENV)/.created  ## build the wheel into dist/
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls dist
 
-clean:  ## remove .venv, build outputs and caches
-	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments, build outputs and caches
+	rm -rf .venv .venv-torch-* build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment and its packages are made once, and again when their inputs change.
@@ -82,5 +89,5 @@ $(VENV)/.created:
 
 $(VENV)/.installed-%: pyproject.toml setup.cfg constraints.txt | $(VENV)/.created
 	@echo "Installing diffq[$*] into $(VENV) (the first time takes some minutes: torch is large)"
-	$(PIP) install -c constraints.txt -e '.[$*]'
+	$(PIP) install $(PINS) -e '.[$*]'
 	@touch $@

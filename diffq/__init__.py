@@ -5,117 +5,95 @@ quantizer = diffq.DiffQuantizer(model, group_size=8)
 quantizer.setup_optimizer(opt)
 ...
 loss = task_loss + lam * quantizer.model_size()
+
+`from diffq import *` gives every public name but `open`, which would hide Python's own.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+__version__ = "1.0.0.dev0"
 
-from diffq.errors import (
-    AttachError,
-    CalibrationError,
-    ConfigError,
-    DiffqError,
-    DiffqWarning,
-    FormatError,
-    MismatchError,
-    OptimizerError,
-    StateError,
-    WeightError,
-)
-
+# Each public name stands here twice: as an import for type checkers, to whom `__getattr__`
+# would make every name valid, and in a table for Python. A test compares the two.
 if TYPE_CHECKING:
-    from diffq.activations import ActivationQuantizer
-    from diffq.file import open_file as open
-    from diffq.file import verify
-    from diffq.layers import (
-        LayerDrop,
-        every_other_layer,
-        every_other_layer_state,
-        share_layers,
-    )
-    from diffq.legacy.load import load_legacy
-    from diffq.losses import distillation_loss
-    from diffq.pruning import parametrize_pruning
-    from diffq.quantizers.base import quantizer_of
-    from diffq.quantizers.compat import LSQ, UniformQuantizer
-    from diffq.quantizers.differentiable import DiffQuantizer
-    from diffq.quantizers.lsq import LSQQuantizer
-    from diffq.quantizers.product import ProductQuantizer
-    from diffq.quantizers.qat import QATQuantizer
-    from diffq.quantizers.quant_noise import QuantNoiseQuantizer
-    from diffq.restore import restore_quantized_state
-    from diffq.storage import load, save
+    from diffq.activations import ActivationQuantizer as ActivationQuantizer
+    from diffq.errors import AttachError as AttachError
+    from diffq.errors import CalibrationError as CalibrationError
+    from diffq.errors import ConfigError as ConfigError
+    from diffq.errors import DiffqError as DiffqError
+    from diffq.errors import DiffqWarning as DiffqWarning
+    from diffq.errors import FormatError as FormatError
+    from diffq.errors import MismatchError as MismatchError
+    from diffq.errors import OptimizerError as OptimizerError
+    from diffq.errors import StateError as StateError
+    from diffq.errors import WeightError as WeightError
+    from diffq.file import open_file
+    from diffq.file import verify as verify
+    from diffq.layers import LayerDrop as LayerDrop
+    from diffq.layers import every_other_layer as every_other_layer
+    from diffq.layers import every_other_layer_state as every_other_layer_state
+    from diffq.layers import share_layers as share_layers
+    from diffq.legacy.load import load_legacy as load_legacy
+    from diffq.losses import distillation_loss as distillation_loss
+    from diffq.pruning import parametrize_pruning as parametrize_pruning
+    from diffq.quantizers.base import quantizer_of as quantizer_of
+    from diffq.quantizers.compat import LSQ as LSQ
+    from diffq.quantizers.compat import UniformQuantizer as UniformQuantizer
+    from diffq.quantizers.differentiable import DiffQuantizer as DiffQuantizer
+    from diffq.quantizers.lsq import LSQQuantizer as LSQQuantizer
+    from diffq.quantizers.product import ProductQuantizer as ProductQuantizer
+    from diffq.quantizers.qat import QATQuantizer as QATQuantizer
+    from diffq.quantizers.quant_noise import QuantNoiseQuantizer as QuantNoiseQuantizer
+    from diffq.restore import restore_quantized_state as restore_quantized_state
+    from diffq.storage import load as load
+    from diffq.storage import save as save
 
-__version__ = "0.1.0"
+    open = open_file
+else:
+    from importlib import import_module
 
-__all__ = [
-    "ActivationQuantizer",
-    "AttachError",
-    "CalibrationError",
-    "ConfigError",
-    "DiffQuantizer",
-    "DiffqError",
-    "DiffqWarning",
-    "FormatError",
-    "LSQ",
-    "LSQQuantizer",
-    "LayerDrop",
-    "MismatchError",
-    "OptimizerError",
-    "ProductQuantizer",
-    "QATQuantizer",
-    "QuantNoiseQuantizer",
-    "StateError",
-    "UniformQuantizer",
-    "WeightError",
-    "distillation_loss",
-    "every_other_layer",
-    "every_other_layer_state",
-    "load",
-    "load_legacy",
-    "open",
-    "parametrize_pruning",
-    "quantizer_of",
-    "restore_quantized_state",
-    "save",
-    "share_layers",
-    "verify",
-]
+    # Imported on first use, so that reading a file needs no torch.
+    _LAZY = {
+        "ActivationQuantizer": "diffq.activations",
+        "AttachError": "diffq.errors",
+        "CalibrationError": "diffq.errors",
+        "ConfigError": "diffq.errors",
+        "DiffQuantizer": "diffq.quantizers.differentiable",
+        "DiffqError": "diffq.errors",
+        "DiffqWarning": "diffq.errors",
+        "FormatError": "diffq.errors",
+        "LSQ": "diffq.quantizers.compat",
+        "LSQQuantizer": "diffq.quantizers.lsq",
+        "LayerDrop": "diffq.layers",
+        "MismatchError": "diffq.errors",
+        "OptimizerError": "diffq.errors",
+        "ProductQuantizer": "diffq.quantizers.product",
+        "QATQuantizer": "diffq.quantizers.qat",
+        "QuantNoiseQuantizer": "diffq.quantizers.quant_noise",
+        "StateError": "diffq.errors",
+        "UniformQuantizer": "diffq.quantizers.compat",
+        "WeightError": "diffq.errors",
+        "distillation_loss": "diffq.losses",
+        "every_other_layer": "diffq.layers",
+        "every_other_layer_state": "diffq.layers",
+        "load": "diffq.storage",
+        "load_legacy": "diffq.legacy.load",
+        "open": "diffq.file",
+        "parametrize_pruning": "diffq.pruning",
+        "quantizer_of": "diffq.quantizers.base",
+        "restore_quantized_state": "diffq.restore",
+        "save": "diffq.storage",
+        "share_layers": "diffq.layers",
+        "verify": "diffq.file",
+    }
 
-# Imported on first use, so that reading a file needs no torch: name to module and attribute.
-_LAZY = {
-    "ActivationQuantizer": ("diffq.activations", "ActivationQuantizer"),
-    "DiffQuantizer": ("diffq.quantizers.differentiable", "DiffQuantizer"),
-    "LSQ": ("diffq.quantizers.compat", "LSQ"),
-    "LSQQuantizer": ("diffq.quantizers.lsq", "LSQQuantizer"),
-    "LayerDrop": ("diffq.layers", "LayerDrop"),
-    "ProductQuantizer": ("diffq.quantizers.product", "ProductQuantizer"),
-    "QATQuantizer": ("diffq.quantizers.qat", "QATQuantizer"),
-    "QuantNoiseQuantizer": ("diffq.quantizers.quant_noise", "QuantNoiseQuantizer"),
-    "UniformQuantizer": ("diffq.quantizers.compat", "UniformQuantizer"),
-    "distillation_loss": ("diffq.losses", "distillation_loss"),
-    "every_other_layer": ("diffq.layers", "every_other_layer"),
-    "every_other_layer_state": ("diffq.layers", "every_other_layer_state"),
-    "load": ("diffq.storage", "load"),
-    "load_legacy": ("diffq.legacy.load", "load_legacy"),
-    "open": ("diffq.file", "open_file"),
-    "parametrize_pruning": ("diffq.pruning", "parametrize_pruning"),
-    "quantizer_of": ("diffq.quantizers.base", "quantizer_of"),
-    "restore_quantized_state": ("diffq.restore", "restore_quantized_state"),
-    "save": ("diffq.storage", "save"),
-    "share_layers": ("diffq.layers", "share_layers"),
-    "verify": ("diffq.file", "verify"),
-}
+    __all__ = sorted(_LAZY.keys() - {"open"})
 
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'diffq' has no attribute {name!r}")
+        attribute = "open_file" if name == "open" else name
+        return getattr(import_module(_LAZY[name]), attribute)
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'diffq' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(import_module(module), attribute)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return [*_LAZY, *(name for name in globals() if name.startswith("__"))]

@@ -248,7 +248,8 @@ class LayerInput:
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Rounds to the grid from `low` to `high`; numbers outside go to its ends.
 
-    The gradient passes straight through the rounding, and not through the ends.
+    The gradient passes unchanged for numbers within the range, both ends included, and is
+    zero for those outside.
 
     Args:
         x: any shape.
@@ -261,12 +262,14 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """
     wide = widen(x)
     low, high = low.to(wide.dtype), high.to(wide.dtype)
-    inside = torch.clamp(wide, low, high)
     with torch.no_grad():
+        inside = torch.clamp(wide, low, high)
         step = (high - low) / (2**bits - 1)
         levels = torch.round((inside - low) / torch.where(step > 0, step, 1))
         quantized = levels * step + low
-    return straight_through(inside, quantized).to(x.dtype)
+        # Not left to the gradient of clamp: at the ends, some versions of torch halve it.
+        passes = inside == wide
+    return torch.where(passes, straight_through(wide, quantized), quantized).to(x.dtype)
 
 
 def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, _Layer]:

@@ -123,7 +123,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if ctx.needs_input_grad[0]:
         places = ctx.extremes.places(ctx.index, weight.detach())
         for_range = ctx.extremes.gradients(ctx.index, sums.sum()).to(grad.dtype)
-        for_weight = _copied(grad, None if ctx.group_size == 1 else error)
+        spare = ctx.group_size > 1 and not torch.compiler.is_compiling()
+        for_weight = _copied(grad, error if spare else None)
         for_weight.view(-1).index_add_(0, places, for_range)
     if ctx.needs_input_grad[2]:
         for_logits = sums.mul_(ctx.law.log_step_slope(logits)).to(logits.dtype)
@@ -164,7 +165,8 @@ def _group_sums(error: Tensor, group_size: int) -> Tensor:
     if group_size == 1:
         return error.reshape(-1)
     groups = grid.to_groups(error, group_size)
-    if groups.is_cpu and group_size <= _SHORT:
+    # While torch 2.6 compiles, a backward may ask no tensor where or how it lies.
+    if not torch.compiler.is_compiling() and groups.is_cpu and group_size <= _SHORT:
         # torch sums short rows at half the speed.
         return groups.mv(groups.new_ones(group_size))
     return groups.sum(1)

@@ -21,6 +21,11 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 
+def pytest_report_header():
+    """The versions that a result belongs to."""
+    return f"torch {torch.__version__}, numpy {np.__version__}"
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test starts from the same random numbers, whatever ran before it."""

@@ -28,7 +28,7 @@ VALUES = {
 #: Functions whose result holds the values of their arguments.
 CONTAINERS = {"list", "tuple", "dict", "zip", "sorted", "reversed", "float", "bits_of", "next"}
 #: Names of arguments that are called and give no outputs: of hypothesis, and the command line.
-FIXTURES = {"draw", "run", "run_json"}
+FIXTURES = {"draw", "pack", "run", "run_json"}
 FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 
 

@@ -83,11 +83,21 @@ def test_fake_quantize_keeps_the_dtype(dtype):
     assert result[2] == 1
 
 
-def test_gradient_stops_at_the_ends():
-    """The gradient is one within the range, its ends included, and zero outside."""
-    x = torch.tensor([-2.0, -1.0, 0.2, 1.0, 1.1], requires_grad=True)
-    fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4).sum().backward()
-    assert close(x.grad, torch.tensor([0.0, 1, 1, 1, 0]))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradient_stops_at_the_ends(dtype):
+    """The gradient is unchanged within the range, its ends included, and zero outside."""
+    x = torch.tensor([-2.0, -1.0, 0.2, 1.0, 1.1, -torch.inf], dtype=dtype, requires_grad=True)
+    grad = torch.tensor([3.0, 5.0, 7.0, -11.0, 13.0, 17.0], dtype=dtype)
+    fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4).backward(grad)
+    assert close(x.grad, torch.tensor([0, 5, 7, -11, 0, 0], dtype=dtype))
+
+
+def test_gradient_stops_at_the_ends_of_each_channel():
+    """Each channel's own range says where its gradient passes; an empty range is one point."""
+    x = torch.tensor([[0.0, 0.0, 0.5], [2.0, 0.1, 0.5], [3.0, -0.1, 0.6]], requires_grad=True)
+    low, high = torch.tensor([[0.0], [0.0], [0.5]]), torch.tensor([[2.0], [0.0], [0.5]])
+    fake_quantize(x, low.T, high.T, 8).sum().backward()
+    assert close(x.grad, torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 0]]))
 
 
 # Calibration

@@ -12,6 +12,7 @@ from diffq.ptq import Settings, quantize_state
 from diffq.select import Rules
 from diffq.state import to_state
 from tests.models import QUANTIZERS, ConvNet, seeded, snapshot_of, step
+from tests.processors import repeatable
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -57,6 +58,7 @@ def _numbers(value):
     return value
 
 
+@repeatable()
 def _history(kind, model, folder):
     """All that a quantizer makes in the life of a model."""
     torch.manual_seed(0)
@@ -113,6 +115,7 @@ def test_a_quantizer_does_not_depend_on_defaults(kind, default, expected, tmp_pa
 
 @pytest.mark.parametrize("observer", ["min-max", "histogram", "channel"])
 @pytest.mark.parametrize("default", [*DTYPES, "meta"], ids=str)
+@repeatable()
 def test_activations_do_not_depend_on_defaults(observer, default):
     """Ranges of activations, and what they round to, are those of the usual defaults."""
     found = []

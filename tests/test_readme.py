@@ -93,6 +93,12 @@ def test_readme_names_exist():
         assert hasattr(diffq.DiffQuantizer, name), name
 
 
+def test_readme_shows_the_version():
+    """The version that the README's Install section prints is the package's."""
+    shown = re.search(r"print\(diffq\.__version__\)\"\n(.*)\n", README)
+    assert shown[1] == diffq.__version__
+
+
 def test_readme_commands_exist():
     """Every make target that the README names is in the Makefile."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
