@@ -45,6 +45,7 @@ class Attachment:
         model: the model, as long as it is attached.
         quantizers: one weight quantizer for each quantized tensor.
         face: the object that users hold; copies of the model have their own.
+        ran: whether a forward of the model has ended.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Attachment:
     ) -> None:
         self.model = model
         self.face = face
+        self.ran = False
         self.quantizers = tuple(quantizers)
         self._handles: list[RemovableHandle] = []
         # By the module and not by its name: a detach takes quantizers off modules that were
@@ -115,6 +117,15 @@ class Attachment:
         """Has all quantized weights computed again."""
         for quantizer in self.quantizers:
             quantizer.forget()
+
+    def learning_now(self) -> frozenset[WeightQuantizer]:
+        """The weight quantizers whose noise acts on the loss in this step of the optimizer.
+
+        Before its first forward, those of the step before: a loop may ask for the size first.
+        """
+        if any(q.used or q.used_without_grad for q in self.quantizers):
+            return frozenset(q for q in self.quantizers if q.learns_now)
+        return frozenset(q for q in self.quantizers if q.used_before)
 
     def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
         """What `call` gives for each weight quantizer; sharded extras are gathered for it."""
@@ -232,11 +243,9 @@ class Attachment:
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
         for quantizer in quantizers:
             if is_managed(quantizer):
-                # FSDP's tensors are whole only while their module runs: each reading samples.
-                quantizer.used = False
-            else:
-                pair = quantizer, self._weight_to_sample(quantizer)
-                kinds.setdefault(type(quantizer), []).append(pair)
+                continue  # FSDP's tensors are whole only while their module runs
+            pair = quantizer, self._weight_to_sample(quantizer)
+            kinds.setdefault(type(quantizer), []).append(pair)
         for kind, pairs in kinds.items():
             constants = kind.sample_all(*zip(*pairs, strict=True))
             for (quantizer, weight), constant in zip(pairs, constants, strict=True):
@@ -250,6 +259,7 @@ class Attachment:
             # What stays on a module would be an output of the compiled code, and be kept.
             take_samples_away(self.quantizers)
             return output
+        self.ran = True
         samples = {q: q.current for q in self.quantizers if q.current is not None}
         told = call_before_backward(output, lambda: use_samples(samples))
         # Hooks that are always called run while an exception of the forward is handled.

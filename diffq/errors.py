@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 
 class DiffqError(Exception):
@@ -62,6 +63,11 @@ class MismatchError(StateError):
 
 class FormatError(DiffqError, ValueError):
     """A file or packed stream is damaged, hostile, or of an unknown version."""
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first few of them, separated by commas."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def warn(message: str) -> None:

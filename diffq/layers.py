@@ -30,8 +30,8 @@ class LayerDrop(nn.Sequential):
 
     Each call, or each iteration over it, is one forward and draws anew which layers are
     left out; in eval mode all are there. `children()` gives all of them in training too.
-    Where bits are learned, penalise `model_size(used_only=True)`, so that the bits of a
-    layer stay as they are in steps that leave it out (Section 5.2 of the DiffQ paper).
+    Where bits are learned, those of a layer stay as they are in steps that leave it out
+    (Section 5.2 of the DiffQ paper).
 
     Attributes:
         rate: probability that a layer is left out.

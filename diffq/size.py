@@ -54,6 +54,7 @@ class LearnedBits(torch.autograd.Function):
         groupings: Sequence[Grouping],
         wholes: Sequence[Grouping],
         ranks: Layout | None,
+        active: Sequence[bool],
         *logits: Tensor,
     ) -> Tensor:
         """The sum over all tensors, 0-dim.
@@ -62,6 +63,7 @@ class LearnedBits(torch.autograd.Function):
             groupings: what this rank holds of each tensor.
             wholes: each tensor.
             ranks: how the tensors are sharded; None if this process holds them whole.
+            active: for each tensor, whether its logits get a gradient.
             *logits: as `groupings`.
         """
         bits = grid.bits_of_all([g.law for g in groupings], logits)
@@ -74,34 +76,39 @@ class LearnedBits(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the logits."""
-        ctx.groupings = inputs[0]
-        ctx.save_for_backward(*inputs[3:])
+        ctx.groupings, _, _, ctx.active, *logits = inputs
+        ctx.save_for_backward(*logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each group, times what its bitwidth gains per logit."""
         grads = _gradients(ctx.groupings, ctx.saved_tensors, grad)
-        each = zip(grads, ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(found if needed else None for found, needed in each)
+        each = zip(grads, ctx.active, ctx.needs_input_grad[4:], strict=True)
+        found = (grad if active and needed else None for grad, active, needed in each)
+        return None, None, None, None, *found
 
 
-def learned_bits(groupings: Sequence[Grouping], logits: Sequence[Tensor]) -> Tensor:
+def learned_bits(
+    groupings: Sequence[Grouping], logits: Sequence[Tensor], active: Sequence[bool] | None = None
+) -> Tensor:
     """Bits of tensors with learned bitwidths; see `LearnedBits`.
 
     Args:
         groupings: one for each tensor.
         logits: one for each tensor, [groups]; all on one device, or all sharded alike.
             Then this is a collective.
+        active: for each tensor, whether its logits get a gradient; None if all do.
 
     Returns:
         0-dim tensor in float32 at least, differentiable in the logits.
     """
     held, parts, ranks = groupings, logits, None
+    active = [True] * len(logits) if active is None else active
     if is_dtensor(logits[0]):
         parts, ranks = [local_part(each) for each in logits], layout_of(logits[0])
         ends = map(holds_end, logits)
         held = [_held(*each) for each in zip(groupings, parts, ends, strict=True)]
-    result: Tensor = functions.call(LearnedBits, held, groupings, ranks, *parts)
+    result: Tensor = functions.call(LearnedBits, held, groupings, ranks, active, *parts)
     return result
 
 

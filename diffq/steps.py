@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from diffq.errors import OptimizerError, warn
+from diffq.errors import OptimizerError, listed, warn
 from diffq.sharding import is_dtensor
 from diffq.weight import WeightQuantizer
 
@@ -26,6 +26,18 @@ def still_learned(quantizers: Sequence[WeightQuantizer]) -> Iterator[nn.Paramete
         if quantizer.learning:
             # parameters() takes tens of times as long, and this runs at each step.
             yield from (p for p in quantizer._parameters.values() if p is not None)
+
+
+def warn_of_unread(quantizers: Sequence[WeightQuantizer]) -> None:
+    """Warns of tensors that the first step trained without their quantizers."""
+    if quantizers:
+        warn(
+            "Bitwidths and scales learn where training reads quantized weights, but the first "
+            f"step did not read {listed([q.plan.name for q in quantizers])}. Such tensors are in "
+            "eval mode, under no_grad, in a layer that the step left out, or in a list that was "
+            "made before the quantizer and holds the plain ones. Exclude those that never train, "
+            "and read the others through their modules."
+        )
 
 
 def refuse_training(module: nn.Module) -> None:
@@ -66,6 +78,7 @@ class OptimizerGuard:
         # By the id of an optimizer: its steps since one with learned parameters stepped.
         self._steps: dict[int, int] = {}
         self._warned = False
+        self._first_step = True
         self._rates = _rates(optimizer)
         self._expect_schedule(None)
         _register_hook()
@@ -93,6 +106,7 @@ class OptimizerGuard:
         group = next((g for g in groups if any(p is learned for p in g["params"])), None)
         if group is not None:
             self._all_trained()
+            self._end_step()
             self._compare_rates(optimizer, group.get("initial_lr"))
             return
         steps = self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
@@ -102,6 +116,14 @@ class OptimizerGuard:
     def _all_trained(self) -> None:
         # Not 0, so that optimizers of other parameters are compared once and not at each step.
         self._steps = dict.fromkeys(self._steps, 1)
+
+    def _end_step(self) -> None:
+        if self._first_step:
+            self._first_step = False
+            warn_of_unread([q for q in self._quantizers if q.learning and not q.used])
+        if any(quantizer.used for quantizer in self._quantizers):
+            for quantizer in self._quantizers:
+                quantizer.end_step()
 
     def _compare_parameters(self, optimizer: Optimizer, steps: int) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -106,7 +106,9 @@ class Sample:
 
 
 # Attributes that are no parameters of the module, even where they hold one.
-_PASSING = frozenset({"used", "current", "_held", "_cached"})
+_PASSING = frozenset(
+    {"read", "used", "used_without_grad", "used_before", "current", "_held", "_cached"}
+)
 
 
 class _Seen(NamedTuple):
@@ -138,7 +140,11 @@ class WeightQuantizer(nn.Module, ABC):
     the weight, what is learned or the mode changes.
 
     Attributes:
-        used: whether the last training forward of the root read the weight.
+        read: whether any forward has read the weight.
+        used: whether training has read the weight with gradients since the last step of the
+            optimizer, in a forward or in a backward that computes a part of one again.
+        used_without_grad: whether it has read the weight without, since then.
+        used_before: `used`, at the end of the step before.
     """
 
     def __init__(self, plan: TensorPlan) -> None:
@@ -147,7 +153,8 @@ class WeightQuantizer(nn.Module, ABC):
         self.group_size = plan.numel
         self.forward_state = ForwardState()
         self.mode_followers: list[ModeFollower] = []
-        self.used = False
+        self.read = False
+        self.used = self.used_without_grad = self.used_before = False
         self.current: Sample | None = None
         self._held: Tensor | None = None
         self._cached: _Cached | None = None
@@ -199,12 +206,8 @@ class WeightQuantizer(nn.Module, ABC):
     def size_bits(self) -> Tensor | float:
         """Bits of the stored weight, 0-dim; those that are learned are left to `learned_size`."""
 
-    def learned_size(self, used_only: bool = False) -> tuple[Grouping, Tensor] | None:
-        """What learned bits depend on: the groups and their logits; None if there are none.
-
-        Args:
-            used_only: without gradient if the last training forward did not read the weight.
-        """
+    def learned_size(self) -> tuple[Grouping, Tensor] | None:
+        """What learned bits depend on: the groups and their logits; None if there are none."""
         return None
 
     @abstractmethod
@@ -230,20 +233,20 @@ class WeightQuantizer(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the model computes with."""
+        self.read = True
         if not self.training:
             return self._quantized(weight)
         if self._held is not None:
             return self._held
-        self.used = True
         current = self.current
         if current is not None and current.serves(weight) and self._goes_on():
             return self._read(current, weight)
+        self._note_use()
         constant = self.sample(weight)
         return weight if constant is None else self.connect(weight, constant.laid_out_as(weight))
 
     def begin(self, weight: Tensor, constant: Constant | None) -> None:
         """Takes the sample for the forward of the root that is about to run."""
-        self.used = False
         self.current = None
         if constant is not None:
             constant = constant.laid_out_as(weight)
@@ -253,6 +256,26 @@ class WeightQuantizer(nn.Module, ABC):
             if connected is not None and not torch.compiler.is_compiling():
                 functions.release_after(connected, self.current)
 
+    def _note_use(self) -> None:
+        if torch.is_grad_enabled():
+            self.used = True
+        else:
+            self.used_without_grad = True
+
+    @property
+    def learns_now(self) -> bool:
+        """Whether noise acts on the loss in this step, so that bits may learn from the size.
+
+        A reentrant checkpoint reads without gradients first, and with them not before backward.
+        What it will do is taken from the step before.
+        """
+        return self.used or (self.used_without_grad and self.used_before)
+
+    def end_step(self) -> None:
+        """Begins another step of the optimizer."""
+        self.used_before = self.used
+        self.used = self.used_without_grad = False
+
     def _goes_on(self) -> bool:
         return self.forward_state.depth > 0 or _in_backward()
 
@@ -261,6 +284,7 @@ class WeightQuantizer(nn.Module, ABC):
         if constant is None:
             raise RuntimeError("A sample that was released serves no reading.")
         current.reads += 1
+        self._note_use()
         if not torch.is_grad_enabled():
             current.read_without_grad = True
             return constant.value.to(weight.dtype)
@@ -302,7 +326,7 @@ class WeightQuantizer(nn.Module, ABC):
                 return None
             if not torch.is_grad_enabled() or current.connected is None:
                 return None
-            self.used = True
+            self.read = self.used = True
             current.reads += 1
             return current.connected
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -150,13 +150,14 @@ def test_wrong_rate():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_dropped_layers_get_no_size_gradient(shared):
-    """With used_only, the size moves the bits of the layers that ran, and of no other."""
+    """The size moves the bits of the layers that ran since the last step, and of no other."""
     model = _net()
     if shared:
         diffq.share_layers(model.layers)
     model.layers = diffq.LayerDrop(model.layers, 0.5)
     quantizer = diffq.DiffQuantizer(model, min_size=0, include=["weight"])
-    quantizer.no_optimizer()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    quantizer.setup_optimizer(optimizer)
     seen = set()
     for layer in model.layers.children():
         layer.register_forward_hook(lambda layer, *_: seen.add(layer))
@@ -165,7 +166,8 @@ def test_dropped_layers_get_no_size_gradient(shared):
         seen.clear()
         model(torch.randn(5, 8))
         model.zero_grad()
-        quantizer.model_size(used_only=True).backward()
+        quantizer.model_size().backward()
+        optimizer.step()
         for layer in model.layers.children():
             grad = layer.inner.parametrizations.weight[0].logits.grad
             assert (grad is not None and bool(grad.all())) == (layer in seen)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffq.attach import Attachment
 from diffq.chains import bake
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError, warn
+from diffq.errors import AttachError, ConfigError, DiffqError, listed, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.quantizers.guards import (
@@ -70,6 +70,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         self._by_name = {q.plan.name: q for q in quantizers if q is not None}
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._expect_optimizer()
+        self._warned_of_unread = False
         if not any(plan.quantized for plan in self._plans):
             warn(rules.why_nothing(self._plans))
 
@@ -87,7 +88,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         """Every unique tensor of the model's state dict, quantized or raw, in its order."""
         return self._plans
 
-    def model_size(self, used_only: bool = False) -> Tensor:
+    def model_size(self) -> Tensor:
         """Size of the quantized model in MB, differentiable in what is learned.
 
         The same on every rank of a sharded model; a collective there.
@@ -96,10 +97,10 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         not quantized. Add `lam * model_size()` to the loss. Reads nothing back from
         the device.
 
-        Args:
-            used_only: bits of tensors that the last training forward did not read, such
-                as those of a layer that LayerDrop left out, get no gradient (Section 5.2
-                of the paper). The size is the same.
+        Bits learn only where noise acted: those of a tensor that no training forward since
+        the last step of the optimizer read with gradients get no gradient. Such tensors are
+        frozen, in eval mode, under `no_grad`, or in a layer that LayerDrop left out
+        (Section 5.2 of the paper).
 
         Returns:
             0-dim float32 tensor on the device of the model's parameters.
@@ -111,8 +112,11 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        learned = [size for q in attachment.quantizers if (size := q.learned_size(used_only))]
-        for place in dict.fromkeys(layout_of(logits) for _, logits in learned):
+        active = attachment.learning_now()
+        learned = [
+            (*size, q in active) for q in attachment.quantizers if (size := q.learned_size())
+        ]
+        for place in dict.fromkeys(layout_of(logits) for _, logits, _ in learned):
             there = [size for size in learned if layout_of(size[1]) == place]
             bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
         if bits.requires_grad and not all(q.training for q in attachment.quantizers):
@@ -187,6 +191,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         """
         attachment = self._attachment
         self._check_names()
+        self._warn_of_unread()
         raw = {plan.name: plan for plan in self._plans if plan.name not in self._by_name}
         records: dict[str, Record] = {}
         quantized = attachment.each_weight(lambda quantizer, weight: quantizer.record(weight))
@@ -262,6 +267,19 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         if self._attached is None:
             raise AttachError("This quantizer was detached from its model. Make a new one.")
         return self._attached
+
+    def _warn_of_unread(self) -> None:
+        """Warns once of tensors that are stored quantized, but may be computed with as they are."""
+        quantizers = self._attachment.quantizers
+        unread = [q.plan.name for q in quantizers if q.plan.quantized and not q.read]
+        if self._attachment.ran and unread and not self._warned_of_unread:
+            self._warned_of_unread = True
+            warn(
+                "A quantized weight must be read through its module, but no forward has read "
+                f"{listed(unread)} there. If the model kept the plain tensors in a list when it "
+                "was made, it computes with those, and what is stored differs: read them through "
+                "their modules, or exclude them."
+            )
 
     def _check_names(self) -> None:
         planned = {name for plan in self._plans for name in plan.names}

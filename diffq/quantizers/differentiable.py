@@ -137,11 +137,11 @@ class DiffQWeight(GridQuantizer):
             return float(self.plan.numel * self.settings.bits + self.overhead_bits)
         return 0.0 if self._frozen_size is None else self._frozen_size
 
-    def learned_size(self, used_only: bool = False) -> tuple[Grouping, Tensor] | None:
+    def learned_size(self) -> tuple[Grouping, Tensor] | None:
         """Groups and logits, until the bits are frozen."""
         if self.frozen_bits is not None:
             return None
-        logits = self.logits if self.used or not used_only else self.logits.detach()
+        logits: Tensor = self.logits
         if is_managed(self) and not is_dtensor(logits):
             # FSDP may free what it has gathered before a backward asks for it.
             logits = logits.clone()

@@ -260,6 +260,7 @@ def check_size_gradient():
     """The gradient of the size alone is that of one process, and no weight has one."""
     model, quantizer = train()
     alone, expected = gathered(model)
+    alone(tokens(None))
     model.zero_grad()
     expected.model_size().backward()
     quantizer.model_size().backward()
@@ -271,13 +272,13 @@ def check_size_gradient():
 
 
 def check_unused_blocks():
-    """With `used_only`, a block that the last forward left out gets no gradient."""
+    """A block that no forward since the last step ran gets no gradient from the size."""
     model, quantizer = train()
     model.zero_grad()
     left_out, model.blocks = model.blocks[1], model.blocks[:1]
     model(tokens(None))
     model.blocks.append(left_out)
-    quantizer.model_size(used_only=True).backward()
+    quantizer.model_size().backward()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad is not None and bool(sharding.whole(parameter.grad).any())
         assert gradient == ("logits" in name and "blocks.1" not in name)
