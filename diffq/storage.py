@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from diffq.errors import ConfigError
 from diffq.file import Readable, StoredModel, read_whole
 from diffq.format.container import Codec, encode_parts
 from diffq.format.reader import default_budget
-from diffq.quantizers.base import BaseQuantizer
 from diffq.restore import match, unique_targets
 from diffq.select import named_tensors
 from diffq.state import Header, Snapshot, from_state
@@ -26,8 +25,16 @@ Model = TypeVar("Model", bound=nn.Module)
 DeviceLike = torch.device | str | int | None
 
 
+@runtime_checkable
+class Storable(Protocol):
+    """What can be written to a file: a quantizer."""
+
+    def snapshot(self) -> Snapshot:
+        """The whole model as frozen records."""
+
+
 def save(
-    source: BaseQuantizer | Mapping[str, Any],
+    source: Storable | Mapping[str, Any],
     path: Target,
     codec: Codec = "zstd",
     metadata: Mapping[str, Any] | None = None,
@@ -147,8 +154,8 @@ def _decoded_size(model: nn.Module) -> int:
     return sum(max(4 + 8 + 1, tensor.element_size()) * tensor.numel() for tensor in tensors)
 
 
-def _snapshot(source: BaseQuantizer | Mapping[str, Any]) -> Snapshot:
-    if isinstance(source, BaseQuantizer):
+def _snapshot(source: Storable | Mapping[str, Any]) -> Snapshot:
+    if isinstance(source, Storable):
         return source.snapshot()
     if isinstance(source, Mapping):
         return from_state(source)
