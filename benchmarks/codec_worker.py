@@ -60,7 +60,7 @@ class Meter:
 
 def run_diffq(codec: str, millions: int, path: Path, meter: Meter) -> None:
     import diffq
-    from diffq.state import from_state
+    from diffq.storage.state import from_state
 
     _, quantizer = attach(millions)
     state = quantizer.get_quantized_state(packed=False)

@@ -35,7 +35,7 @@ Found = tuple[np.ndarray, np.ndarray]
 def run_diffq(threads: int) -> Callable[[Blocks], Found]:
     import torch
 
-    from diffq.kmeans import kmeans
+    from diffq.numerics.kmeans import kmeans
 
     torch.set_num_threads(threads)
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq import draws, grid, noise
-from diffq.grid import BitsLaw
-from diffq.tables import table
+from diffq.numerics import draws, grid, noise
+from diffq.numerics.grid import BitsLaw
+from diffq.quantizers.tables import table
 
 LAW = BitsLaw(2, 15)
 ROW = 256

@@ -16,7 +16,7 @@ __version__ = "1.0.0.dev0"
 # Each public name stands here twice: as an import for type checkers, to whom `__getattr__`
 # would make every name valid, and in a table for Python. A test compares the two.
 if TYPE_CHECKING:
-    from diffq.activations import ActivationQuantizer as ActivationQuantizer
+    from diffq.attach.pruning import parametrize_pruning as parametrize_pruning
     from diffq.errors import AttachError as AttachError
     from diffq.errors import CalibrationError as CalibrationError
     from diffq.errors import ConfigError as ConfigError
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     from diffq.errors import OptimizerError as OptimizerError
     from diffq.errors import StateError as StateError
     from diffq.errors import WeightError as WeightError
-    from diffq.file import open_file
-    from diffq.file import verify as verify
-    from diffq.layers import LayerDrop as LayerDrop
-    from diffq.layers import every_other_layer as every_other_layer
-    from diffq.layers import every_other_layer_state as every_other_layer_state
-    from diffq.layers import share_layers as share_layers
-    from diffq.legacy.load import load_legacy as load_legacy
-    from diffq.losses import distillation_loss as distillation_loss
-    from diffq.pruning import parametrize_pruning as parametrize_pruning
+    from diffq.nn.activations import ActivationQuantizer as ActivationQuantizer
+    from diffq.nn.layers import LayerDrop as LayerDrop
+    from diffq.nn.layers import every_other_layer as every_other_layer
+    from diffq.nn.layers import every_other_layer_state as every_other_layer_state
+    from diffq.nn.layers import share_layers as share_layers
+    from diffq.nn.losses import distillation_loss as distillation_loss
     from diffq.quantizers.base import quantizer_of as quantizer_of
-    from diffq.quantizers.compat import LSQ as LSQ
-    from diffq.quantizers.compat import UniformQuantizer as UniformQuantizer
-    from diffq.quantizers.differentiable import DiffQuantizer as DiffQuantizer
+    from diffq.quantizers.diffq import DiffQuantizer as DiffQuantizer
+    from diffq.quantizers.earlier import LSQ as LSQ
+    from diffq.quantizers.earlier import UniformQuantizer as UniformQuantizer
     from diffq.quantizers.lsq import LSQQuantizer as LSQQuantizer
-    from diffq.quantizers.product import ProductQuantizer as ProductQuantizer
+    from diffq.quantizers.product.quantizer import ProductQuantizer as ProductQuantizer
     from diffq.quantizers.qat import QATQuantizer as QATQuantizer
     from diffq.quantizers.quant_noise import QuantNoiseQuantizer as QuantNoiseQuantizer
-    from diffq.restore import restore_quantized_state as restore_quantized_state
-    from diffq.storage import load as load
-    from diffq.storage import save as save
+    from diffq.storage.legacy.load import load_legacy as load_legacy
+    from diffq.storage.open import open_file
+    from diffq.storage.open import verify as verify
+    from diffq.storage.restore import restore_quantized_state as restore_quantized_state
+    from diffq.storage.save import load as load
+    from diffq.storage.save import save as save
 
     open = open_file
 else:
@@ -54,37 +54,37 @@ else:
 
     # Imported on first use, so that reading a file needs no torch.
     _LAZY = {
-        "ActivationQuantizer": "diffq.activations",
+        "ActivationQuantizer": "diffq.nn.activations",
         "AttachError": "diffq.errors",
         "CalibrationError": "diffq.errors",
         "ConfigError": "diffq.errors",
-        "DiffQuantizer": "diffq.quantizers.differentiable",
+        "DiffQuantizer": "diffq.quantizers.diffq",
         "DiffqError": "diffq.errors",
         "DiffqWarning": "diffq.errors",
         "FormatError": "diffq.errors",
-        "LSQ": "diffq.quantizers.compat",
+        "LSQ": "diffq.quantizers.earlier",
         "LSQQuantizer": "diffq.quantizers.lsq",
-        "LayerDrop": "diffq.layers",
+        "LayerDrop": "diffq.nn.layers",
         "MismatchError": "diffq.errors",
         "OptimizerError": "diffq.errors",
-        "ProductQuantizer": "diffq.quantizers.product",
+        "ProductQuantizer": "diffq.quantizers.product.quantizer",
         "QATQuantizer": "diffq.quantizers.qat",
         "QuantNoiseQuantizer": "diffq.quantizers.quant_noise",
         "StateError": "diffq.errors",
-        "UniformQuantizer": "diffq.quantizers.compat",
+        "UniformQuantizer": "diffq.quantizers.earlier",
         "WeightError": "diffq.errors",
-        "distillation_loss": "diffq.losses",
-        "every_other_layer": "diffq.layers",
-        "every_other_layer_state": "diffq.layers",
-        "load": "diffq.storage",
-        "load_legacy": "diffq.legacy.load",
-        "open": "diffq.file",
-        "parametrize_pruning": "diffq.pruning",
+        "distillation_loss": "diffq.nn.losses",
+        "every_other_layer": "diffq.nn.layers",
+        "every_other_layer_state": "diffq.nn.layers",
+        "load": "diffq.storage.save",
+        "load_legacy": "diffq.storage.legacy.load",
+        "open": "diffq.storage.open",
+        "parametrize_pruning": "diffq.attach.pruning",
         "quantizer_of": "diffq.quantizers.base",
-        "restore_quantized_state": "diffq.restore",
-        "save": "diffq.storage",
-        "share_layers": "diffq.layers",
-        "verify": "diffq.file",
+        "restore_quantized_state": "diffq.storage.restore",
+        "save": "diffq.storage.save",
+        "share_layers": "diffq.nn.layers",
+        "verify": "diffq.storage.open",
     }
 
     __all__ = sorted(_LAZY.keys() - {"open"})

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffq.chains import quantizers_in
+from diffq.attach.chains import quantizers_in
 
 
 class Holder(nn.Module):

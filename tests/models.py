@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
-from diffq import chains
+from diffq.attach import chains
 from tests.compare import close, same_bits
 
 #: Every public quantizer, with all tensors selected.

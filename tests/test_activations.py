@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from diffq.activations import fake_quantize
 from diffq.errors import AttachError, CalibrationError, ConfigError, MismatchError
-from diffq.observers import keep_zero
+from diffq.nn.activations import fake_quantize
+from diffq.numerics.ranges import keep_zero
 from tests.compare import close, same_bits
 from tests.models import MODELS, QUANTIZERS, SUMS, ConvNet, computed, mlp, seeded, snapshot_of, step
 

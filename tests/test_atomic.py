@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.writing import write_file
+from diffq.storage.writing import write_file
 
 NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 FAULTS = ["fdopen", "fsync", "chmod", "replace"]

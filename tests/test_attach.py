@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from diffq import chains
+from diffq.attach import chains
 from tests.compare import close, same_bits
 from tests.models import (
     MODELS,

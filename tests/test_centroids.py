@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffq.quantizers.centroids import pass_to_centroids, store_codebook
+from diffq.quantizers.product.centroids import pass_to_centroids, store_codebook
 from tests.compare import same_bits
 
 

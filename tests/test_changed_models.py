@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from diffq.chains import quantizers_in
+from diffq.attach.chains import quantizers_in
 from tests.models import (
     QUANTIZERS,
     Recurrent,

@@ -19,8 +19,8 @@ from diffq.cli.inspect import histogram
 from diffq.format.container import encode
 from diffq.format.entropy import entropy_bound_bits
 from diffq.format.records import GridRecord
-from diffq.ptq import Settings, quantize_state
-from diffq.state import raw_record
+from diffq.ptq.state import Settings, quantize_state
+from diffq.storage.state import raw_record
 from tests.compare import same_bits
 from tests.format.samples import grid, product
 
@@ -730,7 +730,7 @@ def test_an_interrupt_is_no_traceback(packed, monkeypatch, run):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffq.file.StoredModel", interrupted)
+    monkeypatch.setattr("diffq.storage.open.StoredModel", interrupted)
     assert run("inspect", packed) == (130, "", "")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import diffq
-from diffq import chains
+from diffq.attach import chains
 from tests.compare import same_bits
 from tests.models import (
     MODELS,

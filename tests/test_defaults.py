@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import diffq
-from diffq.budget import quantize_to_size
-from diffq.ptq import Settings, quantize_state
-from diffq.select import Rules
-from diffq.state import to_state
+from diffq.attach.plan import Rules
+from diffq.ptq.budget import quantize_to_size
+from diffq.ptq.state import Settings, quantize_state
+from diffq.storage.state import to_state
 from tests.models import QUANTIZERS, ConvNet, seeded, snapshot_of, step
 from tests.processors import repeatable
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffq import draws
+from diffq.numerics import draws
 from tests.compare import same_bits
 
 KINDS = ["gaussian", "uniform"]

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.chains import quantizers_in
+from diffq.attach.chains import quantizers_in
 from diffq.errors import AttachError, ConfigError
-from diffq.quantizers.compat import LSQ, UniformQuantizer
-from diffq.quantizers.differentiable import DiffQuantizer
+from diffq.quantizers.diffq import DiffQuantizer
+from diffq.quantizers.earlier import LSQ, UniformQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from tests.compare import close, same_bits
 from tests.holder import Holder, reloaded

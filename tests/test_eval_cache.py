@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from diffq import chains
+from diffq.attach import chains
 from tests.compare import close, same_bits
 from tests.models import (
     MODELS,

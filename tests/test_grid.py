@@ -9,9 +9,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq import grid
 from diffq.format.records import GridRecord
-from diffq.grid import BitsLaw
+from diffq.numerics import grid
+from diffq.numerics.grid import BitsLaw
 from tests.compare import same_bits
 
 BITS = st.integers(1, 15)

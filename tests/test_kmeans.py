@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffq
-from diffq.kmeans import kmeans, member_sums, nearest
+from diffq.numerics.kmeans import kmeans, member_sums, nearest
 from tests.compare import same_bits
 from tests.processors import repeatable
 

@@ -19,12 +19,12 @@ import diffq
 from diffq.cli.convert import add_parser, convert, make_model
 from diffq.errors import ConfigError, DiffqError, FormatError, MismatchError, StateError
 from diffq.format.records import GridRecord
-from diffq.legacy.entries import GridEntry
-from diffq.legacy.layout import is_legacy
-from diffq.legacy.load import legacy_snapshot, load_legacy
-from diffq.legacy.planes import unpack_shorts, unpack_words
-from diffq.legacy.unpickle import KNOWN, read_file
-from diffq.state import record_tensor
+from diffq.storage.legacy.entries import GridEntry
+from diffq.storage.legacy.layout import is_legacy
+from diffq.storage.legacy.load import legacy_snapshot, load_legacy
+from diffq.storage.legacy.planes import unpack_shorts, unpack_words
+from diffq.storage.legacy.unpickle import KNOWN, read_file
+from diffq.storage.state import record_tensor
 from tests.compare import same_bits
 from tests.holder import Holder, all_bits
 from tests.legacy.make_golden import CASES, FOLDER, MIN_SIZE, build
@@ -726,7 +726,7 @@ ARRAYS = {
 
 
 def _Dtype(code, order="<"):
-    from diffq.legacy.unpickle import StandInDtype
+    from diffq.storage.legacy.unpickle import StandInDtype
 
     dtype = StandInDtype(code, False, True)
     dtype.__setstate__((3, order, None, None, None, -1, -1, 0))

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import diffq
-from diffq.steps import PATIENCE
+from diffq.quantizers.steps import PATIENCE
 from tests.compare import same_bits
 from tests.models import QUANTIZERS, mlp, seeded, snapshot_of, step
 

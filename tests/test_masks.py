@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq.masks import block_mask
+from diffq.numerics.masks import block_mask
 from tests.compare import same_bits
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
-from diffq import chains
+from diffq.attach import chains
 from tests.compare import close, same_bits
 from tests.models import (
     QUANTIZERS,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
-from diffq import draws, noise
-from diffq.grid import BitsLaw, widen
+from diffq.numerics import draws, noise
+from diffq.numerics.grid import BitsLaw, widen
 from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
 

@@ -7,8 +7,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq import errors, grid, observers
-from diffq.observers import BINS, Histogram
+from diffq import errors
+from diffq.numerics import grid
+from diffq.numerics import ranges as observers
+from diffq.numerics.ranges import BINS, Histogram
 from tests.compare import same_bits
 
 BITS = st.integers(1, 15)

@@ -60,7 +60,7 @@ def test_a_file_that_is_cut_while_it_is_loaded(path, monkeypatch):
         os.truncate(path, 0)
         return real(*args)
 
-    monkeypatch.setattr("diffq.storage.match", cut)
+    monkeypatch.setattr("diffq.storage.save.match", cut)
     assert all_bits(diffq.load(path, TiedModules())) == expected
 
 

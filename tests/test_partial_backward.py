@@ -7,8 +7,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from diffq.chains import quantizers_in
-from diffq.grid import BitsLaw
+from diffq.attach.chains import quantizers_in
+from diffq.numerics.grid import BitsLaw
 from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of
 from tests.models import SUMS, gradients

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.quantizers.blocks import layer_kind
+from diffq.quantizers.product.blocks import layer_kind
 from tests.compare import close, same_bits
 from tests.holder import Holder, all_bits, bits_of, blank, reloaded, weight_quantizers
 from tests.models import (

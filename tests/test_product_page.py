@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.quantizers.blocks import LAYER_KINDS
-from diffq.quantizers.product_weight import ProductSettings
+from diffq.quantizers.product.blocks import LAYER_KINDS
+from diffq.quantizers.product.weight import ProductSettings
 from tests.models import evaluate_alike
 
 ROOT = Path(__file__).parent.parent

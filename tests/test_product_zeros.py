@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.kmeans import kmeans, kmeans_with_zeros
+from diffq.numerics.kmeans import kmeans, kmeans_with_zeros
 from tests.compare import same_bits
 from tests.models import restored
 

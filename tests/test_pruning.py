@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import diffq
+from diffq.attach.pruning import is_pruned
 from diffq.errors import AttachError
-from diffq.pruning import is_pruned
 from tests.compare import close, same_bits
 from tests.models import evaluate_alike, mlp, restored, seeded, step
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffq
-from diffq.budget import GROUP_SIZE, measure, quantize_to_size
+from diffq.attach.plan import Rules
 from diffq.format.container import decode, encode
 from diffq.format.entropy import entropy_bits
 from diffq.format.records import MAX_RANGE, GridRecord, RawRecord
-from diffq.ptq import Settings, StateGrid, find_ties, quantize_state
-from diffq.select import Rules
+from diffq.ptq.budget import GROUP_SIZE, measure, quantize_to_size
+from diffq.ptq.state import Settings, StateGrid, find_ties, quantize_state
 from tests.models import MODELS, seeded
 
 ALL = Rules(min_size=0)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
-from diffq.grid import BitsLaw
+from diffq.numerics.grid import BitsLaw
 from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
 from tests.models import MODELS, QUANTIZERS, computed, learned, mlp

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import diffq
-from diffq.select import Rules, Site, build_plan
+from diffq.attach.plan import Rules, Site, build_plan
 from tests.compare import same_bits
 from tests.models import SharedModule, TiedHead, TiedModules, TwoNames, mlp
 

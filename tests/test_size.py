@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
-from diffq import grid
-from diffq.grid import BitsLaw
-from diffq.size import MEGABYTE, MEGABYTE_BITS, Grouping, learned_bits
+from diffq.numerics import grid
+from diffq.numerics.grid import BitsLaw
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, learned_bits
 from tests.holder import Holder, set_bits, weight_quantizers
 from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, encoder
 

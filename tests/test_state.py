@@ -13,7 +13,7 @@ from torch import nn
 
 import diffq
 from diffq.format import bitpack
-from diffq.state import from_state
+from diffq.storage.state import from_state
 from tests.compare import same_bits
 from tests.holder import Holder, all_bits, bits_of, blank, reloaded, set_bits, weight_quantizers
 from tests.models import MODELS, QUANTIZERS

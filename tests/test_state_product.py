@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import diffq
 from diffq.format.product import ProductRecord
-from diffq.state import Snapshot, from_state, to_state
+from diffq.storage.state import Snapshot, from_state, to_state
 from tests.format.samples import assert_same, product, product_records
 from tests.holder import Holder, all_bits, bits_of, reloaded
 

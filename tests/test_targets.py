@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import diffq
-from diffq import writing
 from diffq.cli import main
+from diffq.storage import writing
 from tests.models import mlp
 
 NEEDS_FIFO = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -46,7 +46,7 @@ def pipe(tmp_path):
 @pytest.fixture
 def unused(monkeypatch):
     """Fails the test if the model is encoded."""
-    monkeypatch.setattr("diffq.storage.encode_parts", pytest.fail)
+    monkeypatch.setattr("diffq.storage.save.encode_parts", pytest.fail)
 
 
 def _fake_mode(monkeypatch, path, kind):

@@ -11,10 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
-from diffq.budget import quantize_to_size
+from diffq.attach.plan import Rules
 from diffq.format.records import GridRecord
-from diffq.ptq import Settings, quantize_state
-from diffq.select import Rules
+from diffq.ptq.budget import quantize_to_size
+from diffq.ptq.state import Settings, quantize_state
 from tests.compare import close, same_bits
 from tests.models import restored, seeded, snapshot_of, step
 from tests.processors import repeatable

@@ -58,8 +58,8 @@ def open_model(
     Raises:
         ConfigError, FormatError, OSError: as `read_state`.
     """
-    from diffq.file import StoredModel
-    from diffq.ptq import find_ties
+    from diffq.ptq.state import find_ties
+    from diffq.storage.open import StoredModel
 
     if kind_of(path) == "diffq":
         with StoredModel(path, budget) as stored:
@@ -98,7 +98,7 @@ def read_state(path: str, key: str | None = None) -> Checkpoint:
 
 
 def _load_diffq(path: str) -> dict[str, Any]:
-    from diffq.storage import load
+    from diffq.storage.save import load
 
     return load(path)
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffq.errors import ConfigError
-from diffq.tables import table
-from diffq.writing import check_target
+from diffq.quantizers.tables import table
+from diffq.storage.writing import check_target
 
 if TYPE_CHECKING:
     from rich.table import Table

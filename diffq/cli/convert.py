@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from diffq.format.container import Codec
-    from diffq.writing import PathLike
+    from diffq.storage.writing import PathLike
 
 _DESCRIPTION = """\
 Reads what the earlier diffq package (0.1 to 0.2.4) saved, and writes a file of this one: the same
@@ -147,8 +147,8 @@ def convert(
     """
     from diffq.format.container import encode_parts
     from diffq.format.records import RawRecord
-    from diffq.legacy.load import legacy_snapshot
-    from diffq.writing import write_file
+    from diffq.storage.legacy.load import legacy_snapshot
+    from diffq.storage.writing import write_file
 
     snapshot = legacy_snapshot(source, model, key=key, settings=settings, stand_ins=stand_ins)
     parts = encode_parts(snapshot.records, snapshot.aliases, codec=codec)

@@ -27,9 +27,9 @@ from diffq.cli.common import (
 from diffq.cli.kinds import check_diffq
 
 if TYPE_CHECKING:
-    from diffq.file import StoredModel
     from diffq.format.entries import Entry
     from diffq.format.records import Record
+    from diffq.storage.open import StoredModel
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -59,7 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.file import StoredModel
+    from diffq.storage.open import StoredModel
 
     check_diffq(args.file)
     with StoredModel(args.file, budget(args)) as stored, progress(args) as report:

@@ -29,8 +29,8 @@ from diffq.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from diffq.ptq import Settings
-    from diffq.state import Snapshot
+    from diffq.ptq.state import Settings
+    from diffq.storage.state import Snapshot
 
 _DESCRIPTION = """\
 Quantizes a trained checkpoint, without data or training, and writes it as one file.
@@ -116,7 +116,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from diffq.cli.checkpoint import read_state
-    from diffq.writing import write_file
+    from diffq.storage.writing import write_file
 
     check_output(args.out, args.checkpoint)
     with progress(args) as report:
@@ -160,9 +160,9 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from diffq.budget import GROUP_SIZE
-    from diffq.ptq import Settings
-    from diffq.select import Rules
+    from diffq.attach.plan import Rules
+    from diffq.ptq.budget import GROUP_SIZE
+    from diffq.ptq.state import Settings
 
     group_size = args.group_size
     if group_size is None and args.target_mb is not None:
@@ -174,9 +174,9 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _quantize(
     args: argparse.Namespace, state: dict[str, Any], report: Report
 ) -> tuple[Snapshot, list[bytes]]:
-    from diffq.budget import quantize_to_size
     from diffq.format.container import encode_parts
-    from diffq.ptq import quantize_state
+    from diffq.ptq.budget import quantize_to_size
+    from diffq.ptq.state import quantize_state
 
     settings, metadata = _settings(args), dict(args.metadata)
     if args.target_mb is not None:
@@ -192,7 +192,7 @@ def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
     from diffq.format.records import RawRecord
-    from diffq.state import record_tensor
+    from diffq.storage.state import record_tensor
 
     coded = []
     in_float32 = weights = 0

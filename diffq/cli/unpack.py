@@ -59,9 +59,9 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from diffq.file import StoredModel, read_whole
-    from diffq.storage import load
-    from diffq.writing import write_file
+    from diffq.storage.open import StoredModel, read_whole
+    from diffq.storage.save import load
+    from diffq.storage.writing import write_file
 
     check_output(args.out, args.file)
     check_diffq(args.file)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(path: str, most: int | None) -> dict[str, Any]:
-    from diffq.file import verify
+    from diffq.storage.open import verify
 
     try:
         check_diffq(path)

@@ -9,27 +9,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffq.attach import Attachment
-from diffq.chains import bake
+from diffq.attach.attachment import Attachment
+from diffq.attach.chains import bake
+from diffq.attach.guards import check_detachable, check_finite, check_model, check_owners
+from diffq.attach.plan import Rules, TensorPlan, build_plan, named_sites
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError, listed, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.quantizers.guards import (
-    check_detachable,
-    check_finite,
-    check_model,
-    check_owners,
-)
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.quantizers.half import HalfQuantizer
+from diffq.quantizers.report import size_table, tensor_size
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
-from diffq.report import size_table, tensor_size
-from diffq.select import Rules, TensorPlan, build_plan, named_sites
-from diffq.sharding import is_managed, layout_of
-from diffq.size import MEGABYTE, MEGABYTE_BITS, learned_bits
-from diffq.state import Snapshot, raw_record, to_state
-from diffq.weight import WeightQuantizer
+from diffq.storage.state import Snapshot, raw_record, to_state
+from diffq.torch_inside.sharding import is_managed, layout_of
 
 
 class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffq.attach.weight import WeightQuantizer
 from diffq.errors import WeightError
 from diffq.format.records import RawRecord
-from diffq.state import raw_record
-from diffq.weight import WeightQuantizer
+from diffq.storage.state import raw_record
 
 
 class HalfQuantizer(WeightQuantizer):

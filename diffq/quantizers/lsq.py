@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffq import functions
+from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
+from diffq.attach.weight import Constant, WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.grid import widen
+from diffq.numerics.grid import widen
 from diffq.quantizers.base import BaseQuantizer
-from diffq.select import Overrides, Rules, TensorPlan, dtype_name
-from diffq.weight import Constant, WeightQuantizer
+from diffq.torch_inside import functions
 
 
 @dataclass(frozen=True)

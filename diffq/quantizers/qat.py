@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.plan import Overrides, Rules, TensorPlan
+from diffq.attach.weight import Constant
 from diffq.checks import check_bits, check_flag
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grids import GridQuantizer
-from diffq.select import Overrides, Rules, TensorPlan
-from diffq.weight import Constant
+from diffq.quantizers.grid import GridQuantizer
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.plan import Overrides, Rules, TensorPlan
+from diffq.attach.weight import Constant
 from diffq.checks import check_bits, check_number, check_whole
-from diffq.masks import block_mask
-from diffq.observers import Observer, check_observer, fit_range
+from diffq.numerics.masks import block_mask
+from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.qat import QATSettings, QATWeight
-from diffq.select import Overrides, Rules, TensorPlan
-from diffq.weight import Constant
 
 
 @dataclass(frozen=True)

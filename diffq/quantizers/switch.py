@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffq.attach import Attachment
+from diffq.attach.attachment import Attachment
 
 
 class QuantizeSwitch:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from diffq.attach import Attachment
-from diffq.optimizer import add_learned
-from diffq.sharding import reshard
-from diffq.steps import OptimizerGuard, refuse_training, still_learned
+from diffq.attach.attachment import Attachment
+from diffq.quantizers.optimizer import add_learned
+from diffq.quantizers.steps import OptimizerGuard, refuse_training, still_learned
+from diffq.torch_inside.sharding import reshard
 
 
 class OptimizerSetup:

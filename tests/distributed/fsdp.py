@@ -17,8 +17,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from diffq import sharding, steps
-from diffq.chains import quantizers_in
+from diffq.attach.chains import quantizers_in
+from diffq.quantizers import steps
+from diffq.torch_inside import sharding
 from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
 from tests.models import QUANTIZERS, SUMS, Recurrent, seeded

@@ -1,0 +1,1 @@
+"""What sits on a model: plans, weight quantizers, forwards, attaching and detaching."""

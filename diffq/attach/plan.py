@@ -1,0 +1,314 @@
+"""Model to plan: which tensors are quantized, which stay raw, and which are tied.
+
+The plan is frozen before anything is changed in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from diffq.attach.pruning import is_pruned
+from diffq.checks import check_number, check_overrides, check_patterns
+from diffq.errors import AttachError, ConfigError
+from diffq.format.records import ITEM_SIZES
+from diffq.numerics.size import MEGABYTE
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` to "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+#: Dtypes of parameters that can be quantized.
+QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that holds a tensor: attribute `attribute` of the submodule `module`."""
+
+    module: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the plain model's state dict."""
+        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """The submodule that holds the tensor.
+
+        Raises:
+            AttachError: the model has no such submodule any more.
+        """
+        owner = model
+        # Directly where a module is in its place: this is asked for each tensor in each step.
+        # What wraps a module may pass the names in it on.
+        for name in self.module.split(".") if self.module else ():
+            modules = owner._modules  # TorchScript's has no `get`.
+            below = modules[name] if name in modules else getattr(owner, name, None)
+            if not isinstance(below, nn.Module):
+                raise AttachError(self.changed("was removed"))
+            owner = below
+        return owner
+
+    def read(self, model: nn.Module) -> Tensor:
+        """The tensor as the model sees it, through parametrizations if there are any.
+
+        Raises:
+            AttachError: the model has no such tensor any more.
+        """
+        tensor = getattr(self.owner(model), self.attribute, None)
+        if not isinstance(tensor, Tensor):
+            raise AttachError(self.changed("was removed"))
+        return tensor
+
+    def changed(self, what: str) -> str:
+        """The error for a tensor to which something happened after it was planned."""
+        return (
+            f"A model must keep its tensors while a quantizer is attached, but {self.name} {what}. "
+            "Undo that; or call detach(), change the model, and make a new quantizer."
+        )
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One unique tensor of the model.
+
+    Attributes:
+        names: every state dict name of the tensor; the first one is its own.
+        sites: the places to parametrize, each submodule once.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
+        quantized: whether it gets integer levels; otherwise it stays raw.
+        learned: whether it is a parameter; buffers are not.
+        pruned: whether `diffq.attach.pruning.Pruned` holds some of it at zero.
+        padded: whether an embedding has a row for padding in it, which is zero.
+        overrides: settings of this tensor that differ from the quantizer's.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[Site, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    quantized: bool
+    learned: bool
+    pruned: bool
+    padded: bool
+    overrides: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name under which the tensor is stored."""
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a user says about selection.
+
+    Attributes:
+        min_size: a parameter is quantized if it takes more than this many MB in float32.
+        include: name patterns; if there are any, only parameters that match are quantized.
+        exclude: name patterns of parameters that stay raw.
+        overrides: name pattern to settings; where several match, later ones win.
+        least_dims: parameters of fewer dimensions stay raw.
+
+    A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
+    `encoder.*.weight`, or for its last part, such as `bias`.
+    """
+
+    min_size: float = 0.01
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    overrides: Overrides | None = None
+    least_dims: int = 0
+
+    def __post_init__(self) -> None:
+        check_number(self.min_size, "min_size", 0)
+        check_patterns(self.include, "include")
+        check_patterns(self.exclude, "exclude")
+        check_overrides(self.overrides)
+
+    def select(self, names: Sequence[str], tensor: Tensor) -> bool:
+        """Whether a parameter with these names is quantized."""
+        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.shape):
+            return False
+        return self._allow(names)
+
+    def settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """The overrides for a parameter with these names."""
+        merged: dict[str, Any] = {}
+        for pattern, settings in (self.overrides or {}).items():
+            if matches([pattern], names):
+                merged.update(settings)
+        return merged
+
+    def check_patterns(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Checks that each pattern has an effect.
+
+        Args:
+            shapes: every name of a parameter to its shape.
+
+        Raises:
+            ConfigError: a pattern matches no name; or one of `include` or `overrides`
+                matches only parameters that are too small to be quantized.
+        """
+        names = list(shapes)
+        for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
+            if not matches([pattern], names):
+                close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                raise ConfigError(
+                    f"The pattern {pattern!r} matches no parameter. "
+                    f"Parameters have names such as {', '.join(map(repr, close))}."
+                )
+        for pattern in (*self.include, *(self.overrides or {})):
+            matched = [name for name in names if matches([pattern], [name])]
+            if all(self._is_small(shapes[name]) for name in matched):
+                least = f" or fewer than {self.least_dims} dimensions" if self.least_dims else ""
+                raise ConfigError(
+                    f"The pattern {pattern!r} matches only parameters of at most "
+                    f"{self.min_size} MB{least}, which are not quantized: "
+                    f"{', '.join(matched[:3])}. Lower min_size, or leave the pattern out."
+                )
+
+    def why_nothing(self, plans: Iterable[TensorPlan]) -> str:
+        """The warning for a plan that quantizes no tensor, with the remedy."""
+        weights = [
+            plan
+            for plan in plans
+            if plan.learned and plan.dtype in QUANTIZABLE and len(plan.shape) >= self.least_dims
+        ]
+        allowed = [plan for plan in weights if self._allow(plan.names)]
+        if not weights:
+            dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
+            return (
+                f"Nothing is quantized: the model has no floating-point parameter{dims}. "
+                "Attach the quantizer to the model that holds the weights."
+            )
+        largest = max(allowed or weights, key=lambda plan: plan.numel)
+        size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
+        if allowed:
+            return (
+                f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "
+                f"are, and the largest, {size}. Pass min_size=0 to quantize small ones too."
+            )
+        return (
+            "Nothing is quantized: include and exclude leave every parameter out. "
+            f"The largest, {size}. Change the patterns."
+        )
+
+    def _allow(self, names: Sequence[str]) -> bool:
+        """Whether the patterns let a parameter be quantized."""
+        if self.include and not matches(self.include, names):
+            return False
+        return not matches(self.exclude, names)
+
+    def _is_small(self, shape: torch.Size) -> bool:
+        return len(shape) < self.least_dims or shape.numel() <= self.min_size * MEGABYTE / 4
+
+
+def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
+    """Lists every unique tensor of a model's state dict, in its order.
+
+    Ties are found by identity: a tensor under two names is one entry.
+
+    Args:
+        model: a plain model; nothing is changed in it.
+        rules: what to quantize.
+
+    Raises:
+        AttachError: a lazy module has not seen its first input, or a tensor is sparse.
+        ConfigError: a pattern matches nothing, or nothing large enough.
+    """
+    tensors: dict[int, tuple[Tensor, list[Site]]] = {}
+    for site, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise AttachError(
+                f"{site.name} has no shape yet. Run one forward of the lazy module first."
+            )
+        if tensor.layout != torch.strided:
+            raise AttachError(
+                f"{site.name} must be a dense tensor to be stored, got {tensor.layout}. "
+                "Register it with persistent=False, or make it dense."
+            )
+        if dtype_name(tensor.dtype) not in ITEM_SIZES:
+            raise AttachError(
+                f"{site.name} has dtype {dtype_name(tensor.dtype)}, which cannot be stored. "
+                "Register it with persistent=False, or convert it."
+            )
+        tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
+    plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
+    rules.check_patterns({n: plan.shape for plan in plans if plan.learned for n in plan.names})
+    return tuple(plans)
+
+
+def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> TensorPlan:
+    names = tuple(site.name for site in sites)
+    learned = isinstance(tensor, nn.Parameter) or parametrize.is_parametrized(
+        sites[0].owner(model), sites[0].attribute
+    )
+    # A module that is reachable under two names is one place to parametrize.
+    unique = {(id(site.owner(model)), site.attribute): site for site in reversed(sites)}
+    return TensorPlan(
+        names=names,
+        sites=tuple(reversed(unique.values())),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        quantized=learned and rules.select(names, tensor),
+        learned=learned,
+        pruned=is_pruned(sites[0].owner(model), sites[0].attribute),
+        padded=any(getattr(site.owner(model), "padding_idx", None) is not None for site in sites),
+        overrides=rules.settings(names),
+    )
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
+    """Every parameter and persistent buffer under every name, as the model's code reads it."""
+    read: dict[tuple[int, str], Tensor] = {}
+    for site, owner in named_sites(model):
+        key = id(owner), site.attribute
+        if key not in read:
+            read[key] = getattr(owner, site.attribute)
+        yield site, read[key]
+
+
+def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
+    """The place of every parameter and persistent buffer, with the submodule that holds it."""
+    inner: tuple[str, ...] = ()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if f"{path}.".startswith(inner):
+            continue
+        names: list[str] = []
+        if parametrize.is_parametrized(module):
+            inner += (f"{path}.parametrizations.".lstrip("."),)
+            names += module.parametrizations
+        names += (name for name, tensor in module._parameters.items() if tensor is not None)
+        skipped = module._non_persistent_buffers_set
+        names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
+        yield from ((Site(path, name), module) for name in names)
+
+
+def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether any of the patterns fits any of the names, or its last part."""
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+        for pattern in patterns
+        for name in names
+    )

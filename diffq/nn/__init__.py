@@ -1,0 +1,1 @@
+"""Techniques beside weight quantization."""

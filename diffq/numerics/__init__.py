@@ -1,0 +1,1 @@
+"""Functions of tensors: grids, sizes, ranges, noise, codebooks. No module, no plan."""

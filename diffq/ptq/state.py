@@ -1,0 +1,211 @@
+"""Post-training quantization: a plain state dict to records, without a model.
+
+The grid is that of the quantizers: evenly spaced from minimum to maximum, of the tensor
+or of each of its channels. `diffq.ptq.budget` chooses bitwidths for a size of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq.attach.plan import Rules, dtype_name
+from diffq.checks import check_bits, check_flag, check_group_size, plain
+from diffq.errors import ConfigError, WeightError
+from diffq.format.records import GridRecord, RawRecord, Record, group_count
+from diffq.numerics import grid
+from diffq.quantizers.grid import check_range
+from diffq.storage.state import Snapshot, raw_record
+
+#: The running statistics of BatchNorm, and the ranges of activations: never quantized nor
+#: rounded to float16. A state dict does not tell buffers from parameters; these are the
+#: ones that rounding would harm.
+STATISTICS = ("running_mean", "running_var", "activation_range")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a state dict is quantized.
+
+    Attributes:
+        group_size: consecutive weights that share a bitwidth; None or 0 for the tensor.
+        per_channel: one range and one bitwidth for each slice along the first dimension
+            (tensors of one dimension: one for all), whatever `group_size` says.
+        rules: which tensors are quantized.
+        float16: store float tensors that are not quantized as float16.
+    """
+
+    group_size: int | None = None
+    per_channel: bool = False
+    rules: Rules = field(default_factory=Rules)
+    float16: bool = False
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        check_flag(self.per_channel, "per_channel")
+        check_flag(self.float16, "float16")
+
+
+def quantize_state(
+    state: Mapping[str, Any], bits: int, settings: Settings | None = None
+) -> Snapshot:
+    """Quantizes every selected tensor of a state dict at one bitwidth.
+
+    Args:
+        state: name to tensor, as `model.state_dict()` gives it.
+        bits: bitwidth, 1 to 15.
+        settings: what is quantized, and how.
+
+    Returns:
+        The records that `diffq.QATQuantizer(model, bits=bits)` would store.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf, or does not fit float16.
+    """
+    check_bits(bits)
+    plan = StatePlan(state, settings or Settings())
+    return plan.snapshot({g.name: np.full(g.count, bits, np.uint8) for g in plan.grids})
+
+
+def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The unique tensors of a state dict, and further names of those that share memory.
+
+    Two names are tied if they show the same memory in the same way; views that overlap
+    otherwise are tensors of their own.
+
+    Raises:
+        ConfigError: an entry is not a dense tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        _check_dense(name, tensor)
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        target = first.setdefault(key, name) if tensor.numel() else name
+        if target == name:
+            tensors[name] = tensor.detach()
+        else:
+            aliases[name] = target
+    return tensors, aliases
+
+
+class StatePlan:
+    """A state dict's unique tensors: those to quantize on their grids, others as records.
+
+    Args:
+        state: name to tensor.
+        settings: what is quantized, and how.
+
+    Attributes:
+        grids: the tensors to quantize.
+        raw: name to record of the others.
+        aliases: further names of tied tensors, to the name of their tensor.
+
+    Raises:
+        ConfigError, WeightError: as `quantize_state`.
+    """
+
+    def __init__(self, state: Mapping[str, Any], settings: Settings) -> None:
+        tensors, self.aliases = find_ties(state)
+        names = {name: [name] for name in tensors}
+        for alias, name in self.aliases.items():
+            names[name].append(alias)
+        settings.rules.check_patterns({n: tensor.shape for n, tensor in state.items()})
+        self._order = list(tensors)
+        self.grids: list[StateGrid] = []
+        self.raw: dict[str, RawRecord] = {}
+        for name, tensor in tensors.items():
+            statistic = name.rpartition(".")[2] in STATISTICS
+            if not statistic and tensor.numel() and settings.rules.select(names[name], tensor):
+                self.grids.append(StateGrid(name, tensor, settings))
+            elif settings.float16 and not statistic:
+                self.raw[name] = _half_record(name, tensor)
+            else:
+                self.raw[name] = raw_record(tensor)
+
+    def snapshot(self, bits: Mapping[str, NDArray[np.uint8]]) -> Snapshot:
+        """The records, given the bitwidths of each quantized tensor's groups."""
+        records: dict[str, Record] = {**self.raw}
+        records |= {grid.name: grid.record(bits[grid.name]) for grid in self.grids}
+        return Snapshot({name: records[name] for name in self._order}, self.aliases)
+
+
+class StateGrid:
+    """One tensor to quantize: its groups and ranges.
+
+    Attributes:
+        name: the tensor's name.
+        weight: the tensor.
+        size: weights per group; the last group may be short.
+        count: number of groups.
+        low: float32 minimum, [1] or [groups].
+        high: float32 maximum, like `low`.
+        zero_point: bool 0-dim, whether weights are exactly zero, and stay so.
+    """
+
+    def __init__(self, name: str, weight: Tensor, settings: Settings) -> None:
+        self.name, self.weight = name, weight
+        if settings.per_channel and weight.ndim > 1:
+            self.size = weight.numel() // weight.shape[0]
+            channels = weight.reshape(weight.shape[0], -1)
+            low, high = torch.amin(channels, dim=1), torch.amax(channels, dim=1)
+        else:
+            self.size = min(plain(settings.group_size) or weight.numel(), weight.numel())
+            low, high = grid.bounds(weight)
+        self.count = group_count(weight.numel(), self.size)
+        self.low, self.high = low.float(), high.float()
+        check_range(self.low, self.high, name)
+        self.zero_point = (weight == 0).any()
+
+    def groups(self) -> Tensor:
+        """The weights in float32, [groups, size]; the last group is padded with zeros."""
+        return grid.to_groups(self.weight.float(), self.size)
+
+    def record(self, bits: NDArray[np.uint8]) -> GridRecord:
+        """What is stored at the bitwidths, uint8 [groups]."""
+        widths = torch.from_numpy(bits).float()
+        levels = grid.to_levels(self.groups(), self.low, self.high, widths, self.zero_point)
+        flat = levels.reshape(-1)[: self.weight.numel()]
+        return GridRecord(
+            shape=tuple(self.weight.shape),
+            dtype=dtype_name(self.weight.dtype),
+            group_size=self.size,
+            min_bits=int(bits.min()),
+            bits=bits,
+            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([self.low, self.high], dim=1).cpu().numpy(),
+            zero_point=bool(self.zero_point) and not torch.equal(self.low, self.high),
+        )
+
+
+def _check_dense(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+    elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        got = f"a {tensor.dtype} tensor on {tensor.device} with layout {tensor.layout}"
+    else:
+        return
+    raise ConfigError(
+        f"A state dict to quantize holds dense tensors only, got {got} for {name!r}. "
+        "Take it out, or make it dense."
+    )
+
+
+def _half_record(name: str, tensor: Tensor) -> RawRecord:
+    """A tensor as float16 if it is of a wider float, else as it is."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        return raw_record(tensor)
+    if (torch.isinf(tensor.half()) & ~torch.isinf(tensor)).any():
+        raise WeightError(
+            f"float16 holds magnitudes up to 65504, got {tensor.abs().max().item()} in {name}. "
+            "Store it as it is: leave float16 out."
+        )
+    return raw_record(tensor, torch.float16)

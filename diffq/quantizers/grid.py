@@ -1,0 +1,151 @@
+"""What weight quantizers on an even min-max grid share: DiffQ and QAT."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq.attach.plan import TensorPlan, dtype_name
+from diffq.attach.weight import WeightQuantizer
+from diffq.errors import WeightError
+from diffq.format.records import (
+    MAX_RANGE,
+    RANGE_BITS,
+    WIDTH_BITS,
+    GridRecord,
+    group_count,
+    level_bits,
+)
+from diffq.numerics import grid
+
+
+def check_range(low: Tensor, high: Tensor, name: str) -> None:
+    """Raises WeightError unless a grid from `low` to `high` can be stored in float32."""
+    largest = torch.maximum(high - low, torch.maximum(low.abs(), high.abs()))
+    # NaN is not at most anything.
+    if not (largest <= MAX_RANGE).all():
+        raise WeightError(
+            f"The weights of {name} must be finite, in a range of at most {MAX_RANGE:.8g}; got "
+            f"{low.min().item()} to {high.max().item()}. "
+            "Find the step that diverged, or exclude the tensor."
+        )
+
+
+def check_bitwidths(bits: Tensor, name: str) -> None:
+    """Raises WeightError for bitwidths that a loss which was not finite has spoiled."""
+    if not torch.isfinite(bits).all():
+        raise WeightError(
+            f"The bitwidths of {name} must be finite, got NaN: a loss that was not finite reached "
+            "them. Go back to a checkpoint, and skip steps whose loss is not finite."
+        )
+
+
+class GridQuantizer(WeightQuantizer):
+    """Quantizes one tensor on an even grid between its minimum and maximum.
+
+    Weights that are exactly zero stay so: the grid of a tensor that has some has a zero point.
+
+    Args:
+        plan: the tensor.
+        group_size: weights per group of the flattened tensor.
+        min_bits: the bitwidth that the stored bit map counts from.
+        ranges_per_group: one range per group instead of one for the tensor.
+
+    Attributes:
+        may_have_zeros: whether weights may be exactly zero: by the plan, or by the last look
+            (`diffq.attach.zeros`). If so, each computation looks again, without waiting for the device.
+    """
+
+    def __init__(
+        self, plan: TensorPlan, group_size: int, min_bits: int, ranges_per_group: bool = False
+    ) -> None:
+        super().__init__(plan)
+        self.group_size = group_size
+        self.min_bits = min_bits
+        self.ranges_per_group = ranges_per_group
+        self.groups = group_count(plan.numel, group_size)
+        self.may_have_zeros = plan.pruned or plan.padded
+        self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
+
+    @abstractmethod
+    def whole_bits(self) -> Tensor:
+        """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
+
+    def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum, [1] or [groups]."""
+        if not self.ranges_per_group:
+            return grid.bounds(weight)
+        groups = grid.to_groups(weight, self.group_size)
+        return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+    def look(self, weight: Tensor) -> None:
+        """Looks for weights that are exactly zero; a mask may bring some back at any time."""
+        self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())
+
+    def zero_point(self, weight: Tensor) -> Tensor | None:
+        """Whether the grid has a zero point, bool 0-dim; None where that was ruled out."""
+        return (weight == 0).any() if self.may_have_zeros else None
+
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """Equation 1 of the DiffQ paper at whole bitwidths."""
+        low, high = self._checked_bounds(weight)
+        if not torch.compiler.is_compiling():
+            check_bitwidths(self.whole_bits(), self.plan.name)
+        return self.quantize(weight, low, high)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The nearest values on the grid from `low` to `high`; no host synchronisation."""
+        rule = low.float(), high.float(), self.whole_bits(), self.zero_point(weight)
+        values = grid.from_levels(self._levels(weight, *rule), *rule)
+        return grid.from_groups(values, weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def record(self, weight: Tensor) -> GridRecord:
+        """Levels, bitwidths and ranges."""
+        low, high = (end.float() for end in self._checked_bounds(weight))
+        zero_point = self.zero_point(weight)
+        levels = self._levels(weight, low, high, self.whole_bits(), zero_point)
+        flat = levels.reshape(-1)[: weight.numel()]
+        return GridRecord(
+            shape=tuple(weight.shape),
+            dtype=dtype_name(weight.dtype),
+            group_size=self.group_size,
+            min_bits=self.min_bits,
+            bits=self.group_bits(),
+            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([low, high], dim=1).cpu().numpy(),
+            zero_point=bool(zero_point) and not torch.equal(low, high),
+        )
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """Equation 12 for this tensor, without computing its levels."""
+        low, high = self._checked_bounds(weight)
+        if torch.equal(low.float(), high.float()):
+            return self.overhead_bits
+        return self.overhead_bits + level_bits(
+            self.group_bits(), self.group_size, self.plan.numel, self.min_bits
+        )
+
+    def group_bits(self) -> NDArray[np.uint8]:
+        """Rounded bitwidths, uint8 [groups]."""
+        bits = self.whole_bits()
+        check_bitwidths(bits, self.plan.name)
+        expanded: NDArray[np.uint8] = bits.expand(self.groups).to(torch.uint8).cpu().numpy()
+        return expanded
+
+    def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self.bounds(weight)
+        self.look(weight)
+        low, high = self.bounds(weight)
+        check_range(low.float(), high.float(), self.plan.name)
+        return low, high
+
+    def _levels(self, weight: Tensor, *rule: Any) -> Tensor:
+        return grid.to_levels(grid.to_groups(weight.float(), self.group_size), *rule)

@@ -1,0 +1,1 @@
+"""Product quantization: blocks, codebooks, noise on blocks, stages."""

@@ -1,0 +1,315 @@
+"""One tensor as indices into a codebook of blocks, with noise on its blocks in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffq.attach.plan import TensorPlan
+from diffq.attach.weight import Constant, WeightQuantizer
+from diffq.checks import check_number, check_whole
+from diffq.errors import ConfigError, MismatchError, WeightError
+from diffq.format.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
+from diffq.numerics.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
+from diffq.quantizers.product.blocks import BlockSize, check_block_size
+from diffq.quantizers.product.centroids import (
+    CENTROIDS,
+    Centroids,
+    StoredCodebook,
+    pass_to_centroids,
+    store_codebook,
+)
+from diffq.quantizers.report import ProgressBar
+from diffq.torch_inside.sharding import is_managed, put, whole_parameters
+
+#: What the picked blocks of a training forward become: their nearest codeword, zero, or the
+#: mean of all blocks.
+BlockNoise = Literal["exact", "proxy", "mean"]
+
+#: Blocks are picked one by one, or all those of a codeword together.
+Picked = Literal["blocks", "clusters"]
+
+_CENTROID_BITS = {"float32": 32, "float16": 16, "int8": 8}
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """How one tensor is quantized; see `ProductQuantizer` for the meaning of each field."""
+
+    block_size: BlockSize
+    codebook_size: int
+    p: float
+    noise: BlockNoise
+    picked: Picked
+    centroids: Centroids
+    iterations: int
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        check_whole(self.codebook_size, "codebook_size")
+        if self.codebook_size > MAX_CODEWORDS:
+            raise ConfigError(
+                f"codebook_size must be at most {MAX_CODEWORDS}, got {self.codebook_size}."
+            )
+        check_number(self.p, "p", 0, 1)
+        check_whole(self.iterations, "iterations")
+        for name, known in (
+            ("noise", get_args(BlockNoise)),
+            ("picked", get_args(Picked)),
+            ("centroids", CENTROIDS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+class ProductWeight(WeightQuantizer):
+    """One tensor in blocks, with a codebook that they share.
+
+    Until it is fixed, training sees noise on some blocks, and eval the nearest codeword of
+    every block as the weights are then. Once fixed, the tensor is made of codewords in
+    training too: each block keeps its own, and the codebook is trained in the weights' place.
+
+    Blocks of zeros stay exactly zero: noise leaves them alone, and a codeword is zero for them.
+
+    Attributes:
+        codebook: float32 parameter [K, d].
+        indices: int32 [blocks], the codeword of each block when the codebook was learned.
+        counts: int32 [K], blocks of each codeword once it is fixed, at least 1.
+        fixed: whether blocks keep their codewords.
+        may_have_zeros: whether blocks were zero at the last look; codewords, once fixed.
+    """
+
+    indices: Tensor
+    counts: Tensor
+
+    def __init__(self, plan: TensorPlan, settings: ProductSettings, device: torch.device) -> None:
+        super().__init__(plan)
+        self.settings = settings
+        # One number for this tensor by now.
+        block_size = cast(int, settings.block_size)
+        self.group_size = block_size
+        self.blocks = plan.numel // block_size
+        self.fixed = False
+        self.may_have_zeros = False
+        size = settings.codebook_size
+        codebook = torch.zeros(size, block_size, dtype=torch.float32, device=device)
+        self.codebook = nn.Parameter(codebook)
+        indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+        self.register_buffer("indices", indices)
+        self.register_buffer("counts", torch.ones_like(indices[:1]).repeat(size), persistent=False)
+
+    @property
+    def learning(self) -> bool:
+        """Whether centroids are trained: once the tensor is fixed."""
+        return self.fixed
+
+    def look(self, weight: Tensor) -> None:
+        """Looks for blocks of zeros, among the codewords once they are what training moves."""
+        blocks = self.codebook.detach() if self.fixed else self._in_blocks(weight)
+        self.may_have_zeros = not bool(nonzero(blocks).all())
+
+    def sample(self, weight: Tensor) -> Constant | None:
+        """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
+        with torch.no_grad():
+            if self.fixed:
+                return Constant(self._codewords(self._stored(weight), self.indices))
+            return Constant(self._noisy(weight.detach())) if self.settings.p else None
+
+    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
+        """Equation 8, the identity to the weight; Equation 4 to the codebook once it is fixed."""
+        if not self.fixed:
+            return super().connect(weight, constant)
+        places = self.indices.long(), self.counts
+        # Codewords of zeros are not trained, so that optimizers leave them exactly zero.
+        watched = self.may_have_zeros or is_managed(self)
+        trained = nonzero(self.codebook.detach()) if watched else None
+        return pass_to_centroids(weight, constant.value, self.codebook, *places, trained)
+
+    def eval_weight(self, weight: Tensor) -> Tensor:
+        """Every block's codeword, as it is stored."""
+        stored = self._checked_codebook(weight)
+        return self._codewords(stored, self._assign(weight, stored)).to(weight.dtype)
+
+    @torch.no_grad()
+    def record(self, weight: Tensor) -> ProductRecord:
+        """Codebook and indices."""
+        stored = self._checked_codebook(weight)
+        return stored.record(weight, self._assign(weight, stored))
+
+    def size_bits(self) -> float:
+        """Equation 5; nothing in it is learned."""
+        return float(self._bits())
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """Equation 5 without activations: codebook and ceil(log2 K) bits a block."""
+        return self._bits()
+
+    def _bits(self) -> int:
+        scale = SCALE_BITS if self.settings.centroids == "int8" else 0
+        words = _CENTROID_BITS[self.settings.centroids] * self.codebook.numel()
+        return words + scale + self.level_totals()[0]
+
+    def level_totals(self) -> tuple[int, int]:
+        """Bits of all indices, and the number of weights."""
+        return index_bits(len(self.codebook)) * self.blocks, self.plan.numel
+
+    def learn(self, weight: Tensor, seed: int, warm: bool, bar: ProgressBar) -> Clustering:
+        """k-means of the weight's blocks, from random blocks or from the codebook.
+
+        Returns:
+            The codebook, and the indices of what is nearest once it is stored.
+
+        Raises:
+            WeightError: the weight is not finite.
+            ConfigError: the only codeword cannot be zero for some blocks alone.
+        """
+        self._check_finite(weight)
+        self._check_zeros(weight)
+        step = self.plan.numel
+
+        def report(iteration: int) -> None:
+            bar.advance(step, self.plan.name)
+
+        blocks = self._in_blocks(weight).float()
+        found = kmeans_with_zeros(
+            blocks,
+            len(self.codebook),
+            start=self.codebook.detach() if warm else None,
+            iterations=self.settings.iterations,
+            generator=torch.Generator().manual_seed(seed),
+            report=report,
+        )
+        stored = store_codebook(found.codebook, self.settings.centroids)
+        return replace(found, indices=self._nearest(blocks, stored.values()))
+
+    @torch.no_grad()
+    def take(self, found: Clustering) -> None:
+        """Takes what was learned."""
+        put(self.codebook, found.codebook)
+        self.indices.copy_(found.indices)
+        self.forget()
+
+    def fix(self) -> None:
+        """Has each block keep the codeword that it was given last."""
+        self._set_fixed(True)
+        with whole_parameters([self]):
+            self.look(self.codebook)
+
+    def _check_finite(self, weight: Tensor) -> None:
+        if not torch.isfinite(weight).all():
+            raise WeightError(
+                f"Weights to quantize must be finite, but {self.plan.name} holds NaN or Inf. "
+                "Find the step that diverged, or exclude the tensor."
+            )
+
+    def _check_zeros(self, weight: Tensor) -> None:
+        self.look(weight)
+        if self.fixed or not self.may_have_zeros or len(self.codebook) > 1:
+            return
+        if nonzero(self._in_blocks(weight)).any():
+            raise ConfigError(
+                "Blocks of zeros stay zero, which takes a codeword of their own, but "
+                f"{self.plan.name} has other blocks too and one codeword for all. Pass "
+                f"overrides={{{self.plan.name!r}: {{'codebook_size': 2}}}}, or exclude it."
+            )
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the blocks keep their codewords, so that a resumed training goes on with it."""
+        return torch.tensor([self.fixed], dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes up what a state dict says."""
+        self._set_fixed(bool(state[0]))
+
+    def _set_fixed(self, fixed: bool) -> None:
+        if int(self.indices.max()) >= len(self.codebook):
+            raise MismatchError(
+                f"The state dict was made with another codebook_size for {self.plan.name}. "
+                "Make the quantizer with the same arguments."
+            )
+        counts = torch.bincount(self.indices, minlength=len(self.codebook))
+        self.counts.copy_(counts.clamp(min=1))
+        self.fixed = fixed
+        self.forget()
+
+    def _in_blocks(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self.blocks, self.group_size)
+
+    def _codewords(self, stored: StoredCodebook, indices: Tensor) -> Tensor:
+        return stored.take(indices).view(self.plan.shape)
+
+    def _assign(self, weight: Tensor, stored: StoredCodebook) -> Tensor:
+        """The codeword of each block: its own once fixed, else the nearest."""
+        if self.fixed:
+            return self.indices
+        if not torch.compiler.is_compiling():
+            self._check_finite(weight)
+        return self._nearest(self._in_blocks(weight), stored.values())
+
+    def _nearest(self, blocks: Tensor, words: Tensor) -> Tensor:
+        """The nearest codeword of each block; of blocks of zeros the one that is zero."""
+        found = nearest(blocks, words)
+        if not self.may_have_zeros:
+            return found
+        return torch.where(nonzero(blocks), found, smallest(words))
+
+    def _stored(self, weight: Tensor) -> StoredCodebook:
+        codebook = self.codebook.detach()
+        if self.may_have_zeros and not self.fixed:
+            # Blocks may have become zero since the codebook was learned.
+            place, none = smallest(codebook), nonzero(self._in_blocks(weight)).all()
+            word = torch.where(none, codebook.index_select(0, place), 0)
+            codebook = codebook.index_copy(0, place, word)
+        return store_codebook(codebook, self.settings.centroids)
+
+    def _checked_codebook(self, weight: Tensor) -> StoredCodebook:
+        if torch.compiler.is_compiling():
+            return self._stored(weight)
+        self._check_zeros(weight)
+        stored = self._stored(weight)
+        largest = torch.finfo(torch.float32).max / 256
+        if not torch.isfinite(stored.values()).all() or not stored.scale <= largest:
+            raise WeightError(
+                f"The centroids of {self.plan.name} must be finite in {self.settings.centroids}, "
+                f"got values up to {self.codebook.abs().max().item()}. Find the step that "
+                "diverged, or pass centroids='float32'."
+            )
+        return stored
+
+    def _noisy(self, weight: Tensor) -> Tensor:
+        """Equation 6: some blocks become noise, all others stay."""
+        blocks = self._in_blocks(weight)
+        picked = self._pick(weight.device)
+        if self.may_have_zeros:
+            picked &= nonzero(blocks)
+        return torch.where(picked[:, None], self._noise(blocks, picked), blocks).view(weight.shape)
+
+    def _pick(self, device: torch.device) -> Tensor:
+        """The set J of Equation 6 as bool [blocks]."""
+        if self.settings.picked == "clusters":
+            return self._draw(len(self.codebook), device)[self.indices.long()]
+        return self._draw(self.blocks, device)
+
+    def _draw(self, count: int, device: torch.device) -> Tensor:
+        """True at a rate of p, bool [count]."""
+        return torch.rand(count, dtype=torch.float32, device=device) < self.settings.p
+
+    def _noise(self, blocks: Tensor, picked: Tensor) -> Tensor:
+        """What the picked blocks become, [blocks, d] or like it."""
+        if self.settings.noise == "proxy":
+            return blocks.new_zeros(())
+        if self.settings.noise == "mean":
+            return blocks.mean(0)
+        stored = self._stored(blocks)
+        words = stored.values()
+        if blocks.device.type != "cpu" or torch.compiler.is_compiling():
+            # How many are picked is not known there without waiting for the device.
+            return stored.take(nearest(blocks, words))
+        places = picked.nonzero().view(-1)
+        noise = blocks.to(words.dtype, copy=True)
+        noise[places] = stored.take(nearest(blocks[places], words))
+        return noise

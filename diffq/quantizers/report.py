@@ -1,0 +1,109 @@
+"""The table of a quantizer, and a line that tells how far a long task is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffq.attach.plan import TensorPlan
+from diffq.attach.weight import WeightQuantizer
+from diffq.format.records import group_count
+from diffq.numerics.size import MEGABYTE_BITS
+from diffq.quantizers.tables import table
+
+_BAR_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """What one tensor takes.
+
+    Attributes:
+        plan: the tensor.
+        group_size: weights that share a bitwidth.
+        stored_bits: bits of all that is stored of it.
+        level_bits: bits of its levels or indices; 0 if it has none.
+    """
+
+    plan: TensorPlan
+    group_size: int
+    stored_bits: int
+    level_bits: int
+
+
+def tensor_size(quantizer: WeightQuantizer, weight: Tensor) -> TensorSize:
+    """What a weight quantizer stores of its weight."""
+    stored_bits = quantizer.stored_bits(weight)
+    level_bits, _ = quantizer.level_totals()
+    return TensorSize(quantizer.plan, quantizer.group_size, stored_bits, level_bits)
+
+
+def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
+    """The table of a quantizer: tensor, shape, groups, mean bits, MB.
+
+    Args:
+        sizes: what each tensor with a weight quantizer takes.
+        raw_bits: bits of all tensors that have none.
+        tensors: number of all tensors.
+    """
+    levels = [size for size in sizes if size.level_bits]
+    total = raw_bits + sum(size.stored_bits for size in sizes)
+    rest = total - sum(size.stored_bits for size in levels)
+    weights = sum(size.plan.numel for size in levels)
+    mean = sum(size.level_bits for size in levels) / max(1, weights)
+    rows = [_row(size) for size in levels]
+    rows.append((f"{tensors - len(rows)} without levels", "", "", "", _megabytes(rest)))
+    rows.append(("total", "", "", f"{mean:.2f}" if levels else "", _megabytes(total)))
+    return table(("tensor", "shape", "groups", "bits", "MB"), rows, left=2)
+
+
+def _row(size: TensorSize) -> tuple[str, ...]:
+    plan = size.plan
+    groups = group_count(plan.numel, size.group_size)
+    shape = "x".join(map(str, plan.shape))
+    names = " = ".join(plan.names)
+    mean = f"{size.level_bits / plan.numel:.2f}"
+    return names, shape, str(groups), mean, _megabytes(size.stored_bits)
+
+
+def _megabytes(bits: float) -> str:
+    return f"{bits / MEGABYTE_BITS:.4f}"
+
+
+class ProgressBar:
+    """A line on stderr that tells how far a task is; nothing where stderr is no terminal.
+
+    Args:
+        task: what is being done.
+        total: steps in all.
+        delay: seconds before the line appears, so that short tasks print nothing.
+    """
+
+    def __init__(self, task: str, total: int, delay: float = 1.0) -> None:
+        self.task = task
+        self.total = total
+        self.done = 0
+        self._due = time.monotonic() + delay
+
+    def advance(self, steps: int, what: str) -> None:
+        """Counts steps; `what` is being worked on."""
+        self.done += steps
+        if sys.stderr.isatty() and time.monotonic() >= self._due:
+            full = _BAR_WIDTH * self.done // max(self.total, 1)
+            bar = "#" * full + "." * (_BAR_WIDTH - full)
+            self._write(f"{self.task} [{bar}] {self.done / max(self.total, 1):.0%} {what}")
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()

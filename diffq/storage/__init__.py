@@ -1,0 +1,1 @@
+"""Models to states and files, and back."""

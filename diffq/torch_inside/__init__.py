@@ -1,0 +1,1 @@
+"""What depends on the inside of torch: sharding by FSDP2, and cheap autograd functions."""
