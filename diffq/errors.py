@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class DiffqError(Exception):
