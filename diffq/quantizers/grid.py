@@ -58,7 +58,7 @@ class GridQuantizer(WeightQuantizer):
 
     Attributes:
         may_have_zeros: whether weights may be exactly zero: by the plan, or by the last look
-            (`diffq.attach.zeros`). If so, each computation looks again, without waiting for the device.
+            (`diffq.attach.zeros`). If so, each computation looks again, without a host sync.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ For each case it writes `CASE.th`, what torch.save makes of the quantized state,
 `expected.npz`, which holds under `CASE/NAME` what the earlier package restores from
 that file for each parameter. Only public calls of that package are used.
 
-`tests/test_legacy.py` imports this file for `CASES` and `build`, which need no earlier package.
+`test_legacy.py` imports this file for `CASES` and `build`, which need no earlier package.
 """
 
 import sys

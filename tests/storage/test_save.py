@@ -27,7 +27,7 @@ from tests.models import (
 
 CODECS = ["zstd", "packed"]
 PAIRS = pytest.mark.parametrize(("model", "method"), pairs(MODELS, QUANTIZERS))
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _attached(make, method="diffq"):

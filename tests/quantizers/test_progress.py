@@ -64,7 +64,8 @@ def test_an_error_clears_the_line(terminal):
 
 def test_codebooks_tell_their_progress(terminal, monkeypatch):
     """Learning codebooks tells which tensor it is at, and ends at no more than all of it."""
-    monkeypatch.setattr("diffq.quantizers.product.quantizer.ProgressBar", lambda *a: ProgressBar(*a, delay=0))
+    module = "diffq.quantizers.product.quantizer"
+    monkeypatch.setattr(f"{module}.ProgressBar", lambda *a: ProgressBar(*a, delay=0))
     model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
     torch.manual_seed(0)
     diffq.ProductQuantizer(model, min_size=0, block_size=4, codebook_size=16)

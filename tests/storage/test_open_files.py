@@ -14,7 +14,7 @@ import diffq
 from tests.holder import Holder, all_bits, bits_of, blank
 from tests.models import TiedModules, mlp
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 READERS = [diffq.open, diffq.verify, diffq.load, lambda file: diffq.load(file, TiedModules())]
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_cut_while_open(left, tmp_path):
 def test_a_file_that_is_cut_while_it_is_loaded(path, monkeypatch):
     """A file that another process empties during a load is loaded whole, or not at all."""
     expected = all_bits(diffq.load(path, TiedModules()))
-    real = diffq.storage.match
+    real = diffq.storage.save.match
 
     def cut(*args):
         os.truncate(path, 0)

@@ -151,7 +151,7 @@ def test_other_kinds_of_diffq(zipped, run):
 @pytest.mark.parametrize("command", ["inspect", "pack"])
 def test_files_of_the_earlier_package(command, run):
     """A file of the earlier package points to diffq convert."""
-    golden = sorted((Path(__file__).parent / "legacy" / "golden").iterdir())
+    golden = sorted((Path(__file__).parents[1] / "legacy" / "golden").iterdir())
     named = [path for path in golden if b"diffq.diffq\n" in _pickle_of(path)]
     assert named
     for path in named:

@@ -24,7 +24,7 @@ from diffq.storage.state import raw_record
 from tests.compare import same_bits
 from tests.format.samples import grid, product
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Model(nn.Module):

@@ -15,7 +15,7 @@ import diffq
 from tests.holder import Holder, bits_of
 from tests.models import QUANTIZERS, Recurrent, TiedModules, mlp, seeded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEEDS_PROC = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
 READERS = [diffq.open, diffq.verify, diffq.load, lambda path: diffq.load(path, mlp())]
 

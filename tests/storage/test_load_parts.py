@@ -15,7 +15,7 @@ import diffq
 from tests.holder import Holder, all_bits, bits_of
 from tests.models import TiedModules, mlp
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _saved(model, path):
