@@ -178,6 +178,7 @@ def test_bad_bitwidths(call):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     quantizer = QUANTIZERS["diffq"](model, exclude=["0.*", "2.bias"])
     quantizer.setup_optimizer(optimizer, lr=0.1)
+    model(torch.ones(1, 16))
     (quantizer.model_size() * math.nan).backward()
     optimizer.step()
     with pytest.raises(diffq.WeightError, match=r"bitwidths of 2\.weight.*NaN"):

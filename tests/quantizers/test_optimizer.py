@@ -179,9 +179,9 @@ def test_one_pass_is_seen_by_evaluation(copied):
     model.eval()
     with torch.no_grad():
         before = model[0].weight.clone()
+    for parameter in diffq.quantizer_of(model).learned_parameters():
+        parameter.grad = torch.ones_like(parameter)
     for _ in range(3):
-        optimizer.zero_grad()
-        diffq.quantizer_of(model).model_size().backward()
         optimizer.step()
     with torch.no_grad():
         after = model[0].weight.clone()
