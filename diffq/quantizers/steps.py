@@ -99,6 +99,8 @@ class OptimizerGuard:
         Raises:
             OptimizerError: the parameters that the optimizer trains are no longer the model's.
         """
+        for quantizer in self._quantizers:
+            quantizer.forget()  # fused optimizers leave no trace in the versions of tensors
         learned = next((p for p in still_learned(self._quantizers) if p.requires_grad), None)
         if learned is None:
             return

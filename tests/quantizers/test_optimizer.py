@@ -170,20 +170,36 @@ def test_one_pass_gives_the_same_numbers():
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_one_pass_is_seen_by_evaluation(copied):
-    """In eval mode too, a fused step of the bitwidths changes the quantized weights of copies."""
+    """In eval mode too, a fused step changes the quantized weights, of copies as well."""
     model = mlp()
-    optimizer = _optimizer(model, "Adam")
-    QUANTIZERS["diffq"](model).setup_optimizer(optimizer, lr=3.0)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    QUANTIZERS["diffq"](model).setup_optimizer(optimizer)
     if copied:
         model, optimizer = copy.deepcopy((model, optimizer))
     model.eval()
     with torch.no_grad():
         before = model[0].weight.clone()
-    for parameter in diffq.quantizer_of(model).learned_parameters():
-        parameter.grad = torch.ones_like(parameter)
     for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 16)).sum().backward()
         optimizer.step()
     with torch.no_grad():
+        after = model[0].weight.clone()
+        assert not same_bits(before, after)
+        model.train().eval()
+        assert same_bits(after, model[0].weight)
+
+
+def test_a_late_step_is_seen_by_evaluation():
+    """A fused step that comes after the first evaluation changes the next one."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    QUANTIZERS["diffq"](model).setup_optimizer(optimizer)
+    model(torch.randn(2, 16)).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        before = model[0].weight.clone()
+        optimizer.step()
         after = model[0].weight.clone()
         assert not same_bits(before, after)
         model.train().eval()
