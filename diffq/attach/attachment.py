@@ -30,7 +30,8 @@ from diffq.attach.graph import call_before_backward, take_samples_away, tie_to_o
 from diffq.attach.holding import TrainingHold, hold_in_forward
 from diffq.attach.plan import Site, TensorPlan
 from diffq.attach.reading import shorten_reading
-from diffq.attach.weight import ForwardState, WeightQuantizer
+from diffq.attach.sample import ForwardState
+from diffq.attach.weight import WeightQuantizer
 from diffq.attach.zeros import ModeWatch, look_after_load
 from diffq.errors import AttachError
 from diffq.torch_inside.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
@@ -123,9 +124,9 @@ class Attachment:
 
         Before its first forward, those of the step before: a loop may ask for the size first.
         """
-        if any(q.used or q.used_without_grad for q in self.quantizers):
-            return frozenset(q for q in self.quantizers if q.learns_now)
-        return frozenset(q for q in self.quantizers if q.used_before)
+        if any(q.readings.in_this_step for q in self.quantizers):
+            return frozenset(q for q in self.quantizers if q.readings.learns)
+        return frozenset(q for q in self.quantizers if q.readings.before)
 
     def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
         """What `call` gives for each weight quantizer; sharded extras are gathered for it."""

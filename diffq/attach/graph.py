@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from diffq.attach.weight import Sample, WeightQuantizer
+from diffq.attach.sample import Sample
+from diffq.attach.weight import WeightQuantizer
 
 
 class _Zero(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import ref
 
@@ -14,31 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq.attach.plan import TensorPlan
+from diffq.attach.readings import Readings
+from diffq.attach.sample import Constant, ForwardState, Sample
 from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.numerics.grid import laid_out_as
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
 from diffq.torch_inside import functions
+from diffq.torch_inside.replay import in_backward
 from diffq.torch_inside.sharding import is_managed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass
-class ForwardState:
-    """What all weight quantizers of one model share: the forwards of the root that run.
-
-    A list, because threads may evaluate at once: `append` and `pop` lose no count.
-    """
-
-    running: list[bool] = field(default_factory=list)
-
-    @property
-    def depth(self) -> int:
-        """How many forwards of the root run."""
-        return len(self.running)
 
 
 class ModeFollower(Protocol):
@@ -51,64 +39,8 @@ class ModeFollower(Protocol):
         """Ends it."""
 
 
-class Constant(NamedTuple):
-    """What a training forward computes with in place of a weight, without graph.
-
-    Attributes:
-        value: of the weight's shape, in its dtype or a wider one.
-        about: what `WeightQuantizer.connect` needs besides, and the sampling found.
-    """
-
-    value: Tensor
-    about: Any = None
-
-    def laid_out_as(self, weight: Tensor) -> Constant:
-        """The same with its value in the strides of the weight."""
-        return self._replace(value=laid_out_as(weight, self.value))
-
-
-@dataclass(eq=False)
-class Sample:
-    """What one training forward computes with in place of a weight.
-
-    Attributes:
-        weight: the parameter that it was made for; None for a weight that another
-            parametrization computes anew at each access.
-        constant: the perturbed or quantized weight; None once it is released.
-        forward_state: tells whether a forward runs.
-        connected: the value with its gradient; None where the forward needs none.
-        reads: how often the forward read it.
-        read_without_grad: the value was read where gradients are off.
-        read_again: it was read in a backward, which computes parts of its forward again.
-    """
-
-    weight: Tensor | None
-    constant: Constant | None
-    connected: Tensor | None
-    forward_state: ForwardState
-    reads: int = 0
-    read_without_grad: bool = False
-    read_again: bool = False
-
-    def serves(self, weight: Tensor) -> bool:
-        """Whether a reading of this weight gets the sample."""
-        return self.constant is not None and (self.weight is None or self.weight is weight)
-
-    def release(self) -> None:
-        """Lets go of the value once its gradient is complete, so that memory is freed early.
-
-        Read once, it was either in a part of the forward that this backward has computed
-        again by now, or in one that none will. Of several readings, some may still come; and a
-        backward may run inside of the forward, which then reads on.
-        """
-        if self.reads < 2 and not self.read_again and not self.forward_state.depth:
-            self.constant = self.connected = None
-
-
 # Attributes that are no parameters of the module, even where they hold one.
-_PASSING = frozenset(
-    {"read", "used", "used_without_grad", "used_before", "current", "_held", "_cached"}
-)
+_PASSING = frozenset({"current", "_held", "_cached"})
 
 
 class _Seen(NamedTuple):
@@ -140,11 +72,7 @@ class WeightQuantizer(nn.Module, ABC):
     the weight, what is learned or the mode changes.
 
     Attributes:
-        read: whether any forward has read the weight.
-        used: whether training has read the weight with gradients since the last step of the
-            optimizer, in a forward or in a backward that computes a part of one again.
-        used_without_grad: whether it has read the weight without, since then.
-        used_before: `used`, at the end of the step before.
+        readings: who has read the weight, which decides whether its bits learn.
     """
 
     def __init__(self, plan: TensorPlan) -> None:
@@ -153,8 +81,7 @@ class WeightQuantizer(nn.Module, ABC):
         self.group_size = plan.numel
         self.forward_state = ForwardState()
         self.mode_followers: list[ModeFollower] = []
-        self.read = False
-        self.used = self.used_without_grad = self.used_before = False
+        self.readings = Readings()
         self.current: Sample | None = None
         self._held: Tensor | None = None
         self._cached: _Cached | None = None
@@ -233,15 +160,15 @@ class WeightQuantizer(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the model computes with."""
-        self.read = True
         if not self.training:
+            self.readings.ever = True
             return self._quantized(weight)
         if self._held is not None:
             return self._held
         current = self.current
         if current is not None and current.serves(weight) and self._goes_on():
             return self._read(current, weight)
-        self._note_use()
+        self.readings.note_training()
         constant = self.sample(weight)
         return weight if constant is None else self.connect(weight, constant.laid_out_as(weight))
 
@@ -256,39 +183,19 @@ class WeightQuantizer(nn.Module, ABC):
             if connected is not None and not torch.compiler.is_compiling():
                 functions.release_after(connected, self.current)
 
-    def _note_use(self) -> None:
-        if torch.is_grad_enabled():
-            self.used = True
-        else:
-            self.used_without_grad = True
-
-    @property
-    def learns_now(self) -> bool:
-        """Whether noise acts on the loss in this step, so that bits may learn from the size.
-
-        A reentrant checkpoint reads without gradients first, and with them not before backward.
-        What it will do is taken from the step before.
-        """
-        return self.used or (self.used_without_grad and self.used_before)
-
-    def end_step(self) -> None:
-        """Begins another step of the optimizer."""
-        self.used_before = self.used
-        self.used = self.used_without_grad = False
-
     def _goes_on(self) -> bool:
-        return self.forward_state.depth > 0 or _in_backward()
+        return self.forward_state.depth > 0 or in_backward()
 
     def _read(self, current: Sample, weight: Tensor) -> Tensor:
         constant = current.constant
         if constant is None:
             raise RuntimeError("A sample that was released serves no reading.")
         current.reads += 1
-        self._note_use()
+        self.readings.note_training()
         if not torch.is_grad_enabled():
             current.read_without_grad = True
             return constant.value.to(weight.dtype)
-        current.read_again = current.read_again or _in_backward()
+        current.read_again = current.read_again or in_backward()
         # Reentrant checkpoints run without gradients first, and then build a graph of their
         # own for each part: two of them must not share a node.
         own_graph = current.read_again and current.read_without_grad
@@ -326,7 +233,7 @@ class WeightQuantizer(nn.Module, ABC):
                 return None
             if not torch.is_grad_enabled() or current.connected is None:
                 return None
-            self.read = self.used = True
+            self.readings.note_training()
             current.reads += 1
             return current.connected
         if torch.is_grad_enabled() and weight.requires_grad:
@@ -395,8 +302,3 @@ class WeightQuantizer(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no sample and no quantized weight."""
         return {**self.__dict__, "current": None, "_held": None, "_cached": None}
-
-
-def _in_backward() -> bool:
-    # Activation checkpointing runs forwards inside of the backward.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -35,6 +35,7 @@ class LayerDrop(nn.Sequential):
 
     Attributes:
         rate: probability that a layer is left out.
+        leaves_out: tells watches of training that layers may be missing in a step.
 
     Args:
         layers: blocks that keep the shape of their input.
@@ -43,6 +44,8 @@ class LayerDrop(nn.Sequential):
     Raises:
         ConfigError: the rate is no probability.
     """
+
+    leaves_out = True
 
     def __init__(self, layers: Iterable[nn.Module], rate: float = 0.1) -> None:
         check_number(rate, "rate", 0, 1)

@@ -94,8 +94,8 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
 
         Bits learn only where noise acted: those of a tensor that no training forward since
         the last step of the optimizer read with gradients get no gradient. Such tensors are
-        frozen, in eval mode, under `no_grad`, or in a layer that LayerDrop left out
-        (Section 5.2 of the paper).
+        in eval mode, under `no_grad`, or in a layer that LayerDrop left out (Section 5.2 of
+        the paper). Before its first forward, a step takes those of the step before.
 
         Returns:
             0-dim float32 tensor on the device of the model's parameters.
@@ -266,7 +266,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
     def _warn_of_unread(self) -> None:
         """Warns once of tensors that are stored quantized, but may be computed with as they are."""
         quantizers = self._attachment.quantizers
-        unread = [q.plan.name for q in quantizers if q.plan.quantized and not q.read]
+        unread = [q.plan.name for q in quantizers if q.plan.quantized and not q.readings.ever]
         if self._attachment.ran and unread and not self._warned_of_unread:
             self._warned_of_unread = True
             warn(

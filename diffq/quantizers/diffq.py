@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.weight import Constant
+from diffq.attach.sample import Constant
 from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
 from diffq.errors import ConfigError, MismatchError
 from diffq.numerics import grid, noise

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
-from diffq.attach.weight import Constant, WeightQuantizer
+from diffq.attach.sample import Constant
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord

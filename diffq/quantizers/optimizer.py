@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -52,22 +53,24 @@ def add_learned(
     options = {name: plain(value) for name, value in options.items()}
     _check_options(optimizer, options)
     _check_lr(optimizer, options)
+    _check_values(optimizer, options)
     if not learned:
         return
-    decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
-    options = {**decay, **_in_one_pass(optimizer, learned, options), **options}
+    decay = {"weight_decay": 0.0} if "weight_decay" in _defaults(optimizer) else {}
     groups = _own_groups(optimizer, learned)
     if groups:
         _check_scheduled_lr(groups, options)
         for group in groups:
-            group.update(options)
+            group.update(_kernel_given_up(group, options))
+            group.update(options if earlier is optimizer else {**decay, **options})
     else:
         _check_new_group(optimizer)
-        lr = _lr_before(optimizer, model, learned)
-        group = {"params": _with_names(optimizer, model, learned), "lr": lr, **options}
+        first = {"lr": _lr_before(optimizer, model, learned), **decay}
+        kernel = _in_one_pass(optimizer, learned, options)
+        group = {"params": _with_names(optimizer, model, learned), **first, **kernel, **options}
         _move(optimizer, {id(parameter) for parameter in learned}, group)
     if earlier is not None and earlier is not optimizer:
-        _release(earlier, learned)
+        release(earlier, learned)
 
 
 def _check_optimizer(
@@ -107,10 +110,17 @@ def _check_optimizer(
         )
 
 
+def _defaults(optimizer: Optimizer) -> Mapping[str, Any]:
+    """Its default options; wrappers that are optimizers in name only have none."""
+    defaults: Mapping[str, Any] = getattr(optimizer, "defaults", {})
+    return defaults
+
+
 def _check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     # torch takes further keys of a group without a word, and `name` is one that loggers read.
-    known = {"lr", "name", *optimizer.defaults, *(k for g in optimizer.param_groups for k in g)}
-    known -= {"params", "param_names"}
+    groups = optimizer.param_groups
+    known = {"lr", "name", *_defaults(optimizer), *(key for group in groups for key in group)}
+    known -= {"params", "param_names", "initial_lr"}
     for option in options:
         if option not in known:
             close = get_close_matches(option, known, n=1)
@@ -121,10 +131,26 @@ def _check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
             )
 
 
+def _check_values(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Has torch's own optimizers check the values, which they do only when they are made."""
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim."):
+        return
+    known = signature(kind).parameters
+    asked = {k: v for k, v in {**_defaults(optimizer), **options}.items() if k in known}
+    try:
+        kind([nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))], **asked)
+    except Exception as error:
+        raise ConfigError(
+            f"{kind.__name__} refuses these options of setup_optimizer: {error}. "
+            "Pass values that the optimizer itself would take."
+        ) from error
+
+
 def _check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     lr = options.get("lr", 0.0)
     check_number(lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, "lr", 0)
-    asked = {**optimizer.defaults, **options}
+    asked = {**_defaults(optimizer), **options}
     if isinstance(lr, Tensor) and isinstance(optimizer, _ADAMS) and asked["foreach"]:
         if not asked["capturable"]:
             raise ConfigError(
@@ -194,10 +220,17 @@ def _in_one_pass(
         return {}
     if any(parameter in optimizer.state for parameter in learned):
         return {}  # The kernels keep their steps in different dtypes.
-    asked = {**optimizer.defaults, **options}
+    asked = {**_defaults(optimizer), **options}
     chosen = [asked[name] for name in ("fused", "foreach")]
     special = [asked[name] for name in ("capturable", "differentiable")]
     return {} if chosen != [None, None] or any(special) else {"fused": True}
+
+
+def _kernel_given_up(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, None]:
+    """Gives up the fused kernel of a group where options ask for what it cannot do."""
+    others = ("foreach", "capturable", "differentiable")
+    asked = any(options.get(name) for name in others) and "fused" not in options
+    return {"fused": None} if group.get("fused") and asked else {}
 
 
 def _with_names(
@@ -230,7 +263,7 @@ def _move(optimizer: Optimizer, ids: set[int], group: dict[str, Any]) -> None:
 def _unchanged_after_error(optimizer: Optimizer) -> Iterator[None]:
     """Gives an optimizer its groups, state and defaults back if the block fails."""
     groups = list(optimizer.param_groups)
-    parts: list[Any] = [*groups, optimizer.state, optimizer.defaults]
+    parts: list[Any] = [*groups, optimizer.state, _defaults(optimizer)]
     contents = [dict(part) for part in parts]
     try:
         yield
@@ -250,7 +283,7 @@ def _take_out(optimizer: Optimizer, ids: set[int]) -> None:
             group[key] = [group[key][place] for place in kept]
 
 
-def _release(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
+def release(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
     """Takes learned parameters out of an optimizer for good."""
     # A group stays, though empty: a scheduler has a learning rate for each.
     _take_out(optimizer, {id(parameter) for parameter in learned})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.weight import Constant
+from diffq.attach.sample import Constant
 from diffq.checks import check_bits, check_flag
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer

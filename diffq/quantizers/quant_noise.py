@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.weight import Constant
+from diffq.attach.sample import Constant
 from diffq.checks import check_bits, check_number, check_whole
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range

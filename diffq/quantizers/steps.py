@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from numbers import Real
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.errors import OptimizerError, listed, warn
 from diffq.torch_inside.sharding import is_dtensor
 
-#: Steps that an optimizer of the weights may be ahead, as when a GradScaler skips some.
+#: Steps that an optimizer of the weights may be ahead, as when a GradScaler skips some, and
+#: steps for which a schedule may give all groups one rate.
 PATIENCE = 20
 
 
@@ -25,19 +27,8 @@ def still_learned(quantizers: Sequence[WeightQuantizer]) -> Iterator[nn.Paramete
     for quantizer in quantizers:
         if quantizer.learning:
             # parameters() takes tens of times as long, and this runs at each step.
-            yield from (p for p in quantizer._parameters.values() if p is not None)
-
-
-def warn_of_unread(quantizers: Sequence[WeightQuantizer]) -> None:
-    """Warns of tensors that the first step trained without their quantizers."""
-    if quantizers:
-        warn(
-            "Bitwidths and scales learn where training reads quantized weights, but the first "
-            f"step did not read {listed([q.plan.name for q in quantizers])}. Such tensors are in "
-            "eval mode, under no_grad, in a layer that the step left out, or in a list that was "
-            "made before the quantizer and holds the plain ones. Exclude those that never train, "
-            "and read the others through their modules."
-        )
+            learned = quantizer._parameters.values()
+            yield from (p for p in learned if p is not None and p.requires_grad)
 
 
 def refuse_training(module: nn.Module) -> None:
@@ -54,13 +45,15 @@ def refuse_training(module: nn.Module) -> None:
         )
 
 
-class OptimizerGuard:
-    """Notices that a model is trained without its learned parameters, or at another rate.
+class StepWatch:
+    """Takes notice of the steps of optimizers, for a model whose quantizer learns.
 
     A hook sees each step of each optimizer of the process, also of those that another one
-    wraps. Where no optimizer with weights of the model steps, it stays silent.
+    wraps. A step of the learned parameters ends a step for what reads the weights, and has the
+    cached weights computed again, since fused optimizers leave no trace in versions. Where no
+    optimizer with weights of the model steps, the watch stays silent.
 
-    Copies and pickles of a guard watch nothing.
+    Copies and pickles of a watch go on without the warnings, since their optimizer is unknown.
 
     Args:
         optimizer: holds the learned parameters from here on.
@@ -75,12 +68,15 @@ class OptimizerGuard:
         self._model = model
         self._quantizers = quantizers
         self._given = self._learned()
-        # By the id of an optimizer: its steps since one with learned parameters stepped.
-        self._steps: dict[int, int] = {}
-        self._warned = False
-        self._first_step = True
-        self._rates = _rates(optimizer)
-        self._expect_schedule(None)
+        # Steps of optimizers without learned parameters, since one with them stepped.
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._said: set[str] = set()
+        self._had_own_rate = len(set(_rates(optimizer))) > 1
+        self._shared_rates: list[float] = []
+        self._another_stepped = False
+        self._start()
+
+    def _start(self) -> None:
         _register_hook()
         _WATCHING.add(self)
 
@@ -100,87 +96,121 @@ class OptimizerGuard:
             OptimizerError: the parameters that the optimizer trains are no longer the model's.
         """
         for quantizer in self._quantizers:
-            quantizer.forget()  # fused optimizers leave no trace in the versions of tensors
-        learned = next((p for p in still_learned(self._quantizers) if p.requires_grad), None)
+            quantizer.forget()
+        learned = next(still_learned(self._quantizers), None)
         if learned is None:
             return
         groups = reversed(optimizer.param_groups)
-        group = next((g for g in groups if any(p is learned for p in g["params"])), None)
-        if group is not None:
+        if any(p is learned for group in groups for p in group["params"]):
             self._all_trained()
             self._end_step()
-            self._compare_rates(optimizer, group.get("initial_lr"))
-            return
-        steps = self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
-        if steps in (1, PATIENCE):
-            self._compare_parameters(optimizer, steps)
+            if self._optimizer is not None:
+                self._compare_holders(optimizer)
+                self._compare_rates(optimizer)
+        elif self._optimizer is not None:
+            steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+            if steps == 1:
+                self._compare_parameters(optimizer)
+            elif steps >= PATIENCE:
+                self._warn_of_neglect(optimizer, steps)
 
     def _all_trained(self) -> None:
         # Not 0, so that optimizers of other parameters are compared once and not at each step.
-        self._steps = dict.fromkeys(self._steps, 1)
+        for optimizer in self._steps:
+            self._steps[optimizer] = 1
 
     def _end_step(self) -> None:
-        if self._first_step:
-            self._first_step = False
-            warn_of_unread([q for q in self._quantizers if q.learning and not q.used])
-        if any(quantizer.used for quantizer in self._quantizers):
-            for quantizer in self._quantizers:
-                quantizer.end_step()
+        if not any(q.readings.in_this_step for q in self._quantizers):
+            return  # what steps without a forward, such as code that fills an optimizer's state
+        unread = [q.plan.name for q in self._quantizers if q.learning and not q.readings.learned]
+        for quantizer in self._quantizers:
+            quantizer.readings.end_step()
+        unread = [name for name in unread if not self._is_left_out(name)]
+        if unread and self._optimizer is not None and "unread" not in self._said:
+            warn(
+                "Bitwidths and scales learn where training reads quantized weights, but the first "
+                f"step did not read {listed(unread)}. Such tensors are in eval mode, under "
+                "no_grad, in a layer that the step left out, or in a list that was made before "
+                "the quantizer and holds the plain ones. Exclude those that never train, and read "
+                "the others through their modules."
+            )
+        self._said.add("unread")
 
-    def _compare_parameters(self, optimizer: Optimizer, steps: int) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _is_left_out(self, name: str) -> bool:
+        """Whether a tensor is in a container that leaves modules out at random."""
+        return any(
+            getattr(module, "leaves_out", False) and name.startswith(f"{path}.".lstrip("."))
+            for path, module in self._model.named_modules()
+        )
+
+    def _is_given(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer is the one that was set up, or a wrapper of it or in it."""
+        given = self.optimizer
+        # They share their groups.
+        groups = {id(group) for group in given.param_groups} if given is not None else set()
+        return any(id(group) in groups for group in optimizer.param_groups)
+
+    def _compare_holders(self, optimizer: Optimizer) -> None:
+        """Warns if two optimizers step the same learned parameters in turn."""
+        if not self._is_given(optimizer):
+            self._another_stepped = self._holds_learned(self.optimizer)
+        elif self._another_stepped and "holders" not in self._said:
+            self._said.add("holders")
+            warn(
+                "Two optimizers train the same learned parameters: the one that setup_optimizer "
+                "was given, and another one that was made of the model's parameters. Make each "
+                "optimizer before the quantizer, or leave quantizer.learned_parameters() out."
+            )
+
+    def _holds_learned(self, optimizer: Optimizer | None) -> bool:
+        groups = optimizer.param_groups if optimizer is not None else []
         learned = {id(p) for p in self._learned()}
+        return any(id(p) in learned for group in groups for p in group["params"])
+
+    def _compare_parameters(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         given = [p for p in self._given if id(p) in held]
         # FSDP may leave whole parameters in the places of those that optimizers hold.
-        if held & learned or any(map(is_dtensor, given)):
+        if self._holds_learned(optimizer) or any(map(is_dtensor, given)):
             self._all_trained()
+            self._compare_holders(optimizer)
         elif given:
             raise OptimizerError(
                 "The model's parameters were replaced after the optimizer was made, so its steps "
                 "train nothing: fully_shard does that, and load_state_dict(assign=True). Make the "
                 "optimizer after them, then call quantizer.setup_optimizer(optimizer)."
             )
-        elif steps == PATIENCE and not self._warned:
-            self._warned = not held.isdisjoint(map(id, self._model.parameters()))
-            if self._warned:
-                warn(
-                    f"An optimizer has made {PATIENCE} steps with weights of this model, and no "
-                    "step has trained the parameters that its quantizer learns. Each time you "
-                    "make an optimizer, call quantizer.setup_optimizer(optimizer). If bitwidths "
-                    "and scales should stay as they are, call quantizer.no_optimizer()."
-                )
 
-    def _expect_schedule(self, schedule: object) -> None:
-        self._schedule = schedule
-        self._shared_rate: float | None = None
-        # Without a rate of their own, learned parameters have none to lose.
-        self._rates_settled = len(set(self._rates)) < 2
+    def _warn_of_neglect(self, optimizer: Optimizer, steps: int) -> None:
+        # An optimizer that is there, but seldom steps, may be meant so.
+        seldom = self._holds_learned(self.optimizer) and steps < 10 * PATIENCE
+        if "neglect" in self._said or seldom:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, self._model.parameters())):
+            return
+        self._said.add("neglect")
+        warn(
+            f"An optimizer has made {steps} steps with weights of this model, and no step has "
+            "trained the parameters that its quantizer learns. Each time you make an optimizer, "
+            "call quantizer.setup_optimizer(optimizer). If bitwidths and scales should stay as "
+            "they are, call quantizer.no_optimizer()."
+        )
 
-    def _compare_rates(self, optimizer: Optimizer, schedule: object) -> None:
-        """Warns if all groups get one learning rate, one step after the other.
-
-        Args:
-            optimizer: has just made a step.
-            schedule: another object with each scheduler that is made.
-        """
-        if schedule is not self._schedule:
-            self._expect_schedule(schedule)
-        if self._rates_settled:
+    def _compare_rates(self, optimizer: Optimizer) -> None:
+        """Warns if a schedule gives all groups one learning rate for some steps."""
+        if not self._had_own_rate or "rate" in self._said or not self._is_given(optimizer):
             return
         rates = _rates(optimizer)
-        if rates == self._rates:
-            return
-        if len(set(rates)) > 1:
-            self._rates_settled = True
-        elif self._shared_rate in (None, rates[0]):
-            # It may be the start of a warm-up, or the least rate of a schedule.
-            self._shared_rate = rates[0]
-        else:
-            self._rates_settled = True
+        self._shared_rates = [*self._shared_rates, *rates[:1]] if _is_shared(rates) else []
+        # Rates that stand still have come to the least one of their schedule, but for SWALR's.
+        moving = len(set(self._shared_rates)) > 1 or "swa_lr" in optimizer.param_groups[-1]
+        if moving and len(self._shared_rates) >= PATIENCE:
+            self._said.add("rate")
             warn(
                 "The learning rate that setup_optimizer gave to the learned parameters is lost, "
-                "because a schedule has set one rate for all parameter groups. Pass OneCycleLR "
-                "or CyclicLR a list with one number for each group, such as "
+                "because a schedule has set one rate for all parameter groups. Pass OneCycleLR, "
+                "CyclicLR or SWALR a list with one number for each group, such as "
                 f"max_lr=[{', '.join(['lr'] * (len(rates) - 1))}, bits_lr], where the last is "
                 "the quantizer's. In a loop of your own, scale the rate of each group."
             )
@@ -189,10 +219,14 @@ class OptimizerGuard:
         return [p for quantizer in self._quantizers for p in quantizer.parameters()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None}
+        return {**self.__dict__, "_optimizer": None, "_steps": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _steps=WeakKeyDictionary())
+        self._start()
 
 
-_WATCHING: WeakSet[OptimizerGuard] = WeakSet()
+_WATCHING: WeakSet[StepWatch] = WeakSet()
 
 
 @cache
@@ -202,13 +236,17 @@ def _register_hook() -> None:
 
 def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not torch.compiler.is_compiling():
-        for guard in tuple(_WATCHING):
-            guard.note(optimizer)
+        for watch in tuple(_WATCHING):
+            watch.note(optimizer)
+
+
+def _is_shared(rates: Sequence[float]) -> bool:
+    # Where all rates are 0, a warm-up has not begun.
+    return len(set(rates)) == 1 and rates[0] != 0
 
 
 def _rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each group; nothing if a device would have to be waited for."""
-    rates = [group.get("lr", 0.0) for group in optimizer.param_groups if group["params"]]
-    if any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates):
-        return []
-    return [float(rate) for rate in rates]
+    """The learning rate of each group; nothing where they are no numbers at hand."""
+    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups if group["params"]]
+    numbers = (r.is_cpu if isinstance(r, Tensor) else isinstance(r, Real) for r in rates)
+    return [float(rate) for rate in rates] if all(numbers) else []

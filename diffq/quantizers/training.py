@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import Attachment
-from diffq.quantizers.optimizer import add_learned
-from diffq.quantizers.steps import OptimizerGuard, refuse_training, still_learned
+from diffq.quantizers.optimizer import add_learned, release
+from diffq.quantizers.steps import StepWatch, refuse_training, still_learned
 from diffq.torch_inside.sharding import reshard
 
 
@@ -20,7 +20,7 @@ class OptimizerSetup:
     """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
 
     _refusals: list[RemovableHandle]
-    _optimizer_guard: OptimizerGuard | None
+    _step_watch: StepWatch | None
 
     @property
     @abstractmethod
@@ -72,21 +72,37 @@ class OptimizerSetup:
         model, quantizers = self._attachment.model, self._attachment.quantizers
         reshard(model)
         options = overrides if lr is None else {"lr": lr, **overrides}
-        guard = self._optimizer_guard
-        earlier = guard.optimizer if guard is not None else None
         learned = list(self.learned_parameters())
-        add_learned(optimizer, model, learned, options, earlier)
-        self.no_optimizer()
-        if learned:
-            self._optimizer_guard = OptimizerGuard(optimizer, model, quantizers)
+        add_learned(optimizer, model, learned, options, self._optimizer)
+        self._end_checks()
+        self._step_watch = StepWatch(optimizer, model, quantizers) if learned else None
 
     def no_optimizer(self) -> None:
-        """Allows training without `setup_optimizer`: the learned parameters stay as they are."""
+        """Allows training without `setup_optimizer`: the learned parameters stay as they are.
+
+        The optimizer that was set up before loses them. One that you make afterwards from
+        `model.parameters()` holds them, unless you leave out the `learned_parameters()`.
+
+        Raises:
+            AttachError: the quantizer was detached.
+        """
+        optimizer = self._optimizer
+        if optimizer is not None:
+            release(optimizer, list(self.learned_parameters()))
+        self._end_checks()
+        self._step_watch = None
+
+    @property
+    def _optimizer(self) -> Optimizer | None:
+        """The optimizer that was set up, as long as somebody keeps it."""
+        return self._step_watch.optimizer if self._step_watch is not None else None
+
+    def _end_checks(self) -> None:
         for refusal in self._refusals:
             refusal.remove()
         self._refusals.clear()
-        if self._optimizer_guard is not None:
-            self._optimizer_guard.stop()
+        if self._step_watch is not None:
+            self._step_watch.stop()
 
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""
@@ -96,12 +112,12 @@ class OptimizerSetup:
         self._refusals = [
             module.register_forward_pre_hook(self._refuse_training) for module in owners if learns
         ]
-        self._optimizer_guard = None
+        self._step_watch = None
 
     def _forget_optimizer(self) -> None:
         """Ends all checks of training."""
-        self.no_optimizer()
-        self._optimizer_guard = None
+        self._end_checks()
+        self._step_watch = None
 
     def _refuse_training(self, module: nn.Module, args: Any) -> None:
         if next(still_learned(self._attachment.quantizers), None) is not None:

@@ -121,13 +121,18 @@ def test_frozen_weights_learn_bits():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["size last", "size first"])
 def test_the_size_may_come_before_the_forward(order):
     """A loop that asks for the size before its forward moves the same bits, a step later."""
+    seen = []
 
     def train(model, quantizer):
         model.dropped = {1}
+        seen.append(bits_of(weight_quantizers(model)["layers.1.weight"].logits))
         parts = [lambda: model(torch.randn(4, 8)).square().mean(), quantizer.model_size]
         return sum(parts[place]() for place in order)
 
-    assert _moved(seeded(Dropping), train) == [True, False, True]
+    first, _, last = _moved(seeded(Dropping), train)
+    assert [first, last] == [True, True]
+    # Before its first forward, nothing is known of what a training reads.
+    assert seen[1] == seen[2]
 
 
 def test_all_forwards_since_the_last_step_count():
@@ -172,7 +177,71 @@ def test_a_copy_learns_by_itself():
     assert [[grad is not None for grad in each] for each in grads] == [[False] * 3, [True] * 3]
 
 
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_layers_that_take_turns_learn(use_reentrant):
+    """A layer that every other step reads learns in each of them, under checkpoints too."""
+    model = seeded(lambda: Dropping(use_reentrant))
+    optimizer, quantizer, logits = _attached(model)
+    for count in range(6):
+        model.dropped = {count % 2}
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, requires_grad=True))
+        quantizer.model_size().backward()
+        assert [part.grad is not None for part in logits] == [count % 2 == 1, count % 2 == 0, True]
+        optimizer.step()
+
+
+def test_copies_end_their_steps():
+    """A model that is copied with its optimizer goes on like the original."""
+    model = seeded(Dropping)
+    optimizer, _, _ = _attached(model)
+    other, optimizer = copy.deepcopy((model, optimizer))
+    quantizer = diffq.quantizer_of(other)
+    other.dropped = {1}
+    step(other, optimizer, torch.randn(4, 8), quantizer)
+    other.dropped = {0}
+    step(other, optimizer, torch.randn(4, 8), quantizer)
+    logits = [q.logits for q in weight_quantizers(other).values()]
+    assert [part.grad is not None for part in logits] == [False, True, True]
+
+
+def test_replicas_share_their_readings():
+    """What a replica of DataParallel reads counts for the model that it was made of."""
+    model = seeded(mlp)
+    quantizer = diffq.DiffQuantizer(model, min_size=0, include=["weight"])
+    quantizer.no_optimizer()
+    chain = model[0].parametrizations.weight
+    replica = chain[0]._replicate_for_data_parallel()
+    replica.logits = chain[0].logits
+    replica(chain.original)
+    (size,) = torch.autograd.grad(quantizer.model_size(), chain[0].logits)
+    assert size.all()
+
+
 # Warnings
+
+
+def test_layer_drop_is_not_warned_of():
+    """A LayerDrop leaves layers out by design, so its layers are not named."""
+    model = nn.Sequential(
+        diffq.LayerDrop([nn.Linear(8, 8) for _ in range(3)], 0.9), nn.Linear(8, 8)
+    )
+    optimizer, quantizer, _ = _attached(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for _ in range(3):
+            step(model, optimizer, torch.randn(4, 8), quantizer)
+
+
+def test_steps_without_a_forward_are_not_warned_of():
+    """Code that steps an optimizer to fill its state has read nothing, and uses no warning up."""
+    model = seeded(Listed)
+    optimizer, quantizer, _ = _attached(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        optimizer.step()
+    with pytest.warns(diffq.DiffqWarning, match="first step did not read"):
+        step(model, optimizer, torch.randn(4, 8), quantizer)
 
 
 def test_unread_tensors_are_named_once():

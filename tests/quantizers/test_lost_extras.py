@@ -79,11 +79,57 @@ def test_an_optimizer_made_anew(kind):
 
 
 def test_an_optimizer_beside_the_one_that_was_set_up():
-    """It is noticed too where the optimizer that was set up is kept, but makes no step."""
+    """Where the optimizer that was set up is kept, but makes no step, it is noticed later."""
     model, _, optimizer = _prepared()
     another = _adam(_weights(model))
-    _warned(lambda: step(model, another, INPUTS))
+    _warned(lambda: step(model, another, INPUTS), 10 * PATIENCE)
     assert optimizer.param_groups
+
+
+def test_bits_that_step_seldom():
+    """An optimizer of the learned parameters alone may step less often than the weights'."""
+    model = seeded(mlp)
+    weights = _adam(model.parameters())
+    quantizer = QUANTIZERS["diffq"](model)
+    bits = torch.optim.Adam(quantizer.learned_parameters(), 0.1)
+    quantizer.setup_optimizer(bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffq.DiffqWarning)
+        for count in range(4 * PATIENCE):
+            step(model, weights, INPUTS, quantizer)
+            if count % (PATIENCE + 5) == PATIENCE:
+                bits.step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_optimizers_of_the_same_bits(whole):
+    """Two optimizers that step the same learned parameters in turn are noticed, once."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    first = _adam(model.parameters() if whole else model[0].parameters())
+    second = _adam(model[2].parameters())
+    quantizer.setup_optimizer(first)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", diffq.DiffqWarning)
+        for _ in range(3):
+            step(model, first, INPUTS, quantizer)
+            second.step()
+    (message,) = (str(warning.message) for warning in caught)
+    assert "Two optimizers train the same learned parameters" in message
+
+
+def test_an_optimizer_with_the_place_of_one_that_is_gone():
+    """Steps of an optimizer that is gone are not counted for another one."""
+    model, quantizer, optimizer = _prepared()
+    del optimizer
+    other = torch.nn.Linear(2, 2)
+    for _ in range(PATIENCE + 5):
+        sgd = torch.optim.SGD(other.parameters(), 0.1)
+        other(torch.ones(1, 2)).sum().backward()
+        sgd.step()
+        del sgd
+    optimizer = _adam(_weights(model))
+    _warned(lambda: step(model, optimizer, INPUTS, quantizer))
 
 
 def test_extras_taken_out_of_the_optimizer():
@@ -347,7 +393,7 @@ def test_compiled_training_is_not_slowed():
 def test_pickles_and_copies():
     """An optimizer that was set up can be pickled and copied; a copy of the guard has none."""
     model, quantizer, optimizer = _prepared()
-    guard = quantizer._optimizer_guard
+    guard = quantizer._step_watch
     assert guard.optimizer is optimizer
     groups = zip(copy.deepcopy(optimizer).param_groups, optimizer.param_groups, strict=True)
     assert all(len(a["params"]) == len(b["params"]) for a, b in groups)

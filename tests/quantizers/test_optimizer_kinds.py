@@ -8,6 +8,7 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 import diffq
+from diffq.errors import ConfigError
 from tests.compare import same_bits
 from tests.models import QUANTIZERS, mlp, seeded, snapshot_of, step
 
@@ -389,3 +390,102 @@ def test_a_learning_rate(name, lr):
     quantizer.setup_optimizer(optimizer, lr=lr)
     step(model, optimizer, INPUTS, quantizer)
     assert optimizer.param_groups[1]["lr"] == lr
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": 0.9}, {"betas": (2, 0.9)}, {"weight_decay": -1.0}, {"fused": True, "foreach": True}],
+    ids=repr,
+)
+def test_values_that_the_optimizer_refuses(options):
+    """Values that torch checks when an optimizer is made are checked, and nothing changes."""
+    model = seeded(mlp)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    quantizer = QUANTIZERS["diffq"](model)
+    before = len(optimizer.param_groups)
+    with pytest.raises(ConfigError, match="Adam refuses these options of setup_optimizer"):
+        quantizer.setup_optimizer(optimizer, **options)
+    assert len(optimizer.param_groups) == before
+
+
+def test_a_second_call_keeps_the_options():
+    """Only the options of the second call change; a kernel that they exclude is given up."""
+    model = seeded(mlp)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.setup_optimizer(optimizer, lr=0.2, weight_decay=0.3)
+    quantizer.setup_optimizer(optimizer, lr=0.4)
+    group = optimizer.param_groups[-1]
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (0.4, 0.3, True)
+    quantizer.setup_optimizer(optimizer, differentiable=True)
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (0.4, 0.3, None)
+    quantizer.setup_optimizer(optimizer, differentiable=False)
+    step(model, optimizer, torch.randn(3, 16), quantizer)
+
+
+def test_rates_that_are_no_numbers():
+    """An optimizer that finds its rate by itself, such as Adafactor without lr, is taken."""
+
+    class Relative(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, 0.1)
+            for group in self.param_groups:
+                group["lr"] = None
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] = group["lr"] or 0.1
+            return super().step(closure)
+
+    model = seeded(mlp)
+    optimizer = Relative(model.parameters())
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.setup_optimizer(optimizer)
+    step(model, optimizer, torch.randn(3, 16), quantizer)
+
+
+def test_wrappers_without_defaults():
+    """A wrapper that is an optimizer in name only, as many Lookaheads, is taken."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            self.inner.zero_grad(set_to_none)
+
+        def add_param_group(self, group):
+            self.inner.add_param_group(group)
+
+    model = seeded(mlp)
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.1))
+    quantizer = QUANTIZERS["diffq"](model)
+    quantizer.setup_optimizer(optimizer, lr=0.5)
+    before = snapshot_of(model)
+    step(model, optimizer, torch.randn(3, 16), quantizer)
+    after = snapshot_of(model)
+    assert [key for key in before if same_bits(before[key], after[key]) and "logits" in key] == []
+
+
+@pytest.mark.parametrize("kind", ["diffq", "lsq"])
+def test_no_optimizer_leaves_all_as_it_is(kind):
+    """After no_optimizer(), the optimizer that was set up moves nothing that is learned."""
+    model = seeded(mlp)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.setup_optimizer(optimizer, lr=0.1, weight_decay=0.5)
+    step(model, optimizer, torch.randn(3, 16), quantizer)
+    quantizer.no_optimizer()
+    before = [parameter.clone() for parameter in quantizer.learned_parameters()]
+    for _ in range(3):
+        step(model, optimizer, torch.randn(3, 16), quantizer)
+    assert same_bits(before, [parameter.detach() for parameter in quantizer.learned_parameters()])
+    quantizer.setup_optimizer(optimizer, lr=0.1)
+    step(model, optimizer, torch.randn(3, 16), quantizer)
+    assert not same_bits(before, [p.detach() for p in quantizer.learned_parameters()])

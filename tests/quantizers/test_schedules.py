@@ -5,12 +5,14 @@ import warnings
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 import diffq
+from diffq.quantizers.steps import PATIENCE
 from tests.models import QUANTIZERS, mlp, seeded, step
 
 INPUTS = torch.ones(2, 16)
-STEPS = 8
+STEPS = 3 * PATIENCE
 
 
 class _ByHand:
@@ -23,7 +25,7 @@ class _ByHand:
         self.steps += 1
         for group in self.optimizer.param_groups:
             scale = group["initial"] if self.scaled else 0.1
-            group["lr"] = scale * 0.9**self.steps
+            group["lr"] = scale * 0.98**self.steps
 
 
 class _Plateau(lr_scheduler.ReduceLROnPlateau):
@@ -35,10 +37,21 @@ def _cosine(optimizer):
     return lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=1e-6)
 
 
+class _ForAWhile(_ByHand):
+    """A warm-up that gives all groups one rate, and then each its own again."""
+
+    def step(self):
+        super().step()
+        if self.steps >= PATIENCE // 2:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial"]
+
+
 LOSING = {
     "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=STEPS),
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, step_size_up=4),
     "by hand": lambda o: _ByHand(o, scaled=False),
+    "averaging": lambda o: SWALR(o, 1e-3, anneal_epochs=5),
 }
 
 KEEPING = {
@@ -52,6 +65,8 @@ KEEPING = {
     "plateau": lambda o: _Plateau(o, factor=0.1, patience=0, min_lr=1e-3),
     "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
     "by hand": lambda o: _ByHand(o, scaled=True),
+    "for a while": lambda o: _ForAWhile(o, scaled=False),
+    "averaging": lambda o: SWALR(o, [1e-3, 0.1], anneal_epochs=5),
 }
 
 
@@ -89,7 +104,7 @@ def test_schedules_that_keep_the_rate(name):
 @pytest.mark.parametrize("name", [*LOSING, *KEEPING])
 def test_one_rate_from_the_start(name):
     """Where what is learned was given the weights' rate, it has none of its own to lose."""
-    if "cyclic" not in name and name != "onecycle":
+    if "cyclic" not in name and name not in ("onecycle", "averaging"):
         assert _warnings({**LOSING, **KEEPING}[name], lr=0.1) == []
 
 
@@ -114,7 +129,7 @@ def test_a_second_schedule():
 
         def step(self):
             self.steps += 1
-            if self.steps == 3:
+            if self.steps == PATIENCE:
                 self.now = LOSING["onecycle"](self.optimizer)
             else:
                 self.now.step()

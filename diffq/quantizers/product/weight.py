@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import TensorPlan
-from diffq.attach.weight import Constant, WeightQuantizer
+from diffq.attach.sample import Constant
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
 from diffq.format.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
