@@ -119,7 +119,12 @@ def least_error_range(
         best = pairs.index_select(0, place.view(1))[0]
         cuts = [best[:1], best[1:]]
         start, spacing = -spacing, 2 * spacing / _PLACES
-    return histogram.low + cuts[0] * span, histogram.high - cuts[1] * span
+    low, high = histogram.low + cuts[0] * span, histogram.high - cuts[1] * span
+    if through_zero is not None:
+        # The rounding of a cut at zero may put the end on zero's other side.
+        low = torch.where(through_zero, torch.minimum(low, histogram.low.clamp(min=0)), low)
+        high = torch.where(through_zero, torch.maximum(high, histogram.high.clamp(max=0)), high)
+    return low, high
 
 
 def _errors(centers: Tensor, counts: Tensor, cuts: Tensor, bits: int) -> Tensor:
