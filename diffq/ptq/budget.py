@@ -137,7 +137,7 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
         real = min(part.numel(), numel - start * tensor.size)
         for column, width in enumerate(_WIDTHS):
             rule = low, high, low.new_full((1,), float(width)), tensor.zero_point
-            levels = grid.to_levels(part, *rule)
+            levels = grid.to_levels(part, *rule, dtype=tensor.weight.dtype)
             error = grid.from_levels(levels, *rule).sub_(part).div_(unit)
             error.view(-1)[real:] = 0
             errors[rows, column] = error.square_().sum(dim=1).numpy()

@@ -172,7 +172,8 @@ class StateGrid:
     def record(self, bits: NDArray[np.uint8]) -> GridRecord:
         """What is stored at the bitwidths, uint8 [groups]."""
         widths = torch.from_numpy(bits).float()
-        levels = grid.to_levels(self.groups(), self.low, self.high, widths, self.zero_point)
+        rule = self.low, self.high, widths, self.zero_point
+        levels = grid.to_levels(self.groups(), *rule, dtype=self.weight.dtype)
         flat = levels.reshape(-1)[: self.weight.numel()]
         return GridRecord(
             shape=tuple(self.weight.shape),

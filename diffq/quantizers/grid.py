@@ -148,4 +148,5 @@ class GridQuantizer(WeightQuantizer):
         return low, high
 
     def _levels(self, weight: Tensor, *rule: Any) -> Tensor:
-        return grid.to_levels(grid.to_groups(weight.float(), self.group_size), *rule)
+        groups = grid.to_groups(weight.float(), self.group_size)
+        return grid.to_levels(groups, *rule, weight.dtype)

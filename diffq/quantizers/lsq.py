@@ -17,7 +17,7 @@ from diffq.attach.weight import Constant, WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.numerics.grid import widen
+from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.quantizers.base import BaseQuantizer
 from diffq.torch_inside import functions
 
@@ -85,8 +85,7 @@ class LSQWeight(WeightQuantizer):
     def sample(self, weight: Tensor) -> Constant:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
         scale = self._positive_scale().to(widen(weight).dtype)
-        levels = (widen(weight) / scale).clamp_(self.lowest, self.highest).round_()
-        return Constant(levels.mul_(scale))
+        return Constant(self._nearest(widen(weight) / scale, scale, weight.dtype).mul_(scale))
 
     def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
@@ -141,7 +140,14 @@ class LSQWeight(WeightQuantizer):
                 "Find the step that diverged, or exclude the tensor."
             )
         # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return torch.round(ratio.clamp(self.lowest, self.highest)) + 0.0
+        return self._nearest(ratio, scale, weight.dtype) + 0.0
+
+    def _nearest(self, ratio: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Levels nearest to w / s, in place, of those whose values are finite in a dtype."""
+        ratio.clamp_(self.lowest, self.highest)
+        if is_narrow(dtype):
+            ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
+        return ratio.round_()
 
 
 class LSQQuantizer(BaseQuantizer):

@@ -1,10 +1,16 @@
 """Autocast, gradient scaling, and models cast to another dtype."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import diffq
+from diffq.attach.plan import Rules
+from diffq.ptq.budget import quantize_to_size
+from diffq.ptq.state import Settings, quantize_state
 from tests.compare import same_bits
 from tests.models import (
     QUANTIZERS,
@@ -209,3 +215,59 @@ def test_cast_after_evaluation_is_noticed():
     diffq.QATQuantizer(model, min_size=0)
     model(inputs)
     assert model.double()(inputs.double()).dtype == torch.float64
+
+
+# Weights near the ends of a half type
+
+LARGE = {
+    "gaussian": partial(diffq.DiffQuantizer, group_size=4),
+    "uniform": partial(diffq.DiffQuantizer, group_size=5, noise="uniform"),
+    "rounding": partial(diffq.DiffQuantizer, group_size=4, noise="rounding", init_bits=3),
+    "qat-1": partial(diffq.QATQuantizer, bits=1),
+    "qat-2": partial(diffq.QATQuantizer, bits=2),
+    "qat-8": partial(diffq.QATQuantizer, bits=8),
+    "qat-channel": partial(diffq.QATQuantizer, bits=3, per_channel=True),
+    "quant-noise-fit": partial(diffq.QuantNoiseQuantizer, bits=3, observer="histogram"),
+    "lsq-2": partial(diffq.LSQQuantizer, bits=2),
+    "lsq-4": partial(diffq.LSQQuantizer, bits=4),
+}
+
+
+def near_the_ends(zeros, seed):
+    """A float16 layer with weights at and near the largest magnitudes, and maybe some zeros."""
+    model = seeded(partial(nn.Linear, 4, 4, bias=False), seed).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(4, 4) * 50000).clamp_(-65504, 65504)
+        model.weight[0] = torch.tensor([-65504, 0 if zeros else 3, 60000, 1])
+    return model
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", LARGE)
+def test_float16_weights_stay_finite(kind, zeros, tmp_path):
+    """No level stands for more than float16 holds: in training, eval, state and file."""
+    for seed in range(10):
+        model = near_the_ends(zeros, seed)
+        quantizer = LARGE[kind](model, min_size=0)
+        quantizer.no_optimizer()
+        assert model.weight.isfinite().all()
+        weight = model.eval().weight.detach().clone()
+        assert weight.isfinite().all()
+        assert (weight[0, 1] == 0) or not zeros
+        (record,) = quantizer.snapshot().records.values()
+        assert same_bits(torch.from_numpy(record.values()).half(), weight)
+        diffq.save(quantizer, tmp_path / "model.diffq")
+        make = partial(near_the_ends, zeros, seed + 1)
+        assert same_bits(diffq.load(tmp_path / "model.diffq", make()).weight.detach(), weight)
+        assert same_bits(restored(make, quantizer).weight.detach(), weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 5}, {"per_channel": True}])
+def test_float16_state_dicts_stay_finite(options):
+    """Post-training quantization chooses no level that float16 cannot hold."""
+    settings = Settings(rules=Rules(min_size=0), **options)
+    for seed in range(10):
+        state = near_the_ends(True, seed).state_dict()
+        fitted = quantize_to_size(state, 400, settings).snapshot
+        for snapshot in (fitted, *(quantize_state(state, bits, settings) for bits in range(1, 9))):
+            assert np.abs(snapshot.records["weight"].values()).max() < 65520
