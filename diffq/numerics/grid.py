@@ -74,6 +74,12 @@ def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return low.view(1), high.view(1)
 
 
+def group_bounds(tensor: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group of a tensor, each [groups]."""
+    groups = to_groups(tensor, group_size)
+    return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+
 def step_size(low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
     """Distance of two levels: (high - low) / (2**bits - 1), for real bitwidths too.
 

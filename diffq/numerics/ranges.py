@@ -167,7 +167,7 @@ def _squared_error(
     """Squared error of a grid, float32 0-dim, in squares of `unit`."""
     groups = weight.detach().float().reshape(1, -1)
     rule = low, high, torch.full_like(low, bits), zero_point
-    levels = grid.to_levels(groups, *rule, dtype=weight.dtype)
+    levels = grid.to_levels(groups, *rule, weight.dtype)
     errors = grid.from_levels(levels, *rule).sub_(groups)
     # Squares of large or tiny weights would leave float32.
     return errors.div_(unit).square_().sum()
