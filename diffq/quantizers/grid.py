@@ -130,6 +130,11 @@ class GridQuantizer(WeightQuantizer):
             return grid.bounds(weight)
         return grid.group_bounds(weight, self.group_size)
 
+    def check(self, weight: Tensor) -> None:
+        """Raises WeightError for ranges that float32 cannot hold."""
+        low, high = GridQuantizer.bounds(self, weight)
+        check_range(low.float(), high.float(), self.plan.name)
+
     def look(self, weight: Tensor) -> None:
         """Looks for weights that are exactly zero; a mask may bring some back at any time."""
         self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())

@@ -76,10 +76,17 @@ class LSQWeight(WeightQuantizer):
         self.settings = settings
         self.lowest = -(2 ** (settings.bits - 1))
         self.highest = 2 ** (settings.bits - 1) - 1
-        mean = weight.detach().float().abs().mean()
+        mean = _mean_magnitude(weight.detach().float())
         # A tensor that starts at zero, as some last layers do, must be able to leave it.
         mean = torch.where(mean > 0, mean, 0.01)
-        self.scale = nn.Parameter((2 * mean / math.sqrt(self.highest)).view(1))
+        # At the largest scale that can be stored, the levels reach as far as float32.
+        largest = MAX_RANGE / -self.lowest
+        scale = (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest)
+        self.scale = nn.Parameter(scale.view(1))
+
+    def check(self, weight: Tensor) -> None:
+        """Raises WeightError for magnitudes that float32 cannot hold."""
+        self._levels(weight)
 
     @torch.no_grad()
     def sample(self, weight: Tensor) -> Constant:
@@ -148,6 +155,14 @@ class LSQWeight(WeightQuantizer):
         if is_narrow(dtype):
             ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
         return ratio.round_()
+
+
+def _mean_magnitude(weight: Tensor) -> Tensor:
+    """Mean of the absolute values of a float32 tensor, without overflow of their sum."""
+    magnitudes = weight.abs()
+    # A power of two, by which numbers are scaled without rounding.
+    exponent = torch.frexp(magnitudes.amax()).exponent.clamp(1, 128) - 1
+    return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
 
 
 class LSQQuantizer(BaseQuantizer):
