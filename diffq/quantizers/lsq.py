@@ -169,8 +169,8 @@ class LSQQuantizer(BaseQuantizer):
     """Quantization-aware training with one learned step size per tensor.
 
     Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
-    sqrt(2**(bits-1) - 1) and is trained with the weights ("Learned Step Size
-    Quantization", arXiv:1902.08153).
+    sqrt(2**(bits-1) - 1), or at the largest that float32 allows, and is trained with
+    the weights ("Learned Step Size Quantization", arXiv:1902.08153).
 
     Args:
         model: a plain model, changed in place until `detach()`. LSQ does best
@@ -185,7 +185,7 @@ class LSQQuantizer(BaseQuantizer):
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
         ConfigError: a setting breaks a rule, or a pattern matches nothing.
-        WeightError: a weight to quantize holds NaN or Inf.
+        WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
     overridable: ClassVar[frozenset[str]] = frozenset({"bits"})
