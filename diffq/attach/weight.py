@@ -93,6 +93,9 @@ class WeightQuantizer(nn.Module, ABC):
         else:
             super().__setattr__(name, value)
 
+    def check(self, weight: Tensor) -> None:
+        """Raises WeightError for weights beyond the grids that can be stored."""
+
     def look(self, weight: Tensor) -> None:
         """Looks for weights that are exactly zero and must stay so; waits for the device.
 

@@ -23,7 +23,7 @@ from diffq.attach.guards import check_model
 from diffq.attach.plan import matches
 from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError, warn
-from diffq.numerics.grid import widen
+from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.numerics.masks import block_mask
 from diffq.numerics.noise import straight_through
 from diffq.numerics.ranges import Observer, RangeTracker, check_observer
@@ -263,8 +263,15 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     wide = widen(x)
     low, high = low.to(wide.dtype), high.to(wide.dtype)
     with torch.no_grad():
-        inside = torch.clamp(wide, low, high)
-        step = (high - low) / (2**bits - 1)
+        top = 2**bits - 1
+        step = (high - low) / top
+        least, most = low, high
+        if is_narrow(x.dtype):
+            # The grid may reach beyond the dtype. It ends at the last levels that are finite.
+            first, last = finite_levels(step, low, x.dtype)
+            least = torch.where(first > 0, low + first * step, low)
+            most = torch.where(last < top, low + last * step, high)
+        inside = torch.clamp(wide, least, most)
         levels = torch.round((inside - low) / torch.where(step > 0, step, 1))
         quantized = levels * step + low
         # Not left to the gradient of clamp: at the ends, some versions of torch halve it.

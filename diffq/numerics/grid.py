@@ -27,6 +27,11 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _WIDE else tensor.to(torch.float32)
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """True for float dtypes in which finite float32 numbers may be infinite: the half types."""
+    return dtype not in _WIDE
+
+
 def to_groups(tensor: Tensor, group_size: int) -> Tensor:
     """Cuts a tensor in groups of consecutive weights, in C order.
 
@@ -69,6 +74,12 @@ def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return low.view(1), high.view(1)
 
 
+def group_bounds(tensor: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group of a tensor, each [groups]."""
+    groups = to_groups(tensor, group_size)
+    return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+
+
 def step_size(low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
     """Distance of two levels: (high - low) / (2**bits - 1), for real bitwidths too.
 
@@ -106,8 +117,32 @@ def zero_points(low: Tensor, high: Tensor, bits: Tensor, wanted: Tensor) -> tupl
     return torch.where(inside, level, 0), torch.where(inside, 0, low)
 
 
+def finite_levels(step: Tensor, added: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Lowest and highest whole number n for which n * step + added is finite in a half type.
+
+    Args:
+        step: float32, any shape.
+        added: float32, like `step`.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        float32 like `step`, each a whole number or infinite.
+    """
+    kind = torch.finfo(dtype)
+    # Half a unit in the last place above the largest number, rounding gives infinity. This
+    # is below that by more than the roundings of n * step + added.
+    limit = kind.max * (1 + kind.eps / 4) * (1 - 2**-20)
+    divisor = torch.where(step > 0, step, 1)
+    return torch.ceil((-limit - added) / divisor), torch.floor((limit - added) / divisor)
+
+
 def to_levels(
-    groups: Tensor, low: Tensor, high: Tensor, bits: Tensor, zero_point: Tensor | None = None
+    groups: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: Tensor,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Nearest level of each weight (Equation 1 of the DiffQ paper), half to even.
 
@@ -118,19 +153,26 @@ def to_levels(
         bits: whole bitwidths as float32, [1] or [groups].
         zero_point: bool 0-dim, whether weights that are 0.0 stay 0.0, see `zero_points`;
             None if they need not.
+        dtype: the dtype of the weights, in which their values stay finite.
 
     Returns:
         float32 [groups, group_size] of whole numbers from 0 to 2**bits - 1;
         zeros where low equals high.
     """
-    step = step_size(low, high, bits)[:, None]
-    zero, added = None, low
-    if zero_point is not None:
-        zero, added = zero_points(low, high, bits, zero_point)
-    levels = (groups - added[:, None]).div_(torch.where(step > 0, step, 1)).round_()
-    if zero is not None:
-        levels.add_(zero[:, None])
-    return levels.clamp_(min=0).clamp_(max=torch.exp2(bits)[:, None] - 1)
+    step = step_size(low, high, bits)
+    divisor, top = torch.where(step > 0, step, 1)[:, None], torch.exp2(bits) - 1
+    if zero_point is None:
+        levels = (groups - low[:, None]).div_(divisor).round_()
+        return levels.clamp_(min=0).clamp_(max=top[:, None])
+    zero, added = zero_points(low, high, bits, zero_point)
+    levels = (groups - added[:, None]).div_(divisor).round_().add_(zero[:, None])
+    lowest = torch.zeros_like(top)
+    # A grid with a zero point reaches up to half a step beyond low or high. Grids without stay
+    # within, and float32 holds all of both: `MAX_RANGE` of diffq.format.records sees to that.
+    if is_narrow(dtype):
+        least, most = finite_levels(step, added, dtype)
+        lowest, top = torch.maximum(least + zero, lowest), torch.minimum(most + zero, top)
+    return levels.clamp_(min=lowest[:, None]).clamp_(max=top[:, None])
 
 
 def from_levels(

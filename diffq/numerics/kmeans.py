@@ -103,7 +103,7 @@ def kmeans_with_zeros(
     Args:
         blocks: as `kmeans`.
         size: K; more than 1 if some blocks are zero and others are not.
-        start: as `kmeans`; the codewords nearest to zero are left out.
+        start: as `kmeans`; codewords are left out by their largest magnitude, smallest first.
         **options: further arguments of `kmeans`.
     """
     kept = nonzero(blocks)

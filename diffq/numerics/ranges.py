@@ -119,7 +119,12 @@ def least_error_range(
         best = pairs.index_select(0, place.view(1))[0]
         cuts = [best[:1], best[1:]]
         start, spacing = -spacing, 2 * spacing / _PLACES
-    return histogram.low + cuts[0] * span, histogram.high - cuts[1] * span
+    low, high = histogram.low + cuts[0] * span, histogram.high - cuts[1] * span
+    if through_zero is not None:
+        # The rounding of a cut at zero may put the end on zero's other side.
+        low = torch.where(through_zero, torch.minimum(low, histogram.low.clamp(min=0)), low)
+        high = torch.where(through_zero, torch.maximum(high, histogram.high.clamp(max=0)), high)
+    return low, high
 
 
 def _errors(centers: Tensor, counts: Tensor, cuts: Tensor, bits: int) -> Tensor:
@@ -162,7 +167,8 @@ def _squared_error(
     """Squared error of a grid, float32 0-dim, in squares of `unit`."""
     groups = weight.detach().float().reshape(1, -1)
     rule = low, high, torch.full_like(low, bits), zero_point
-    errors = grid.from_levels(grid.to_levels(groups, *rule), *rule).sub_(groups)
+    levels = grid.to_levels(groups, *rule, weight.dtype)
+    errors = grid.from_levels(levels, *rule).sub_(groups)
     # Squares of large or tiny weights would leave float32.
     return errors.div_(unit).square_().sum()
 

@@ -125,26 +125,27 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
         codec: what it will be stored with.
         unit: errors are counted in units of its square.
     """
-    groups, numel = tensor.groups(), tensor.weight.numel()
+    whole, size = tensor.grid, tensor.grid.group_size
+    groups, numel = whole.groups(), whole.weight.numel()
     errors = np.empty((tensor.count, _WIDTHS.size), np.float32)
     counts = np.zeros((_WIDTHS.size, 1 << MAX_BITS), np.int64)
-    step = max(1, _CHUNK // tensor.size)
+    step = max(1, _CHUNK // size)
     for start in range(0, tensor.count, step):
         part = groups[start : start + step]
         rows = slice(start, start + len(part))
-        low, high = (end if end.numel() == 1 else end[rows] for end in (tensor.low, tensor.high))
+        low, high = (end if end.numel() == 1 else end[rows] for end in (whole.low, whole.high))
         # Zeros fill the last group up; they are neither stored nor do they cost anything.
-        real = min(part.numel(), numel - start * tensor.size)
+        real = min(part.numel(), numel - start * size)
         for column, width in enumerate(_WIDTHS):
-            rule = low, high, low.new_full((1,), float(width)), tensor.zero_point
-            levels = grid.to_levels(part, *rule)
+            rule = low, high, low.new_full((1,), float(width)), whole.zero_point
+            levels = grid.to_levels(part, *rule, whole.weight.dtype)
             error = grid.from_levels(levels, *rule).sub_(part).div_(unit)
             error.view(-1)[real:] = 0
             errors[rows, column] = error.square_().sum(dim=1).numpy()
             symbols = levels.view(-1)[:real].to(torch.int64).numpy()
             counts[column, : 1 << width] += np.bincount(symbols, minlength=1 << width)
-    weights = np.full(tensor.count, tensor.size, np.float32)
-    weights[-1] -= tensor.count * tensor.size - numel
+    weights = np.full(tensor.count, size, np.float32)
+    weights[-1] -= tensor.count * size - numel
     rates = _WIDTHS if codec == "packed" else [entropy_bits(count) / numel for count in counts]
     return Choice(errors, weights, np.asarray(rates, np.float32))
 
@@ -178,7 +179,9 @@ class _Search:
         self._plan, self._most, self._report = plan, most, report
         self._codec, self._metadata = codec, metadata
         # No error exceeds the longest range, so that none of their squares overflows.
-        unit = max((float((g.high - g.low).max()) for g in plan.grids), default=0.0) or 1.0
+        unit = (
+            max((float((g.grid.high - g.grid.low).max()) for g in plan.grids), default=0.0) or 1.0
+        )
         self._choices: dict[str, Choice] = {}
         for done, tensor in enumerate(plan.grids):
             report("measuring errors", done, len(plan.grids))

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq.attach.plan import Rules, dtype_name
+from diffq.attach.plan import Rules
 from diffq.checks import check_bits, check_flag, check_group_size, plain
 from diffq.errors import ConfigError, WeightError
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.numerics import grid
-from diffq.quantizers.grid import check_range
+from diffq.quantizers.grid import WeightGrid, check_range
 from diffq.storage.state import Snapshot, raw_record
 
 #: The running statistics of BatchNorm, and the ranges of activations: never quantized nor
@@ -139,51 +139,29 @@ class StatePlan:
 
 
 class StateGrid:
-    """One tensor to quantize: its groups and ranges.
+    """One tensor to quantize.
 
     Attributes:
         name: the tensor's name.
-        weight: the tensor.
-        size: weights per group; the last group may be short.
+        grid: its groups and ranges; zeros stay.
         count: number of groups.
-        low: float32 minimum, [1] or [groups].
-        high: float32 maximum, like `low`.
-        zero_point: bool 0-dim, whether weights are exactly zero, and stay so.
     """
 
     def __init__(self, name: str, weight: Tensor, settings: Settings) -> None:
-        self.name, self.weight = name, weight
+        self.name = name
         if settings.per_channel and weight.ndim > 1:
-            self.size = weight.numel() // weight.shape[0]
-            channels = weight.reshape(weight.shape[0], -1)
-            low, high = torch.amin(channels, dim=1), torch.amax(channels, dim=1)
+            size = weight.numel() // weight.shape[0]
+            low, high = grid.group_bounds(weight, size)
         else:
-            self.size = min(plain(settings.group_size) or weight.numel(), weight.numel())
+            size = min(plain(settings.group_size) or weight.numel(), weight.numel())
             low, high = grid.bounds(weight)
-        self.count = group_count(weight.numel(), self.size)
-        self.low, self.high = low.float(), high.float()
-        check_range(self.low, self.high, name)
-        self.zero_point = (weight == 0).any()
-
-    def groups(self) -> Tensor:
-        """The weights in float32, [groups, size]; the last group is padded with zeros."""
-        return grid.to_groups(self.weight.float(), self.size)
+        self.count = group_count(weight.numel(), size)
+        self.grid = WeightGrid(weight, size, low.float(), high.float(), (weight == 0).any())
+        check_range(self.grid.low, self.grid.high, name)
 
     def record(self, bits: NDArray[np.uint8]) -> GridRecord:
-        """What is stored at the bitwidths, uint8 [groups]."""
-        widths = torch.from_numpy(bits).float()
-        levels = grid.to_levels(self.groups(), self.low, self.high, widths, self.zero_point)
-        flat = levels.reshape(-1)[: self.weight.numel()]
-        return GridRecord(
-            shape=tuple(self.weight.shape),
-            dtype=dtype_name(self.weight.dtype),
-            group_size=self.size,
-            min_bits=int(bits.min()),
-            bits=bits,
-            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
-            ranges=torch.stack([self.low, self.high], dim=1).cpu().numpy(),
-            zero_point=bool(self.zero_point) and not torch.equal(self.low, self.high),
-        )
+        """The stored form at the bitwidths, uint8 [groups]."""
+        return self.grid.record(bits, int(bits.min()))
 
 
 def _check_dense(name: str, tensor: Any) -> None:

@@ -295,6 +295,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             check_finite(plan.name, weight)
             quantizer = self._make_quantizer(plan, settings, weight)
             if not weight.is_meta:
+                quantizer.check(weight.detach())
                 quantizer.look(weight.detach())
             return quantizer
         if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):

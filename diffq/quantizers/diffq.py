@@ -212,6 +212,9 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
     torch._foreach_mul_(spans, [q.settings.noise_scale for q in quantizers])
     steps = torch._foreach_div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
+    if weights[0].dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        noisy = [value.clamp_(-largest, largest) for value in noisy]
     values = [
         torch.where(weight == 0, 0, value) if q.may_have_zeros else value
         for (q, weight), value in zip(pairs, noisy, strict=True)
@@ -265,7 +268,7 @@ class DiffQuantizer(BaseQuantizer):
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
         ConfigError: a setting breaks a rule, or a pattern matches nothing.
-        WeightError: a weight to quantize holds NaN or Inf.
+        WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
     overridable: ClassVar[frozenset[str]] = frozenset(

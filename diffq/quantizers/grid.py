@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,54 @@ def check_bitwidths(bits: Tensor, name: str) -> None:
         )
 
 
+class WeightGrid(NamedTuple):
+    """The grids of one weight: ranges of its groups, or one for all.
+
+    Attributes:
+        weight: any shape.
+        group_size: consecutive weights that share a bitwidth; the last group may be short.
+        low: float32 minimum, [1] or [groups].
+        high: float32 maximum, like `low`.
+        zero_point: as `grid.to_levels`.
+    """
+
+    weight: Tensor
+    group_size: int
+    low: Tensor
+    high: Tensor
+    zero_point: Tensor | None
+
+    def groups(self) -> Tensor:
+        """The weights in float32, [groups, group_size]; the last group is padded with zeros."""
+        return grid.to_groups(self.weight.float(), self.group_size)
+
+    def levels(self, bits: Tensor) -> Tensor:
+        """Levels at whole bitwidths, float32 [1] or [groups]: float32 [groups, group_size]."""
+        rule = self.low, self.high, bits, self.zero_point
+        return grid.to_levels(self.groups(), *rule, self.weight.dtype)
+
+    def values(self, bits: Tensor) -> Tensor:
+        """Values of the levels at whole bitwidths, in the weight's shape and dtype."""
+        rule = self.low, self.high, bits, self.zero_point
+        values = grid.from_levels(self.levels(bits), *rule)
+        return grid.from_groups(values, self.weight.shape).to(self.weight.dtype)
+
+    def record(self, bits: NDArray[np.uint8], min_bits: int) -> GridRecord:
+        """Levels, bitwidths and ranges, at bitwidths [groups] that count from `min_bits`."""
+        levels = self.levels(torch.from_numpy(bits).to(self.low))
+        flat = levels.reshape(-1)[: self.weight.numel()]
+        return GridRecord(
+            shape=tuple(self.weight.shape),
+            dtype=dtype_name(self.weight.dtype),
+            group_size=self.group_size,
+            min_bits=min_bits,
+            bits=bits,
+            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
+            ranges=torch.stack([self.low, self.high], dim=1).cpu().numpy(),
+            zero_point=bool(self.zero_point) and not torch.equal(self.low, self.high),
+        )
+
+
 class GridQuantizer(WeightQuantizer):
     """Quantizes one tensor on an even grid between its minimum and maximum.
 
@@ -80,8 +128,12 @@ class GridQuantizer(WeightQuantizer):
         """Minimum and maximum, [1] or [groups]."""
         if not self.ranges_per_group:
             return grid.bounds(weight)
-        groups = grid.to_groups(weight, self.group_size)
-        return torch.amin(groups, dim=1), torch.amax(groups, dim=1)
+        return grid.group_bounds(weight, self.group_size)
+
+    def check(self, weight: Tensor) -> None:
+        """Raises WeightError for ranges that float32 cannot hold."""
+        low, high = GridQuantizer.bounds(self, weight)
+        check_range(low.float(), high.float(), self.plan.name)
 
     def look(self, weight: Tensor) -> None:
         """Looks for weights that are exactly zero; a mask may bring some back at any time."""
@@ -101,27 +153,13 @@ class GridQuantizer(WeightQuantizer):
     @torch.no_grad()
     def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The nearest values on the grid from `low` to `high`; no host synchronisation."""
-        rule = low.float(), high.float(), self.whole_bits(), self.zero_point(weight)
-        values = grid.from_levels(self._levels(weight, *rule), *rule)
-        return grid.from_groups(values, weight.shape).to(weight.dtype)
+        return self._grid(weight, low, high).values(self.whole_bits())
 
     @torch.no_grad()
     def record(self, weight: Tensor) -> GridRecord:
         """Levels, bitwidths and ranges."""
-        low, high = (end.float() for end in self._checked_bounds(weight))
-        zero_point = self.zero_point(weight)
-        levels = self._levels(weight, low, high, self.whole_bits(), zero_point)
-        flat = levels.reshape(-1)[: weight.numel()]
-        return GridRecord(
-            shape=tuple(weight.shape),
-            dtype=dtype_name(weight.dtype),
-            group_size=self.group_size,
-            min_bits=self.min_bits,
-            bits=self.group_bits(),
-            levels=flat.to(torch.int16).cpu().numpy().view(np.uint16),
-            ranges=torch.stack([low, high], dim=1).cpu().numpy(),
-            zero_point=bool(zero_point) and not torch.equal(low, high),
-        )
+        low, high = self._checked_bounds(weight)
+        return self._grid(weight, low, high).record(self.group_bits(), self.min_bits)
 
     def stored_bits(self, weight: Tensor) -> int:
         """Equation 12 for this tensor, without computing its levels."""
@@ -147,5 +185,6 @@ class GridQuantizer(WeightQuantizer):
         check_range(low.float(), high.float(), self.plan.name)
         return low, high
 
-    def _levels(self, weight: Tensor, *rule: Any) -> Tensor:
-        return grid.to_levels(grid.to_groups(weight.float(), self.group_size), *rule)
+    def _grid(self, weight: Tensor, low: Tensor, high: Tensor) -> WeightGrid:
+        ends = low.float(), high.float()
+        return WeightGrid(weight, self.group_size, *ends, self.zero_point(weight))

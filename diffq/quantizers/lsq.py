@@ -18,7 +18,7 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.numerics.grid import widen
+from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.quantizers.base import BaseQuantizer
 from diffq.torch_inside import functions
 
@@ -77,17 +77,23 @@ class LSQWeight(WeightQuantizer):
         self.settings = settings
         self.lowest = -(2 ** (settings.bits - 1))
         self.highest = 2 ** (settings.bits - 1) - 1
-        mean = weight.detach().float().abs().mean()
+        mean = _mean_magnitude(weight.detach().float())
         # A tensor that starts at zero, as some last layers do, must be able to leave it.
         mean = torch.where(mean > 0, mean, 0.01)
-        self.scale = nn.Parameter((2 * mean / math.sqrt(self.highest)).view(1))
+        # At the largest scale that can be stored, the levels reach as far as float32.
+        largest = MAX_RANGE / -self.lowest
+        scale = (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest)
+        self.scale = nn.Parameter(scale.view(1))
+
+    def check(self, weight: Tensor) -> None:
+        """Raises WeightError for magnitudes that float32 cannot hold."""
+        self._levels(weight)
 
     @torch.no_grad()
     def sample(self, weight: Tensor) -> Constant:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
         scale = self._positive_scale().to(widen(weight).dtype)
-        levels = (widen(weight) / scale).clamp_(self.lowest, self.highest).round_()
-        return Constant(levels.mul_(scale))
+        return Constant(self._nearest(widen(weight) / scale, scale, weight.dtype).mul_(scale))
 
     def connect(self, weight: Tensor, constant: Constant) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
@@ -142,15 +148,30 @@ class LSQWeight(WeightQuantizer):
                 "Find the step that diverged, or exclude the tensor."
             )
         # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return torch.round(ratio.clamp(self.lowest, self.highest)) + 0.0
+        return self._nearest(ratio, scale, weight.dtype) + 0.0
+
+    def _nearest(self, ratio: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Levels nearest to w / s, in place, of those whose values are finite in a dtype."""
+        ratio.clamp_(self.lowest, self.highest)
+        if is_narrow(dtype):
+            ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
+        return ratio.round_()
+
+
+def _mean_magnitude(weight: Tensor) -> Tensor:
+    """Mean of the absolute values of a float32 tensor, without overflow of their sum."""
+    magnitudes = weight.abs()
+    # A power of two, by which numbers are scaled without rounding.
+    exponent = torch.frexp(magnitudes.amax()).exponent.clamp(1, 128) - 1
+    return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
 
 
 class LSQQuantizer(BaseQuantizer):
     """Quantization-aware training with one learned step size per tensor.
 
     Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
-    sqrt(2**(bits-1) - 1) and is trained with the weights ("Learned Step Size
-    Quantization", arXiv:1902.08153).
+    sqrt(2**(bits-1) - 1), or at the largest that float32 allows, and is trained with
+    the weights ("Learned Step Size Quantization", arXiv:1902.08153).
 
     Args:
         model: a plain model, changed in place until `detach()`. LSQ does best
@@ -165,7 +186,7 @@ class LSQQuantizer(BaseQuantizer):
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
         ConfigError: a setting breaks a rule, or a pattern matches nothing.
-        WeightError: a weight to quantize holds NaN or Inf.
+        WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
     overridable: ClassVar[frozenset[str]] = frozenset({"bits"})

@@ -92,7 +92,7 @@ class QuantNoiseQuantizer(BaseQuantizer):
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
         ConfigError: a setting breaks a rule, or a pattern matches nothing.
-        WeightError: a weight to quantize holds NaN or Inf.
+        WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
     overridable: ClassVar[frozenset[str]] = frozenset({"bits", "p", "observer", "block_size"})

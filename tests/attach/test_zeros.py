@@ -118,19 +118,40 @@ def test_bags_leave_pads_out(kind):
     assert close(plain(short).sum(1), plain(long).sum(1))
 
 
-@pytest.mark.parametrize("kind", [k for k in GRIDS if k != "quant-noise-fit" and k[-3:] != "all"])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_ranges_that_are_cut_at_zero(bits, sign, tmp_path):
+    """Zeros stay where a fitted range gives up the few weights on one side of zero."""
+    make = partial(nn.Linear, 8, 4, bias=False)
+    for seed in range(30):
+        model = seeded(make, seed)
+        with torch.no_grad():
+            model.weight.uniform_(0, 1).mul_(sign)
+            model.weight[0, 0], model.weight[3] = -0.01 * sign, 0
+        quantizer = diffq.QuantNoiseQuantizer(
+            model, bits=bits, p=1, observer="histogram", min_size=0
+        )
+        quantizer.no_optimizer()
+        assert (model.weight[3] == 0).all()
+        assert (model.eval().weight[3] == 0).all()
+        assert_files_equal(quantizer, make, tmp_path / "model.diffq")
+
+
+@pytest.mark.parametrize("kind", GRIDS)
 def test_error_is_at_most_half_a_step(kind):
-    """All other weights move by half a step at most, also those at the ends of the range."""
+    """Weights move by half a step at most, those outside of a fitted range from its ends."""
     model = seeded(Padded)
     weight = model.table.weight.detach().clone()
     weight[7], weight[8] = weight.min() * 1.5, weight.max() * 1.2
     model.table.weight.data.copy_(weight)
     quantizer = attached(model, kind)
     record = quantizer.snapshot().records["table.weight"]
-    low, high = torch.from_numpy(record.ranges).T
     bits = torch.from_numpy(record.bits).float()
-    steps = ((high - low) / (2**bits - 1)).repeat_interleave(record.group_size)[: weight.numel()]
-    error = (model.eval().table.weight.detach() - weight).abs().view(-1)
+    ends = torch.from_numpy(record.ranges).T.expand(2, len(bits))
+    low, high = ends.repeat_interleave(record.group_size, 1)[:, : weight.numel()]
+    steps = (high - low) / (2 ** bits.repeat_interleave(record.group_size)[: weight.numel()] - 1)
+    wanted = weight.view(-1).clamp(low, high)
+    error = (model.eval().table.weight.detach().view(-1) - wanted).abs()
     assert record.zero_point
     assert (error <= 0.5 * steps * (1 + 1e-5) + 1e-6).all()
 

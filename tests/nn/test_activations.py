@@ -83,6 +83,20 @@ def test_fake_quantize_keeps_the_dtype(dtype):
     assert result[2] == 1
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("low", [-20000.0, -65504.0, -100.0, 0.0, -1e6])
+def test_fake_quantize_is_finite_in_float16(low, bits):
+    """Where a grid reaches beyond float16, it ends at the last level that is finite."""
+    ends = keep_zero(torch.tensor([low]), torch.tensor([65504.0]), torch.tensor([float(bits)]))
+    x = torch.linspace(-65504, 65504, 1001).half()
+    wide, result = (fake_quantize(values, *ends, bits) for values in (x.float(), x))
+    fits = wide.half().isfinite()
+    assert same_bits(result[fits], wide.half()[fits])
+    step = (ends[1] - ends[0]) / (2**bits - 1)
+    last = torch.floor(65519.9 / step) * step
+    assert same_bits(result[~fits], (wide[~fits].sign() * last).half() + 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gradient_stops_at_the_ends(dtype):
     """The gradient is unchanged within the range, its ends included, and zero outside."""

@@ -9,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq.format.records import GridRecord
+from diffq.format.records import MAX_RANGE, GridRecord
 from diffq.numerics import grid
 from diffq.numerics.grid import BitsLaw
 from tests.compare import same_bits
@@ -333,3 +333,50 @@ def test_ranges_without_zero_are_plain(sign, near, far, bits):
     plain_levels, plain_values, _ = _quantize(weights, bits)
     assert np.array_equal(levels[0].numpy(), plain_levels)
     assert np.array_equal(grid.from_levels(levels, *rule)[0].numpy(), plain_values)
+
+
+HALVES = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+def _edges(dtype):
+    """Weights of a half type, most of them near its ends."""
+    largest = torch.finfo(dtype).max
+    shares = st.floats(-1, 1) | st.floats(0.9, 1) | st.floats(-1, -0.9) | st.just(0.0)
+    numbers = st.lists(shares, min_size=2, max_size=9)
+    return numbers.map(lambda n: (torch.tensor(n) * largest).clamp(-largest, largest).to(dtype))
+
+
+@given(HALVES.flatmap(_edges), BITS, st.booleans())
+@example(torch.tensor([-65504, 0, 60000, 1], dtype=torch.float16), 2, True)
+@example(torch.tensor([-65504, 65504, 3], dtype=torch.float16), 15, False)
+@example(torch.tensor([3.3895e38, -1e36, 0], dtype=torch.bfloat16), 1, True)
+def test_values_are_finite_in_half_types(weight, bits, zeros):
+    """Each weight gets its nearest level of those whose values are finite in its dtype."""
+    groups = weight.float().view(1, -1)
+    low, high = grid.bounds(groups)
+    assume((high - low).item() <= MAX_RANGE)
+    rule = low, high, torch.tensor([float(bits)]), torch.tensor(zeros)
+    levels = grid.to_levels(groups, *rule, dtype=weight.dtype)
+    values = grid.from_levels(levels, *rule)
+    assert torch.isfinite(values.to(weight.dtype)).all()
+    free = grid.to_levels(groups, *rule)
+    stays = torch.isfinite(grid.from_levels(free, *rule).to(weight.dtype))
+    assert same_bits(levels[stays], free[stays])
+    assert ((levels - free).abs() == ~stays).all()
+    if not zeros:
+        assert stays.all()
+        assert same_bits(grid.to_levels(groups, *rule[:3], dtype=weight.dtype), free)
+
+
+@given(HALVES, st.floats(2, 2.0**127, width=32))
+@example(torch.float16, 65519.0)
+@example(torch.float16, 65520.0)
+@example(torch.bfloat16, 3.39e38)
+def test_finite_levels_are_the_last_ones(dtype, step):
+    """The next multiple of a step after the last finite one is not finite, or nearly so."""
+    steps = torch.tensor([step])
+    lowest, highest = grid.finite_levels(steps, torch.zeros(1), dtype)
+    assert lowest == -highest
+    assert torch.isfinite((highest * steps).to(dtype)).all()
+    beyond = (highest.double() + 1) * step * (1 + 2**-18)
+    assert torch.isinf(beyond.to(dtype)).all() or highest + 1 == highest

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffq
-from diffq.numerics.kmeans import kmeans, member_sums, nearest
+from diffq.numerics.kmeans import kmeans, kmeans_with_zeros, member_sums, nearest
 from tests.compare import same_bits
 from tests.processors import repeatable
 
@@ -233,3 +233,13 @@ def test_other_dtypes(dtype):
     clusters = kmeans(blocks, 5, 10, torch.Generator().manual_seed(0))
     assert clusters.codebook.dtype == torch.float32
     assert np.isfinite(clusters.errors[-1])
+
+
+def test_zeros_replace_the_smallest_codewords():
+    """Where blocks are zero, a start gives up the codewords whose largest magnitude is least."""
+    start = torch.tensor([[3.0, 3.0], [0.0, 2.0], [-1.5, 1.5], [1.0, -4.0]])
+    blocks = torch.cat([start, start, torch.zeros(3, 2)])
+    found = kmeans_with_zeros(blocks, 4, start, iterations=0)
+    kept = {tuple(word) for word in found.codebook[1:].tolist()}
+    assert (found.codebook[0] == 0).all()
+    assert kept == {(3.0, 3.0), (0.0, 2.0), (1.0, -4.0)}

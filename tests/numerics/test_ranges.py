@@ -90,6 +90,38 @@ def test_search_through_zero(weights, bits):
     assert low <= 0 <= high
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@given(
+    _arrays(st.floats(2.0**-20, 1, width=32), min_side=8),
+    st.floats(2.0**-40, 2.0**-3, width=32),
+    BITS,
+    st.integers(-60, 60),
+)
+def test_search_that_cuts_at_zero(sign, weights, beyond, bits, exponent):
+    """Zero stays a level where the search cuts off a small share on one side of it."""
+    parts = torch.from_numpy(weights), -torch.tensor([beyond]), torch.zeros(4)
+    weight = sign * torch.cat(parts) * 2.0**exponent
+    wanted, full = torch.tensor(True), grid.bounds(weight)
+    for low, high in (
+        observers.fit_range(weight, bits, wanted),
+        observers.least_error_range(Histogram.of(weight), bits, wanted),
+    ):
+        assert full[0] <= low <= 0 <= high <= full[1]
+        rule = low, high, torch.tensor([float(bits)]), wanted
+        values = grid.from_levels(grid.to_levels(weight[None], *rule), *rule)
+        assert (values[0, -4:] == 0).all()
+
+
+@given(_arrays(st.floats(2.0**-20, 1, width=32), min_side=2), BITS, st.booleans())
+def test_search_without_zero_in_range(weights, bits, below):
+    """A range that does not hold zero stays within the full one, its end near zero uncut."""
+    weight = torch.from_numpy(-weights if below else weights)
+    full = grid.bounds(weight)
+    low, high = observers.least_error_range(Histogram.of(weight), bits, torch.tensor(True))
+    assert full[0] <= low <= high <= full[1]
+    assert high == full[1] if below else low == full[0]
+
+
 @given(st.lists(_arrays(), min_size=1, max_size=4))
 def test_histograms_merge_without_losing_values(parts):
     """A merged histogram counts every value, over the range of all."""

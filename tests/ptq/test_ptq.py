@@ -171,9 +171,9 @@ def test_measured_errors_are_those_of_the_records(state, group_size, per_channel
         for bits in range(1, 16):
             record = tensor.record(np.full(tensor.count, bits, np.uint8))
             error = (record.values() - weight.float().numpy()).astype(np.float64).reshape(-1) / 2
-            padded = np.zeros(tensor.count * tensor.size)
+            padded = np.zeros(tensor.count * tensor.grid.group_size)
             padded[: error.size] = error**2
-            wanted = padded.reshape(tensor.count, tensor.size).sum(axis=1)
+            wanted = padded.reshape(tensor.count, tensor.grid.group_size).sum(axis=1)
             np.testing.assert_allclose(choice.errors[:, bits - 1], wanted, rtol=1e-3, atol=1e-30)
             entropy = entropy_bits(np.bincount(record.levels))
             assert choice.rates[bits - 1] * weight.numel() == pytest.approx(entropy, rel=1e-4)

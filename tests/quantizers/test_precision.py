@@ -1,10 +1,17 @@
 """Autocast, gradient scaling, and models cast to another dtype."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import diffq
+from diffq import errors
+from diffq.attach.plan import Rules
+from diffq.ptq.budget import quantize_to_size
+from diffq.ptq.state import Settings, quantize_state
 from tests.compare import same_bits
 from tests.models import (
     QUANTIZERS,
@@ -209,3 +216,105 @@ def test_cast_after_evaluation_is_noticed():
     diffq.QATQuantizer(model, min_size=0)
     model(inputs)
     assert model.double()(inputs.double()).dtype == torch.float64
+
+
+# Weights near the ends of a half type
+
+LARGE = {
+    "gaussian": partial(diffq.DiffQuantizer, group_size=4),
+    "uniform": partial(diffq.DiffQuantizer, group_size=5, noise="uniform"),
+    "rounding": partial(diffq.DiffQuantizer, group_size=4, noise="rounding", init_bits=3),
+    "qat-1": partial(diffq.QATQuantizer, bits=1),
+    "qat-2": partial(diffq.QATQuantizer, bits=2),
+    "qat-8": partial(diffq.QATQuantizer, bits=8),
+    "qat-channel": partial(diffq.QATQuantizer, bits=3, per_channel=True),
+    "quant-noise-fit": partial(diffq.QuantNoiseQuantizer, bits=3, observer="histogram"),
+    "lsq-2": partial(diffq.LSQQuantizer, bits=2),
+    "lsq-4": partial(diffq.LSQQuantizer, bits=4),
+}
+
+
+def near_the_ends(zeros, seed):
+    """A float16 layer with weights at and near the largest magnitudes, and maybe some zeros."""
+    model = seeded(partial(nn.Linear, 4, 4, bias=False), seed).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(4, 4) * 50000).clamp_(-65504, 65504)
+        model.weight[0] = torch.tensor([-65504, 0 if zeros else 3, 60000, 1])
+    return model
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", LARGE)
+def test_float16_weights_stay_finite(kind, zeros, tmp_path):
+    """No level stands for more than float16 holds: in training, eval, state and file."""
+    for seed in range(10):
+        model = near_the_ends(zeros, seed)
+        quantizer = LARGE[kind](model, min_size=0)
+        quantizer.no_optimizer()
+        assert model.weight.isfinite().all()
+        weight = model.eval().weight.detach().clone()
+        assert weight.isfinite().all()
+        assert (weight[0, 1] == 0) or not zeros
+        (record,) = quantizer.snapshot().records.values()
+        assert same_bits(torch.from_numpy(record.values()).half(), weight)
+        diffq.save(quantizer, tmp_path / "model.diffq")
+        make = partial(near_the_ends, zeros, seed + 1)
+        assert same_bits(diffq.load(tmp_path / "model.diffq", make()).weight.detach(), weight)
+        assert same_bits(restored(make, quantizer).weight.detach(), weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 5}, {"per_channel": True}])
+def test_float16_state_dicts_stay_finite(options):
+    """Post-training quantization chooses no level that float16 cannot hold."""
+    settings = Settings(rules=Rules(min_size=0), **options)
+    for seed in range(10):
+        state = near_the_ends(True, seed).state_dict()
+        fitted = quantize_to_size(state, 400, settings).snapshot
+        for snapshot in (fitted, *(quantize_state(state, bits, settings) for bits in range(1, 9))):
+            assert np.abs(snapshot.records["weight"].values()).max() < 65520
+
+
+# Weights near the ends of float32
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 15])
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e37, 1e38, 3.3e38])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_large_weights(dtype, size, bits):
+    """LSQ starts at 2 * mean|w| / sqrt(highest level), or at the largest scale if that is less."""
+    model = seeded(partial(nn.Linear, 64, 64, bias=False)).to(dtype)
+    with torch.no_grad():
+        model.weight.uniform_(-1, 1).mul_(size)
+    weight = model.weight.detach().double()
+    quantizer = diffq.LSQQuantizer(model, bits=bits, min_size=0)
+    quantizer.no_optimizer()
+    scale = model.parametrizations.weight[0].scale.item()
+    wanted = 2 * weight.abs().mean().item() / (2 ** (bits - 1) - 1) ** 0.5
+    most = float(np.finfo(np.float32).max) / 2 ** (bits - 1)
+    assert scale == pytest.approx(min(wanted, most), rel=1e-4)
+    for values in (model.weight, model.eval().weight):
+        assert values.isfinite().all()
+        inside = weight.abs() <= scale * (2 ** (bits - 1) - 1)
+        rounding = 2 * torch.finfo(dtype).eps * weight.abs()
+        error = (values.detach().double() - weight).abs() - rounding
+        assert (error[inside] <= scale * (0.5 + 1e-4)).all()
+    (record,) = quantizer.snapshot().records.values()
+    assert same_bits(torch.from_numpy(record.values()).to(dtype), model.weight.detach())
+
+
+@pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])
+def test_weights_that_no_grid_holds(kind):
+    """Attaching refuses weights that no stored grid could hold, and changes nothing."""
+    wide = torch.tensor([[-3e38, 3e38], [0.0, 1.0]])
+    huge = torch.tensor([[1e300, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    for weight in (huge,) if kind == "lsq" else (wide, huge):
+        model = nn.Linear(2, 2, bias=False, dtype=weight.dtype)
+        model.weight.data.copy_(weight)
+        with pytest.raises(errors.WeightError, match=r"of weight must be finite"):
+            QUANTIZERS[kind](model, min_size=0)
+        assert same_bits(model.weight.detach(), weight)
+        assert type(model) is nn.Linear
+        with pytest.raises(errors.AttachError, match="has no quantizer"):
+            diffq.quantizer_of(model)
