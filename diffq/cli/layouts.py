@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from diffq.errors import ConfigError
@@ -13,8 +14,7 @@ from diffq.errors import ConfigError
 _EXTRA_STATE = "_extra_state"
 _PARAMETRIZED = ".parametrizations."
 _MOST_LISTED = 5
-# A checkpoint can contain itself.
-_DEEPEST = 8
+_CONTAINERS = (Mapping, list, tuple, set)
 # What the quantizers of diffq that learn something add to a parametrized tensor.
 _LEARNED = ({"logits", _EXTRA_STATE}, {"codebook", "indices"})
 # Prefixes of wrappers, and what they are.
@@ -55,16 +55,17 @@ def find_state(path: str, loaded: Any, key: str | None) -> Checkpoint:
             "diffq.save(torch.load(path), 'model.diffq')."
         )
     chosen = loaded if key is None else _descend(loaded, key)
-    if _is_state(chosen):
+    holders = _holders(loaded)
+    if _is_state(chosen, holders):
         return _plain(path, chosen, ())
-    found = dict(_candidates(loaded))
+    found = dict(islice(_candidates(loaded, holders), _MOST_LISTED))
     if key is None and len(found) == 1:
         ((name, state),) = found.items()
         return _plain(path, state, (f"took the state dict under --key {name}",))
     where = "at its top level" if key is None else f"under {key!r}"
     remedy = "Save model.state_dict()."
     if found:
-        listed = ", ".join(map(repr, list(found)[:_MOST_LISTED]))
+        listed = ", ".join(map(repr, found))
         remedy = f"There are some under {listed}: pass --key {next(iter(found))}."
     raise ConfigError(f"{path} has no state dict (name to tensor) {where}. {remedy}")
 
@@ -141,23 +142,41 @@ def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == _EXTRA_STATE
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: Any, holders: set[int]) -> bool:
     """Tells whether a value maps names to tensors, and to nothing else that holds tensors."""
     from torch import Tensor
 
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     others = [v for n, v in value.items() if not isinstance(v, Tensor) and not _is_extra(n)]
-    return len(others) < len(value) and not any(_has_tensors(other) for other in others)
+    return len(others) < len(value) and not any(
+        id(other) in holders for other in others if other is not value
+    )
 
 
-def _has_tensors(value: Any, depth: int = _DEEPEST) -> bool:
+def _holders(value: Any) -> set[int]:
+    """Ids of the containers within a value, itself included, that hold tensors at any depth."""
     from torch import Tensor
 
-    if not isinstance(value, (Mapping, list, tuple, set)):
-        return isinstance(value, Tensor)
-    inner = value.values() if isinstance(value, Mapping) else value
-    return depth == 0 or any(_has_tensors(item, depth - 1) for item in inner)
+    # A checkpoint can share containers, and contain itself: each is looked into once.
+    parents: dict[int, list[int]] = {id(value): []}
+    holders, queue = set(), deque([value])
+    while queue:
+        container = queue.popleft()
+        for item in container.values() if isinstance(container, Mapping) else container:
+            if isinstance(item, Tensor):
+                holders.add(id(container))
+            elif isinstance(item, _CONTAINERS):
+                if id(item) not in parents:
+                    parents[id(item)] = []
+                    queue.append(item)
+                parents[id(item)].append(id(container))
+    rising = list(holders)
+    while rising:
+        above = set(parents[rising.pop()]) - holders
+        holders |= above
+        rising += above
+    return holders
 
 
 def _children(value: Any) -> Mapping[str, Any]:
@@ -170,15 +189,30 @@ def _children(value: Any) -> Mapping[str, Any]:
     return {name: item for name, item in value.items() if isinstance(name, str)}
 
 
-def _candidates(
-    value: Any, prefix: str = "", depth: int = _DEEPEST
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The state dicts within a value, with their keys."""
-    for name, item in _children(value).items():
-        if _is_state(item):
-            yield prefix + name, item
-        elif depth:
-            yield from _candidates(item, f"{prefix}{name}.", depth - 1)
+def _candidates(loaded: Any, holders: set[int]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The state dicts within a value, each once under its shortest key, shortest keys first."""
+    seen = {id(loaded)}
+    # A key is a pair of the key before it and a name: joined at each level, deep ones take long.
+    queue: deque[tuple[Any, Any]] = deque([(loaded, None)])
+    while queue:
+        value, before = queue.popleft()
+        for name, item in _children(value).items():
+            if id(item) not in holders or id(item) in seen:
+                continue
+            seen.add(id(item))
+            key = (before, name)
+            if _is_state(item, holders):
+                yield _joined(key), item
+            else:
+                queue.append((item, key))
+
+
+def _joined(key: Any) -> str:
+    names = []
+    while key is not None:
+        key, name = key
+        names.append(name)
+    return ".".join(reversed(names))
 
 
 def _descend(value: Any, key: str) -> Any:

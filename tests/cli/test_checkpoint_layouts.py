@@ -53,14 +53,14 @@ def test_nested_state_dicts(content, key, pack):
 
 
 def test_several_state_dicts(pack):
-    """Where there are several, the error lists their keys at any depth."""
-    content = {"model": {"student": STATE, "teacher": STATE}, "ema": STATE, "step": 1}
+    """Where there are several, the error lists their keys at any depth, shortest first."""
+    content = {"model": {"student": STATE, "teacher": dict(STATE)}, "ema": dict(STATE), "step": 1}
     code, err, _ = pack(content)
     assert code == 1
-    assert "'model.student', 'model.teacher', 'ema': pass --key model.student." in err
+    assert "'ema', 'model.student', 'model.teacher': pass --key ema." in err
     code, err, _ = pack(content, "--key", "model")
     assert code == 1
-    assert "under 'model'. There are some under 'model.student'" in err
+    assert "under 'model'. There are some under 'ema'" in err
     assert pack(content, "--key", "model.teacher")[0] == 0
 
 
@@ -92,6 +92,73 @@ def test_a_checkpoint_that_contains_itself(deep):
     inner["next"] = loaded
     with pytest.raises(diffq.ConfigError, match="no state dict"):
         find_state("x", loaded, None)
+
+
+def _contains_itself():
+    content = {"model": STATE}
+    content["self"] = content
+    return content
+
+
+def _names_itself():
+    state = dict(STATE)
+    state["self"] = state
+    return {"model": state}
+
+
+def _shared(width=60, height=60):
+    """Containers that each hold the next many times: more paths than can be walked."""
+    lists = [[]]
+    for _ in range(height):
+        lists.append([lists[-1]] * width)
+    return {"model": STATE, "lists": lists[-1], "dicts": dict.fromkeys("abc", lists[-1])}
+
+
+def _cyclic(width=60):
+    """A list that is each of its own elements."""
+    cycle = []
+    cycle.extend([cycle] * width)
+    return {"model": STATE, "cycle": cycle}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _contains_itself,
+        _names_itself,
+        _shared,
+        _cyclic,
+        lambda: {"model": STATE, "best": {"model": STATE}},
+        lambda: {"last": {"model": STATE}, "model": STATE},
+        lambda: {"model": {**STATE, "settings": _shared()["lists"]}},
+    ],
+)
+def test_shared_containers(make, pack):
+    """Whatever else leads to the one state dict, or holds no tensor, it is the only one."""
+    code, err, names = pack(make())
+    assert code == 0, err
+    assert names == list(STATE)
+    assert "took the state dict under --key model\n" in err
+
+
+def test_shared_containers_without_a_state_dict(pack):
+    """A cycle without tensors is an error, not a walk without end."""
+    assert "has no state dict" in pack({"a": _cyclic()["cycle"]})[1]
+    cycle = [torch.ones(2)]
+    cycle.extend([cycle] * 60)
+    assert "has no state dict" in pack({"a": cycle})[1]
+
+
+def test_a_state_dict_at_any_depth():
+    """A state dict is found however deep it is, and the shallower one first."""
+    loaded = deep = {"w": torch.ones(1)}
+    for _ in range(50_000):
+        loaded = {"a": loaded}
+    found = find_state("x", loaded, None)
+    assert found.state["w"] is deep["w"]
+    assert found.notes == (f"took the state dict under --key {'.'.join('a' * 50_000)}",)
+    with pytest.raises(diffq.ConfigError, match=r"under 'b', 'z\.a"):
+        find_state("x", {"z": loaded, "b": {"w": torch.ones(1)}}, "c")
 
 
 # --- What is beside the tensors ---
