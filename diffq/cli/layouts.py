@@ -80,16 +80,17 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
         ConfigError: the weights of a quantized model cannot be told from the state dict.
     """
     renamed: dict[str, str] = {}
-    left_out: list[str] = []
+    left_out: dict[str, None] = {}
     kept: list[str] = []
-    for stem, endings in _parametrized(state).items():
+    for stem, parts in _parametrized(state).items():
         owner, _, tensor = f".{stem}".rpartition(_PARAMETRIZED)
         name = f"{owner}.{tensor}"[1:]
-        learned = _is_learned(endings)
-        if learned and "original" in endings and _only_first(endings) and name not in state:
+        quantized = any(map(_is_quantizer, parts.values()))
+        if quantized and parts.keys() == {"original", "0"} and name not in state:
+            _check_trained(path, name, parts["0"])
             renamed[f"{stem}.original"] = name
-            left_out += [f"{stem}.{ending}" for ending in endings if ending != "original"]
-        elif learned or set(endings) <= {"original", "0.scale"}:
+            left_out |= dict.fromkeys(f"{stem}.0.{ending}" for ending in parts["0"])
+        elif quantized or _may_be_quantizer(parts):
             raise ConfigError(
                 f"{path} does not hold {name!r} itself: a quantizer or another parametrization "
                 "was attached, and computes it from what is stored. Write the file with "
@@ -102,8 +103,8 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     notes = []
     if renamed:
         notes.append(
-            "a quantizer was attached: took the plain weights without what it learned, such as "
-            f"{left_out[0]}; diffq.save(quantizer, path) keeps that"
+            "a quantizer was attached: took the plain weights without its own state, such as "
+            f"{next(iter(left_out))}; diffq.save(quantizer, path) keeps that"
         )
     if kept:
         notes.append(
@@ -230,25 +231,37 @@ def _descend(value: Any, key: str) -> Any:
     return None
 
 
-def _parametrized(state: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What follows `a.parametrizations.weight` in the names, for each such tensor."""
-    endings = defaultdict(list)
-    for name in state:
-        owner, found, rest = f".{name}".rpartition(_PARAMETRIZED)
+def _parametrized(state: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Tensors of each `a.parametrizations.weight`, by `original` or a position in the chain."""
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for name, value in state.items():
+        owner, separator, rest = f".{name}".rpartition(_PARAMETRIZED)
         tensor, dot, ending = rest.partition(".")
-        if found and dot:
-            endings[f"{owner}{found}{tensor}"[1:]].append(ending)
-    return dict(endings)
+        if separator and dot:
+            part, _, within = ending.partition(".")
+            found[f"{owner}{separator}{tensor}"[1:]][part][within] = value
+    return found
 
 
-def _is_learned(endings: list[str]) -> bool:
-    """Tells whether a quantizer of diffq has stored what it learned."""
-    stored = defaultdict(set)
-    for ending in endings:
-        number, _, name = ending.partition(".")
-        stored[number].add(name)
-    return any(learned <= names for names in stored.values() for learned in _LEARNED)
+def _is_quantizer(stored: Mapping[str, Any]) -> bool:
+    """Tells whether a parametrization that stores these tensors is a quantizer of diffq."""
+    import torch
+
+    # Fixed bitwidths are all that is stored of a `DiffQuantizer` that learns none.
+    fixed = stored.keys() == {_EXTRA_STATE} and stored[_EXTRA_STATE].dtype == torch.uint8
+    return fixed or any(learned <= stored.keys() for learned in _LEARNED)
 
 
-def _only_first(endings: list[str]) -> bool:
-    return all(ending == "original" or ending.startswith("0.") for ending in endings)
+def _may_be_quantizer(parts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tells whether only what a `QATQuantizer` or `LSQQuantizer` stores is there."""
+    return parts.keys() <= {"original", "0"} and parts.get("0", {}).keys() <= {"scale"}
+
+
+def _check_trained(path: str, name: str, stored: Mapping[str, Any]) -> None:
+    """Checks that a quantizer trains the tensor itself, and no codebook in its place."""
+    if "codebook" in stored and _EXTRA_STATE in stored and stored[_EXTRA_STATE].any():
+        raise ConfigError(
+            f"{path} holds {name!r} as it was before quantize_stage() fixed its codewords: the "
+            "codebook was trained in its place. Write the file with diffq.save(quantizer, "
+            "'model.diffq'), or save model.state_dict() after quantizer.detach(quantized=True)."
+        )

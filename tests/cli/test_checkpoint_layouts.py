@@ -1,11 +1,12 @@
 """Checkpoints as trainers write them: where the state dict is, and under which names."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import diffq
 from diffq.cli import main
@@ -254,6 +255,68 @@ def test_attached_models_that_are_refused(attach, pack):
     assert "'0.weight'" in err
     assert err.count("\n") == 1
     assert not Path("out.diffq").exists()
+
+
+#: Quantizers to the options that `overrides` can give one tensor.
+OPTIONS = {
+    "diffq": (diffq.DiffQuantizer, {"group_size": 4}),
+    "diffq-fixed": (diffq.DiffQuantizer, {"bits": 5}),
+    "qat": (diffq.QATQuantizer, {"bits": 5}),
+    "quant-noise": (diffq.QuantNoiseQuantizer, {"bits": 5}),
+    "lsq": (diffq.LSQQuantizer, {"bits": 5}),
+    "product": (diffq.ProductQuantizer, {"codebook_size": 16}),
+}
+#: How a model is before a quantizer is attached.
+SHAPES = {
+    "plain": lambda net: None,
+    "override": lambda net: None,
+    "tied": lambda net: setattr(net[1], "weight", net[0].weight),
+    "pruned": lambda net: (
+        prune.l1_unstructured(net[0], "weight", 0.5) and diffq.parametrize_pruning(net)
+    ),
+    "weight_norm": lambda net: parametrizations.weight_norm(net[0]),
+    "orthogonal": lambda net: parametrizations.orthogonal(net[0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "shape"),
+    # A ProductQuantizer takes no pruned weights.
+    [case for case in product(OPTIONS, SHAPES) if case != ("product", "pruned")],
+)
+def test_every_attached_model(quantizer, shape, pack):
+    """The plain weights are packed where they are stored; the checkpoint is refused otherwise."""
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    SHAPES[shape](net)
+    plain = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    kind, options = OPTIONS[quantizer]
+    given = {"overrides": {"?.weight": options}} if shape == "override" else options
+    kind(net, min_size=0, **given)
+    code, err, names = pack(net.state_dict(), "--bits", "15")
+    if quantizer in ("diffq", "diffq-fixed", "product") and shape in ("plain", "override", "tied"):
+        assert code == 0, err
+        assert set(names) == set(plain)
+        assert "a quantizer was attached" in err
+        packed = diffq.load("out.diffq")
+        for name, tensor in plain.items():
+            torch.testing.assert_close(packed[name], tensor, rtol=0, atol=1e-4)
+    else:
+        assert code == 1
+        assert "diffq.save(quantizer" in err
+
+
+def test_fixed_codewords_are_refused(pack):
+    """Once codewords are trained in the weights' place, the stale weights are not packed."""
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    quantizer = diffq.ProductQuantizer(net, min_size=0, codebook_size=16)
+    quantizer.no_optimizer()
+    assert "0.weight" in quantizer.quantize_stage()
+    code, err, _ = pack(net.state_dict())
+    assert code == 1
+    assert "'0.weight' as it was before quantize_stage()" in err
+    assert "detach(quantized=True)" in err
+    quantizer.detach(quantized=True)
+    assert pack(net.state_dict())[0] == 0
 
 
 @pytest.mark.parametrize("other", ["weight_norm", "spectral_norm", "orthogonal"])
