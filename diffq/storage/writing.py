@@ -137,25 +137,34 @@ def _open_stream(path: PathLike) -> IO[bytes]:
             time.sleep(0.01)
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(handle, True)
-    return os.fdopen(handle, "wb")
+    # Unbuffered, so that closing it after an error does not write again.
+    return os.fdopen(handle, "wb", buffering=0)
 
 
 def _write_stream(file: IO[bytes], parts: Iterable[bytes]) -> int:
     """Writes to an open file where it stands; returns the bytes written."""
-    if isinstance(file, io.RawIOBase):
-        # A write to an unbuffered file may take a part only.
-        buffered = io.BufferedWriter(file)
-        try:
-            return _write_stream(buffered, parts)
-        finally:
-            buffered.detach()
     size = 0
     for part in parts:
-        file.write(part)
+        _write_part(file, part)
         size += len(part)
     if hasattr(file, "flush"):
         file.flush()
     return size
+
+
+def _write_part(file: IO[bytes], part: bytes) -> None:
+    """Writes all of a part, of which an unbuffered file may take a few bytes at a time."""
+    left: bytes | memoryview = part
+    while left:
+        count: object = file.write(left)
+        if count is None and isinstance(file, io.RawIOBase):
+            count = 0
+        if isinstance(count, bool) or not isinstance(count, int):
+            return  # The file does not count: it takes everything.
+        if not 0 < count <= len(left):
+            rule = "A file must take at least a byte of each write, and wait until it can"
+            raise OSError(errno.EAGAIN, f"{rule}, got {count} of {len(left)}")
+        left = memoryview(left)[count:]
 
 
 def _replace(target: Path, parts: Iterable[bytes]) -> int:
