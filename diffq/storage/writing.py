@@ -171,15 +171,22 @@ def _replace(target: Path, parts: Iterable[bytes]) -> int:
     # A name of 32 characters of 4 bytes leaves room for the rest within 255 bytes.
     temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
+    try:
+        mode = target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mode = None
+    # With the old mode from the start, so that nobody reads what they could not read before.
+    handle = os.open(temporary, flags, 0o666 if mode is None else mode)
     try:
         with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                # The umask took bits away. Some file systems, such as FAT, have none to give.
+                with suppress(OSError):
+                    os.chmod(temporary, mode)
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        with suppress(FileNotFoundError):
-            os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
