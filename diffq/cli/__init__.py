@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename:
             return _fail(str(error))
         # Whoever read the output has seen enough. Python flushes once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

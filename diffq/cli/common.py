@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -119,6 +120,27 @@ def mean_bits(coded: Iterable[tuple[int, int]]) -> float | None:
     pairs = list(coded)
     weights = sum(count for _, count in pairs)
     return sum(bits for bits, _ in pairs) / weights if weights else None
+
+
+def error_measures(error: float, power: float) -> dict[str, float | None]:
+    """Relative error and signal-to-noise ratio in dB; None where there is no finite one.
+
+    Args:
+        error: the squared norm of an error.
+        power: the squared norm of the reference.
+    """
+    if not (power > 0 and math.isfinite(error) and math.isfinite(power)):
+        return {"relative_error": None, "snr_db": None}
+    # Roots and logarithms first, because the quotient can be too large or too small for a float.
+    return {
+        "relative_error": finite(math.sqrt(error) / math.sqrt(power)),
+        "snr_db": 10 * (math.log10(power) - math.log10(error)) if error else None,
+    }
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has, or None."""
+    return value if math.isfinite(value) else None
 
 
 def positive(text: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from diffq.cli.common import (
     add_budget,
     add_command,
     budget,
+    error_measures,
+    finite,
     megabytes,
     note,
     print_json,
@@ -94,7 +95,7 @@ def compare(a: OpenModel, b: OpenModel, report: Report) -> dict[str, Any]:
     return {
         "bytes_a": a.size,
         "bytes_b": b.size,
-        **_errors(error, power),
+        **error_measures(error, power),
         "identical": not (only_a or only_b) and all(tensor["identical"] for tensor in tensors),
         "comparable": not (only_a or only_b) and all(not tensor["mismatch"] for tensor in tensors),
         "only_a": only_a,
@@ -114,14 +115,17 @@ def _compare_tensors(a: Tensor, b: Tensor) -> tuple[dict[str, Any], tuple[float,
     elif a.dtype != b.dtype:
         described["mismatch"] = f"dtype {dtypes[0]} and {dtypes[1]}"
     if a.shape != b.shape:
-        return {**described, "identical": False, "max_abs": None, **_errors(0, 0)}, (0.0, 0.0)
+        return {**described, "identical": False, "max_abs": None, **error_measures(0, 0)}, (
+            0.0,
+            0.0,
+        )
     same = a.dtype == b.dtype and _bytes(a).equal(_bytes(b))
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     reference = a.to(wide)
     difference = torch.zeros(()) if same else (b.to(wide) - reference).abs()
     squares = float(difference.square().sum()), float(reference.abs().square().sum())
     largest = float(difference.max()) if difference.numel() else 0.0
-    described |= {"identical": same, "max_abs": _finite(largest), **_errors(*squares)}
+    described |= {"identical": same, "max_abs": finite(largest), **error_measures(*squares)}
     return described, squares
 
 
@@ -130,19 +134,6 @@ def _bytes(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _errors(error: float, power: float) -> dict[str, float | None]:
-    """Relative error and signal-to-noise ratio; None where there is no finite one."""
-    sound = power > 0 and math.isfinite(error) and math.isfinite(power)
-    return {
-        "relative_error": math.sqrt(error / power) if sound else None,
-        "snr_db": 10 * math.log10(power / error) if sound and error else None,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _print(compared: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from diffq.errors import ConfigError
@@ -13,8 +14,7 @@ from diffq.errors import ConfigError
 _EXTRA_STATE = "_extra_state"
 _PARAMETRIZED = ".parametrizations."
 _MOST_LISTED = 5
-# A checkpoint can contain itself.
-_DEEPEST = 8
+_CONTAINERS = (Mapping, list, tuple, set)
 # What the quantizers of diffq that learn something add to a parametrized tensor.
 _LEARNED = ({"logits", _EXTRA_STATE}, {"codebook", "indices"})
 # Prefixes of wrappers, and what they are.
@@ -55,16 +55,17 @@ def find_state(path: str, loaded: Any, key: str | None) -> Checkpoint:
             "diffq.save(torch.load(path), 'model.diffq')."
         )
     chosen = loaded if key is None else _descend(loaded, key)
-    if _is_state(chosen):
+    holders = _holders(loaded)
+    if _is_state(chosen, holders):
         return _plain(path, chosen, ())
-    found = dict(_candidates(loaded))
+    found = dict(islice(_candidates(loaded, holders), _MOST_LISTED))
     if key is None and len(found) == 1:
         ((name, state),) = found.items()
         return _plain(path, state, (f"took the state dict under --key {name}",))
     where = "at its top level" if key is None else f"under {key!r}"
     remedy = "Save model.state_dict()."
     if found:
-        listed = ", ".join(map(repr, list(found)[:_MOST_LISTED]))
+        listed = ", ".join(map(repr, found))
         remedy = f"There are some under {listed}: pass --key {next(iter(found))}."
     raise ConfigError(f"{path} has no state dict (name to tensor) {where}. {remedy}")
 
@@ -79,16 +80,17 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
         ConfigError: the weights of a quantized model cannot be told from the state dict.
     """
     renamed: dict[str, str] = {}
-    left_out: list[str] = []
+    left_out: dict[str, None] = {}
     kept: list[str] = []
-    for stem, endings in _parametrized(state).items():
+    for stem, parts in _parametrized(state).items():
         owner, _, tensor = f".{stem}".rpartition(_PARAMETRIZED)
         name = f"{owner}.{tensor}"[1:]
-        learned = _is_learned(endings)
-        if learned and "original" in endings and _only_first(endings) and name not in state:
+        quantized = any(map(_is_quantizer, parts.values()))
+        if quantized and parts.keys() == {"original", "0"} and name not in state:
+            _check_trained(path, name, parts["0"])
             renamed[f"{stem}.original"] = name
-            left_out += [f"{stem}.{ending}" for ending in endings if ending != "original"]
-        elif learned or set(endings) <= {"original", "0.scale"}:
+            left_out |= dict.fromkeys(f"{stem}.0.{ending}" for ending in parts["0"])
+        elif quantized or _may_be_quantizer(parts):
             raise ConfigError(
                 f"{path} does not hold {name!r} itself: a quantizer or another parametrization "
                 "was attached, and computes it from what is stored. Write the file with "
@@ -101,8 +103,8 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     notes = []
     if renamed:
         notes.append(
-            "a quantizer was attached: took the plain weights without what it learned, such as "
-            f"{left_out[0]}; diffq.save(quantizer, path) keeps that"
+            "a quantizer was attached: took the plain weights without its own state, such as "
+            f"{next(iter(left_out))}; diffq.save(quantizer, path) keeps that"
         )
     if kept:
         notes.append(
@@ -141,23 +143,41 @@ def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == _EXTRA_STATE
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: Any, holders: set[int]) -> bool:
     """Tells whether a value maps names to tensors, and to nothing else that holds tensors."""
     from torch import Tensor
 
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     others = [v for n, v in value.items() if not isinstance(v, Tensor) and not _is_extra(n)]
-    return len(others) < len(value) and not any(_has_tensors(other) for other in others)
+    return len(others) < len(value) and not any(
+        id(other) in holders for other in others if other is not value
+    )
 
 
-def _has_tensors(value: Any, depth: int = _DEEPEST) -> bool:
+def _holders(value: Any) -> set[int]:
+    """Ids of the containers within a value, itself included, that hold tensors at any depth."""
     from torch import Tensor
 
-    if not isinstance(value, (Mapping, list, tuple, set)):
-        return isinstance(value, Tensor)
-    inner = value.values() if isinstance(value, Mapping) else value
-    return depth == 0 or any(_has_tensors(item, depth - 1) for item in inner)
+    # A checkpoint can share containers, and contain itself: each is looked into once.
+    parents: dict[int, list[int]] = {id(value): []}
+    holders, queue = set(), deque([value])
+    while queue:
+        container = queue.popleft()
+        for item in container.values() if isinstance(container, Mapping) else container:
+            if isinstance(item, Tensor):
+                holders.add(id(container))
+            elif isinstance(item, _CONTAINERS):
+                if id(item) not in parents:
+                    parents[id(item)] = []
+                    queue.append(item)
+                parents[id(item)].append(id(container))
+    rising = list(holders)
+    while rising:
+        above = set(parents[rising.pop()]) - holders
+        holders |= above
+        rising += above
+    return holders
 
 
 def _children(value: Any) -> Mapping[str, Any]:
@@ -170,15 +190,30 @@ def _children(value: Any) -> Mapping[str, Any]:
     return {name: item for name, item in value.items() if isinstance(name, str)}
 
 
-def _candidates(
-    value: Any, prefix: str = "", depth: int = _DEEPEST
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The state dicts within a value, with their keys."""
-    for name, item in _children(value).items():
-        if _is_state(item):
-            yield prefix + name, item
-        elif depth:
-            yield from _candidates(item, f"{prefix}{name}.", depth - 1)
+def _candidates(loaded: Any, holders: set[int]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The state dicts within a value, each once under its shortest key, shortest keys first."""
+    seen = {id(loaded)}
+    # A key is a pair of the key before it and a name: joined at each level, deep ones take long.
+    queue: deque[tuple[Any, Any]] = deque([(loaded, None)])
+    while queue:
+        value, before = queue.popleft()
+        for name, item in _children(value).items():
+            if id(item) not in holders or id(item) in seen:
+                continue
+            seen.add(id(item))
+            key = (before, name)
+            if _is_state(item, holders):
+                yield _joined(key), item
+            else:
+                queue.append((item, key))
+
+
+def _joined(key: Any) -> str:
+    names = []
+    while key is not None:
+        key, name = key
+        names.append(name)
+    return ".".join(reversed(names))
 
 
 def _descend(value: Any, key: str) -> Any:
@@ -196,25 +231,37 @@ def _descend(value: Any, key: str) -> Any:
     return None
 
 
-def _parametrized(state: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What follows `a.parametrizations.weight` in the names, for each such tensor."""
-    endings = defaultdict(list)
-    for name in state:
-        owner, found, rest = f".{name}".rpartition(_PARAMETRIZED)
+def _parametrized(state: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Tensors of each `a.parametrizations.weight`, by `original` or a position in the chain."""
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for name, value in state.items():
+        owner, separator, rest = f".{name}".rpartition(_PARAMETRIZED)
         tensor, dot, ending = rest.partition(".")
-        if found and dot:
-            endings[f"{owner}{found}{tensor}"[1:]].append(ending)
-    return dict(endings)
+        if separator and dot:
+            part, _, within = ending.partition(".")
+            found[f"{owner}{separator}{tensor}"[1:]][part][within] = value
+    return found
 
 
-def _is_learned(endings: list[str]) -> bool:
-    """Tells whether a quantizer of diffq has stored what it learned."""
-    stored = defaultdict(set)
-    for ending in endings:
-        number, _, name = ending.partition(".")
-        stored[number].add(name)
-    return any(learned <= names for names in stored.values() for learned in _LEARNED)
+def _is_quantizer(stored: Mapping[str, Any]) -> bool:
+    """Tells whether a parametrization that stores these tensors is a quantizer of diffq."""
+    import torch
+
+    # Fixed bitwidths are all that is stored of a `DiffQuantizer` that learns none.
+    fixed = stored.keys() == {_EXTRA_STATE} and stored[_EXTRA_STATE].dtype == torch.uint8
+    return fixed or any(learned <= stored.keys() for learned in _LEARNED)
 
 
-def _only_first(endings: list[str]) -> bool:
-    return all(ending == "original" or ending.startswith("0.") for ending in endings)
+def _may_be_quantizer(parts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tells whether only what a `QATQuantizer` or `LSQQuantizer` stores is there."""
+    return parts.keys() <= {"original", "0"} and parts.get("0", {}).keys() <= {"scale"}
+
+
+def _check_trained(path: str, name: str, stored: Mapping[str, Any]) -> None:
+    """Checks that a quantizer trains the tensor itself, and no codebook in its place."""
+    if "codebook" in stored and _EXTRA_STATE in stored and stored[_EXTRA_STATE].any():
+        raise ConfigError(
+            f"{path} holds {name!r} as it was before quantize_stage() fixed its codewords: the "
+            "codebook was trained in its place. Write the file with diffq.save(quantizer, "
+            "'model.diffq'), or save model.state_dict() after quantizer.detach(quantized=True)."
+        )

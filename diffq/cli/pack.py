@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from diffq.cli.common import (
     add_command,
     check_output,
     coded_bits,
+    error_measures,
     mean_bits,
     megabytes,
     nonnegative,
@@ -213,8 +213,7 @@ def _summary(
         "times_smaller": in_float32 / size,
         "quantized_weights": weights,
         "mean_bits": mean_bits(coded),
-        "relative_error": math.sqrt(error / power) if power else None,
-        "snr_db": 10 * math.log10(power / error) if power and error else None,
+        **error_measures(error, power),
     }
 
 

@@ -120,25 +120,39 @@ def load(
     Raises:
         FormatError: the file is damaged, hostile, or of another version.
         MismatchError: names, shapes or dtypes of file and model differ.
-        ConfigError: `device` is not that of the model, or `strict` is False without one.
+        ConfigError: `device` is none of this machine or not that of the model, or `strict`
+            is False without one.
         OSError: the file cannot be read.
     """
+    place = None if device is None else _resolve(device)
     if model is None:
         if not strict:
             raise ConfigError("strict=False compares names with a model, got none. Pass a model.")
         with StoredModel(path, budget) as stored:
-            return _state_dict(stored, device)
-    _check_device(model, device)
+            return _state_dict(stored, place)
+    if place is not None:
+        _check_place(model, place)
     data = read_whole(path)
     given = default_budget(len(data)) if budget is None else budget
     with StoredModel(io.BytesIO(data), max(given, _decoded_size(model))) as stored:
         return _fill(model, stored, strict)
 
 
-def _check_device(model: nn.Module, device: DeviceLike) -> None:
-    if device is None:
-        return
-    wanted = torch.empty(0, device=device).device
+def _resolve(device: torch.device | str | int) -> torch.device:
+    """The device with its number, once a tensor could be made there."""
+    rule = f"device must be one of this machine, such as 'cpu' or 'cuda:0', got {device!r}"
+    remedy = "Omit device for the CPU, or for where the model is."
+    # Tensor.to takes a dtype, a number or another tensor too, and casts.
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise ConfigError(f"{rule}. {remedy}")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # Each backend raises its own.
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise ConfigError(f"{rule}: {reason}. {remedy}") from error
+
+
+def _check_place(model: nn.Module, wanted: torch.device) -> None:
     for site, tensor in named_tensors(model):
         if tensor.device != wanted:
             raise ConfigError(
@@ -164,8 +178,9 @@ def _snapshot(source: Storable | Mapping[str, Any]) -> Snapshot:
     )
 
 
-def _state_dict(stored: StoredModel, device: DeviceLike) -> dict[str, Tensor]:
-    tensors = {name: tensor.to(device) for name, tensor in _decode(stored, stored.entries).items()}
+def _state_dict(stored: StoredModel, device: torch.device | None) -> dict[str, Tensor]:
+    decoded = _decode(stored, stored.entries)
+    tensors = {name: tensor.to(device=device) for name, tensor in decoded.items()}
     return {name: tensors[stored.aliases.get(name, name)] for name in stored}
 
 

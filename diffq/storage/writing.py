@@ -137,40 +137,56 @@ def _open_stream(path: PathLike) -> IO[bytes]:
             time.sleep(0.01)
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(handle, True)
-    return os.fdopen(handle, "wb")
+    # Unbuffered, so that closing it after an error does not write again.
+    return os.fdopen(handle, "wb", buffering=0)
 
 
 def _write_stream(file: IO[bytes], parts: Iterable[bytes]) -> int:
     """Writes to an open file where it stands; returns the bytes written."""
-    if isinstance(file, io.RawIOBase):
-        # A write to an unbuffered file may take a part only.
-        buffered = io.BufferedWriter(file)
-        try:
-            return _write_stream(buffered, parts)
-        finally:
-            buffered.detach()
     size = 0
     for part in parts:
-        file.write(part)
+        _write_part(file, part)
         size += len(part)
     if hasattr(file, "flush"):
         file.flush()
     return size
 
 
+def _write_part(file: IO[bytes], part: bytes) -> None:
+    """Writes all of a part, of which an unbuffered file may take a few bytes at a time."""
+    left: bytes | memoryview = part
+    while left:
+        count: object = file.write(left)
+        if count is None and isinstance(file, io.RawIOBase):
+            count = 0
+        if isinstance(count, bool) or not isinstance(count, int):
+            return  # The file does not count: it takes everything.
+        if not 0 < count <= len(left):
+            rule = "A file must take at least a byte of each write, and wait until it can"
+            raise OSError(errno.EAGAIN, f"{rule}, got {count} of {len(left)}")
+        left = memoryview(left)[count:]
+
+
 def _replace(target: Path, parts: Iterable[bytes]) -> int:
     # A name of 32 characters of 4 bytes leaves room for the rest within 255 bytes.
     temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
+    try:
+        mode = target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mode = None
+    # With the old mode from the start, so that nobody reads what they could not read before.
+    handle = os.open(temporary, flags, 0o666 if mode is None else mode)
     try:
         with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                # The umask took bits away. Some file systems, such as FAT, have none to give.
+                with suppress(OSError):
+                    os.chmod(temporary, mode)
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        with suppress(FileNotFoundError):
-            os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):

@@ -1,11 +1,12 @@
 """Checkpoints as trainers write them: where the state dict is, and under which names."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import diffq
 from diffq.cli import main
@@ -53,14 +54,14 @@ def test_nested_state_dicts(content, key, pack):
 
 
 def test_several_state_dicts(pack):
-    """Where there are several, the error lists their keys at any depth."""
-    content = {"model": {"student": STATE, "teacher": STATE}, "ema": STATE, "step": 1}
+    """Where there are several, the error lists their keys at any depth, shortest first."""
+    content = {"model": {"student": STATE, "teacher": dict(STATE)}, "ema": dict(STATE), "step": 1}
     code, err, _ = pack(content)
     assert code == 1
-    assert "'model.student', 'model.teacher', 'ema': pass --key model.student." in err
+    assert "'ema', 'model.student', 'model.teacher': pass --key ema." in err
     code, err, _ = pack(content, "--key", "model")
     assert code == 1
-    assert "under 'model'. There are some under 'model.student'" in err
+    assert "under 'model'. There are some under 'ema'" in err
     assert pack(content, "--key", "model.teacher")[0] == 0
 
 
@@ -92,6 +93,73 @@ def test_a_checkpoint_that_contains_itself(deep):
     inner["next"] = loaded
     with pytest.raises(diffq.ConfigError, match="no state dict"):
         find_state("x", loaded, None)
+
+
+def _contains_itself():
+    content = {"model": STATE}
+    content["self"] = content
+    return content
+
+
+def _names_itself():
+    state = dict(STATE)
+    state["self"] = state
+    return {"model": state}
+
+
+def _shared(width=60, height=60):
+    """Containers that each hold the next many times: more paths than can be walked."""
+    lists = [[]]
+    for _ in range(height):
+        lists.append([lists[-1]] * width)
+    return {"model": STATE, "lists": lists[-1], "dicts": dict.fromkeys("abc", lists[-1])}
+
+
+def _cyclic(width=60):
+    """A list that is each of its own elements."""
+    cycle = []
+    cycle.extend([cycle] * width)
+    return {"model": STATE, "cycle": cycle}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _contains_itself,
+        _names_itself,
+        _shared,
+        _cyclic,
+        lambda: {"model": STATE, "best": {"model": STATE}},
+        lambda: {"last": {"model": STATE}, "model": STATE},
+        lambda: {"model": {**STATE, "settings": _shared()["lists"]}},
+    ],
+)
+def test_shared_containers(make, pack):
+    """Whatever else leads to the one state dict, or holds no tensor, it is the only one."""
+    code, err, names = pack(make())
+    assert code == 0, err
+    assert names == list(STATE)
+    assert "took the state dict under --key model\n" in err
+
+
+def test_shared_containers_without_a_state_dict(pack):
+    """A cycle without tensors is an error, not a walk without end."""
+    assert "has no state dict" in pack({"a": _cyclic()["cycle"]})[1]
+    cycle = [torch.ones(2)]
+    cycle.extend([cycle] * 60)
+    assert "has no state dict" in pack({"a": cycle})[1]
+
+
+def test_a_state_dict_at_any_depth():
+    """A state dict is found however deep it is, and the shallower one first."""
+    loaded = deep = {"w": torch.ones(1)}
+    for _ in range(50_000):
+        loaded = {"a": loaded}
+    found = find_state("x", loaded, None)
+    assert found.state["w"] is deep["w"]
+    assert found.notes == (f"took the state dict under --key {'.'.join('a' * 50_000)}",)
+    with pytest.raises(diffq.ConfigError, match=r"under 'b', 'z\.a"):
+        find_state("x", {"z": loaded, "b": {"w": torch.ones(1)}}, "c")
 
 
 # --- What is beside the tensors ---
@@ -187,6 +255,68 @@ def test_attached_models_that_are_refused(attach, pack):
     assert "'0.weight'" in err
     assert err.count("\n") == 1
     assert not Path("out.diffq").exists()
+
+
+#: Quantizers to the options that `overrides` can give one tensor.
+OPTIONS = {
+    "diffq": (diffq.DiffQuantizer, {"group_size": 4}),
+    "diffq-fixed": (diffq.DiffQuantizer, {"bits": 5}),
+    "qat": (diffq.QATQuantizer, {"bits": 5}),
+    "quant-noise": (diffq.QuantNoiseQuantizer, {"bits": 5}),
+    "lsq": (diffq.LSQQuantizer, {"bits": 5}),
+    "product": (diffq.ProductQuantizer, {"codebook_size": 16}),
+}
+#: How a model is before a quantizer is attached.
+SHAPES = {
+    "plain": lambda net: None,
+    "override": lambda net: None,
+    "tied": lambda net: setattr(net[1], "weight", net[0].weight),
+    "pruned": lambda net: (
+        prune.l1_unstructured(net[0], "weight", 0.5) and diffq.parametrize_pruning(net)
+    ),
+    "weight_norm": lambda net: parametrizations.weight_norm(net[0]),
+    "orthogonal": lambda net: parametrizations.orthogonal(net[0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "shape"),
+    # A ProductQuantizer takes no pruned weights.
+    [case for case in product(OPTIONS, SHAPES) if case != ("product", "pruned")],
+)
+def test_every_attached_model(quantizer, shape, pack):
+    """The plain weights are packed where they are stored; the checkpoint is refused otherwise."""
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    SHAPES[shape](net)
+    plain = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    kind, options = OPTIONS[quantizer]
+    given = {"overrides": {"?.weight": options}} if shape == "override" else options
+    kind(net, min_size=0, **given)
+    code, err, names = pack(net.state_dict(), "--bits", "15")
+    if quantizer in ("diffq", "diffq-fixed", "product") and shape in ("plain", "override", "tied"):
+        assert code == 0, err
+        assert set(names) == set(plain)
+        assert "a quantizer was attached" in err
+        packed = diffq.load("out.diffq")
+        for name, tensor in plain.items():
+            torch.testing.assert_close(packed[name], tensor, rtol=0, atol=1e-4)
+    else:
+        assert code == 1
+        assert "diffq.save(quantizer" in err
+
+
+def test_fixed_codewords_are_refused(pack):
+    """Once codewords are trained in the weights' place, the stale weights are not packed."""
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    quantizer = diffq.ProductQuantizer(net, min_size=0, codebook_size=16)
+    quantizer.no_optimizer()
+    assert "0.weight" in quantizer.quantize_stage()
+    code, err, _ = pack(net.state_dict())
+    assert code == 1
+    assert "'0.weight' as it was before quantize_stage()" in err
+    assert "detach(quantized=True)" in err
+    quantizer.detach(quantized=True)
+    assert pack(net.state_dict())[0] == 0
 
 
 @pytest.mark.parametrize("other", ["weight_norm", "spectral_norm", "orthogonal"])

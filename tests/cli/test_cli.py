@@ -14,7 +14,7 @@ from torch import nn
 
 import diffq
 from diffq.cli import COMMANDS, main
-from diffq.cli.common import printable
+from diffq.cli.common import error_measures, printable
 from diffq.cli.inspect import histogram
 from diffq.format.container import encode
 from diffq.format.entropy import entropy_bound_bits
@@ -439,6 +439,39 @@ def test_pack_leaves_out_extra_state_and_says_so(folder, run):
 
 
 # unpack
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e-30, 1.0, 1e30, 1e38])
+def test_pack_and_diff_measure_errors_of_any_size(folder, run_json, scale):
+    """Squares that no float holds give no measure instead of an error, and both commands agree."""
+    torch.save({"w": (torch.linspace(-1, 1, 5000).double() * scale)}, "m.pt")
+    code, told = run_json("pack", "m.pt", "m.diffq", "--bits", "4")
+    _, compared = run_json("diff", "m.pt", "m.diffq")
+    assert code == 0
+    for measure in ("relative_error", "snr_db"):
+        assert told[measure] == compared[measure]
+
+
+@pytest.mark.parametrize(
+    ("error", "power", "relative", "snr"),
+    [
+        (1.0, 100.0, 0.1, 20.0),
+        (0.0, 4.0, 0.0, None),
+        (4.0, 0.0, None, None),
+        (math.inf, 1.0, None, None),
+        (1.0, math.inf, None, None),
+        (math.nan, 1.0, None, None),
+        (1.0, math.nan, None, None),
+        (1e308, 1e-308, 1e308, -6160.0),
+        (1e-308, 1e308, 1e-308, 6160.0),
+        (1e308, 5e-324, None, 10 * (math.log10(5e-324) - 308)),
+    ],
+)
+def test_measures_of_errors(error, power, relative, snr):
+    """The relative error and the SNR are right up to the largest floats, and None beyond."""
+    measured = error_measures(error, power)
+    assert measured["relative_error"] == (relative and pytest.approx(relative))
+    assert measured["snr_db"] == (snr and pytest.approx(snr))
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.pth", "out.th"])

@@ -179,7 +179,7 @@ def test_killed_at_each_step(step, states, files, saved):
 # --- Out of space, and other errors of the system ---
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "write"])
+@pytest.mark.parametrize("fault", ["fdopen", "fsync", "replace", "write"])
 def test_errors_of_the_system(fault, states, files, saved, monkeypatch):
     """An error at any step is raised; the old file is intact, and nothing else is left."""
     open_files = _descriptors()
@@ -264,6 +264,31 @@ def test_a_folder_that_cannot_be_synced(states, saved, files, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     diffq.save(states[1], saved)
+    assert _untouched(saved, files[1])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the modes of Unix")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.ENOSYS])
+def test_modes(mode, error, files, saved, monkeypatch):
+    """The old mode holds from the first byte, and where modes cannot be set, none is wider."""
+    saved.chmod(mode)
+    seen = []
+
+    def parts():
+        seen.extend(stat.S_IMODE(path.stat().st_mode) for path in saved.parent.glob(".*.tmp"))
+        yield files[1]
+
+    def chmod(*args):
+        raise OSError(error, os.strerror(error))
+
+    if error is not None:
+        monkeypatch.setattr(os, "chmod", chmod)
+    write_file(saved, parts())
+    monkeypatch.undo()
+    wanted = [mode] if error is None else [seen[0] & mode]
+    assert seen == wanted
+    assert [stat.S_IMODE(saved.stat().st_mode)] == wanted
     assert _untouched(saved, files[1])
 
 

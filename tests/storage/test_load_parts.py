@@ -122,6 +122,30 @@ def test_a_device_for_the_dict(device, tmp_path):
     assert {tensor.device.type for tensor in diffq.load(path).values()} == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    "device",
+    [torch.float16, torch.ones(1), True, 1.5, b"cpu", [], "", "foo", -1, 10**30, "vulkan"],
+    ids=repr,
+)
+@pytest.mark.parametrize("model", [None, nn.Linear(2, 2)], ids=["dict", "model"])
+def test_what_is_no_device(device, model, tmp_path):
+    """What Tensor.to would take for a cast, and no device at all: refused before reading."""
+    with pytest.raises(diffq.ConfigError, match=r"device must be one of this machine.*Omit"):
+        diffq.load(tmp_path / "missing", model, device=device)
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError, ModuleNotFoundError])
+def test_a_device_that_the_machine_lacks(error, path, monkeypatch):
+    """Whatever torch raises for a device that is not there, the error is one of diffq's."""
+
+    def missing(*args, **options):
+        raise error("Torch not compiled with it. Or worse.")
+
+    monkeypatch.setattr(torch, "empty", missing)
+    with pytest.raises(diffq.ConfigError, match=r"got 'cuda': Torch not compiled with it\. Omit"):
+        diffq.load(path, device="cuda")
+
+
 def test_a_device_besides_a_model(path):
     """With a model, the device must be its own, or nothing is read."""
     diffq.load(path, mlp(), device="cpu")

@@ -294,24 +294,65 @@ def test_commands_refuse_folders_before_the_work(command, tmp_path, capsys, monk
 # --- Open files ---
 
 
-class _Stream(io.RawIOBase):
-    """An unbuffered stream that cannot seek, and takes a few bytes at a time."""
+class _Duck:
+    """An object with `write` alone, which takes a few bytes at a time and says so."""
+
+    most = 100
 
     def __init__(self):
-        super().__init__()
         self.data = bytearray()
+
+    def write(self, data):
+        self.data += bytes(data)[: self.most]
+        return min(len(data), self.most)
+
+
+class _Stream(_Duck, io.RawIOBase):
+    """An unbuffered stream that cannot seek, and takes a few bytes at a time."""
 
     def writable(self):
         return True
 
+
+class _Silent(_Duck):
+    """An object that takes everything, and does not say how much."""
+
     def write(self, data):
-        self.data += bytes(data)[:1000]
-        return min(len(data), 1000)
+        self.data += data
+
+
+class _Truthful(_Silent):
+    """An object that takes everything, and says that it did."""
+
+    def write(self, data):
+        super().write(data)
+        return True
+
+
+class _Full(_Stream):
+    """A stream that takes some bytes, then `end` of each write."""
+
+    end = 0
+
+    def write(self, data):
+        return super().write(data) if len(self.data) < 300 or not len(data) else self.end
+
+
+class _Waiting(_Full):
+    """A stream that does not block: it takes no more, and gives None for that."""
+
+    end = None
+
+
+class _Miscounting(_Full):
+    """A stream that says it took more than it got."""
+
+    end = 10**9
 
 
 def test_save_to_open_files(quantizer, data, tmp_path):
     """Files in memory, on disk and unbuffered streams get the bytes where they stand."""
-    memory, stream = io.BytesIO(), _Stream()
+    memory = io.BytesIO()
     memory.write(b"head")
     assert diffq.save(quantizer, memory) == len(data)
     assert memory.getvalue() == b"head" + data
@@ -320,9 +361,41 @@ def test_save_to_open_files(quantizer, data, tmp_path):
             diffq.save(quantizer, file)
             assert (tmp_path / "m.diffq").read_bytes() == data
             assert not file.closed
-    assert diffq.save(quantizer, stream) == len(data)
-    assert stream.data == data
-    assert not stream.closed
+
+
+@pytest.mark.parametrize("kind", [_Duck, _Stream, _Silent, _Truthful])
+def test_writes_that_take_a_part(kind, quantizer, data):
+    """However little a file takes at a time, and whatever it returns, it gets each byte once."""
+    file = kind()
+    assert diffq.save(quantizer, file) == len(data)
+    assert file.data == data
+    assert not getattr(file, "closed", False)
+
+
+@pytest.mark.parametrize("kind", [_Full, _Waiting, _Miscounting])
+def test_writes_that_take_nothing(kind, quantizer, data):
+    """A file that takes no more is an error, not an endless loop and not half a file in silence."""
+    file = kind()
+    with pytest.raises(OSError, match="must take at least a byte"):
+        diffq.save(quantizer, file)
+    assert len(file.data) >= 300
+    assert data.startswith(file.data)
+
+
+def test_an_error_is_not_followed_by_a_write(quantizer):
+    """After an error nothing more is written: not what the first attempt left over."""
+    calls = []
+
+    class Broken(_Stream):
+        def write(self, data):
+            calls.append(len(data))
+            if len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return 0
+
+    with pytest.raises(OSError, match="No space"):
+        diffq.save(quantizer, Broken())
+    assert len([count for count in calls if count]) == 1
 
 
 @pytest.mark.parametrize(
