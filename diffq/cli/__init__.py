@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import diffq
-from diffq.cli.common import printable
+from diffq.cli.common import is_out_of_memory, printable
 from diffq.cli.convert import add_parser as add_convert
 from diffq.cli.diff import add_parser as add_diff
 from diffq.cli.inspect import add_parser as add_inspect
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (DiffqError, OSError) as error:
         return _fail(str(error))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return _fail("The memory does not suffice for this model.")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffq.cli.common import coded_bits, mean_bits, missing
+from diffq.cli.common import coded_bits, is_out_of_memory, mean_bits, missing
 from diffq.cli.kinds import earlier, is_earlier, kind_of
 from diffq.cli.layouts import Checkpoint, find_state, plain_names
 from diffq.errors import ConfigError, FormatError
@@ -128,6 +128,8 @@ def _load_torch(path: str) -> Any:
         raise
     # A damaged pickle can make the unpickler raise nearly anything.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise FormatError(
             f"{path} is no checkpoint that torch.load reads with weights_only=True "
             f"({_reason(path, error)}). Load it where you trust it, and save model.state_dict()."

@@ -81,6 +81,14 @@ def budget(args: argparse.Namespace) -> int | None:
     return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or torch says that there is no more memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch has no class of its own for the memory of the CPU.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def check_output(out: str, source: str) -> None:
     """Checks, before the work, that a command can write its output and keeps its input.
 
@@ -144,9 +152,9 @@ def finite(value: float) -> float | None:
 
 
 def positive(text: str) -> float:
-    """Parses a number above 0."""
+    """Parses a number above 0, of which as many MB are a finite number of bytes."""
     value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < value * MEGABYTE < float("inf"):
         raise ValueError
     return value
 

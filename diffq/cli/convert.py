@@ -182,10 +182,10 @@ def make_model(spec: str) -> nn.Module:
         for attribute in path.split("."):
             factory = getattr(factory, attribute)
         model = factory if isinstance(factory, nn.Module) else factory()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # The module is the user's.
         raise ConfigError(
             f"--model {spec} must be a function or class that makes the model without "
-            f"arguments, but: {error}"
+            f"arguments, but it raised {type(error).__name__}: {error}"
         ) from error
     finally:
         sys.path.remove(here)
@@ -200,7 +200,7 @@ def _pair(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(
             f"needs the form NAME=VALUE with a JSON value, such as min_size=0.2, got {text!r}"
         ) from None

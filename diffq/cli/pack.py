@@ -157,6 +157,8 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"nests too deep: {key}") from None
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from diffq.errors import ConfigError
 
@@ -39,6 +39,8 @@ def check_target(target: Target) -> None:
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
+        if os.path.basename(os.fspath(target)) in ("", ".", ".."):
+            _refuse(errno.ENOENT, "A file to write needs a name; add one", target)
         _check_folder(resolved.parent, target)
         return
     if stat.S_ISDIR(mode):
@@ -79,15 +81,24 @@ def write_file(target: Target, parts: Iterable[bytes]) -> int:
         _refuse(errno.EPIPE, "A pipe must be read to its end, but its reader closed it", target)
 
 
-def _check_open_file(file: object) -> None:
-    if isinstance(file, io.TextIOBase) or not hasattr(file, "write"):
-        got = f"{type(file).__name__}, which is text" if hasattr(file, "write") else repr(file)
+def _check_open_file(file: Any) -> None:
+    try:
+        if not getattr(file, "writable", lambda: True)():
+            raise io.UnsupportedOperation
+        file.write(b"")
+    except (TypeError, AttributeError) as error:
+        got = f"{type(file).__name__}, which is text" if _is_text(file) else repr(file)
         raise ConfigError(
             f"A model is written to a path or a binary file, got {got}. "
             "Pass a path, or a file opened with mode 'wb'."
-        )
-    if not getattr(file, "writable", lambda: True)():
-        raise ConfigError("A file to write must be open for writing. Open it with mode 'wb'.")
+        ) from error
+    except ValueError as error:  # A file that is closed, or open for reading.
+        rule = "A file to write must be open for writing. Open it with mode 'wb'."
+        raise ConfigError(rule) from error
+
+
+def _is_text(file: object) -> bool:
+    return hasattr(file, "write") and not isinstance(file, type)
 
 
 def _check_folder(folder: Path, target: PathLike) -> None:

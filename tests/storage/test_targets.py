@@ -1,5 +1,6 @@
 """Places to write to: what is no regular file is written as a stream or refused, never replaced."""
 
+import codecs
 import errno
 import io
 import os
@@ -406,3 +407,42 @@ def test_what_is_no_binary_file(make, quantizer, unused):
     """A text file, one open for reading, and anything else are refused at once."""
     with pytest.raises(diffq.ConfigError, match="wb"):
         diffq.save(quantizer, make())
+
+
+# Names and files that are none
+
+
+@pytest.mark.parametrize("name", ["", "missing/", "missing/.", "missing/.."])
+def test_a_path_without_a_name(name, tmp_path, monkeypatch):
+    """A path that ends in no name of a file is refused before the work, and leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffq.storage.save.encode_parts", pytest.fail)
+    with pytest.raises(OSError, match=r"add one|make it first"):
+        diffq.save(diffq.QATQuantizer(nn.Linear(4, 4), min_size=0), name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: tempfile.NamedTemporaryFile("w"),  # noqa: SIM115
+        lambda path: tempfile.SpooledTemporaryFile(mode="w"),  # noqa: SIM115
+        lambda path: codecs.open(str(path), "w", "utf-8"),  # noqa: SIM115
+        lambda path: io.BytesIO,
+    ],
+    ids=["named", "spooled", "codecs", "class"],
+)
+def test_text_files_of_every_kind(make, tmp_path, monkeypatch):
+    """What takes text, or is no file, is refused before the work."""
+    monkeypatch.setattr("diffq.storage.save.encode_parts", pytest.fail)
+    file = make(tmp_path / "model.diffq")
+    with pytest.raises(diffq.ConfigError, match="a path or a binary file"):
+        diffq.save(diffq.QATQuantizer(nn.Linear(4, 4), min_size=0), file)
+
+
+def test_closed_files(tmp_path):
+    """A file that was closed is refused as one that is not open for writing."""
+    file = (tmp_path / "model.diffq").open("wb")
+    file.close()
+    with pytest.raises(diffq.ConfigError, match="open for writing"):
+        diffq.save(diffq.QATQuantizer(nn.Linear(4, 4), min_size=0), file)
