@@ -293,9 +293,8 @@ def test_largest_weights_are_exact_or_refused(largest, bits):
     fresh = blank(model)
     try:
         quantizer = diffq.QATQuantizer(model, min_size=0, bits=bits)
-    except diffq.WeightError as error:
+    except diffq.WeightError:
         assert largest > 3e38
-        assert "weight" in str(error)
         return
     model.eval()
     state = quantizer.get_quantized_state()
