@@ -38,7 +38,8 @@ class Constant(NamedTuple):
 
     def laid_out_as(self, weight: Tensor) -> Constant:
         """The same with its value in the strides of the weight."""
-        return self._replace(value=laid_out_as(weight, self.value))
+        # Not _replace, at which torch 2.6 breaks the graph.
+        return Constant(laid_out_as(weight, self.value), self.about)
 
 
 @dataclass(eq=False)

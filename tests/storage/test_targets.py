@@ -301,10 +301,10 @@ class _Duck:
     most = 100
 
     def __init__(self):
-        self.data = bytearray()
+        self.taken = bytearray()
 
     def write(self, data):
-        self.data += bytes(data)[: self.most]
+        self.taken += bytes(data)[: self.most]
         return min(len(data), self.most)
 
 
@@ -319,7 +319,7 @@ class _Silent(_Duck):
     """An object that takes everything, and does not say how much."""
 
     def write(self, data):
-        self.data += data
+        self.taken += data
 
 
 class _Truthful(_Silent):
@@ -336,7 +336,7 @@ class _Full(_Stream):
     end = 0
 
     def write(self, data):
-        return super().write(data) if len(self.data) < 300 or not len(data) else self.end
+        return super().write(data) if len(self.taken) < 300 or not len(data) else self.end
 
 
 class _Waiting(_Full):
@@ -369,7 +369,7 @@ def test_writes_that_take_a_part(kind, quantizer, data):
     """However little a file takes at a time, and whatever it returns, it gets each byte once."""
     file = kind()
     assert diffq.save(quantizer, file) == len(data)
-    assert file.data == data
+    assert file.taken == data
     assert not getattr(file, "closed", False)
 
 
@@ -379,8 +379,8 @@ def test_writes_that_take_nothing(kind, quantizer, data):
     file = kind()
     with pytest.raises(OSError, match="must take at least a byte"):
         diffq.save(quantizer, file)
-    assert len(file.data) >= 300
-    assert data.startswith(file.data)
+    assert len(file.taken) >= 300
+    assert data.startswith(file.taken)
 
 
 def test_an_error_is_not_followed_by_a_write(quantizer):
