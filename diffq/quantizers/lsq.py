@@ -79,7 +79,7 @@ class LSQWeight(WeightQuantizer):
         self.highest = 2 ** (settings.bits - 1) - 1
         mean = _mean_magnitude(weight.detach().float())
         # A tensor that starts at zero, as some last layers do, must be able to leave it.
-        mean = torch.where(mean > 0, mean, 0.01)
+        mean = torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
         # At the largest scale that can be stored, the levels reach as far as float32.
         largest = MAX_RANGE / -self.lowest
         scale = (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import LBFGS, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
 from diffq.checks import check_number, plain
 from diffq.errors import ConfigError, OptimizerError
@@ -69,6 +69,7 @@ def add_learned(
         kernel = _in_one_pass(optimizer, learned, options)
         group = {"params": _with_names(optimizer, model, learned), **first, **kernel, **options}
         _move(optimizer, {id(parameter) for parameter in learned}, group)
+        _fill_state(optimizer, learned)
     if earlier is not None and earlier is not optimizer:
         release(earlier, learned)
 
@@ -257,6 +258,14 @@ def _move(optimizer: Optimizer, ids: set[int], group: dict[str, Any]) -> None:
                 f"{type(optimizer).__name__} refused the parameter group of the learned "
                 f"parameters: {error}. {_OWN_OPTIMIZER}"
             ) from error
+
+
+def _fill_state(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
+    """Gives learned parameters the state that Adagrad fills when it is made, and not later."""
+    late = [parameter for parameter in learned if parameter not in optimizer.state]
+    if isinstance(optimizer, Adagrad) and late:
+        start = optimizer.param_groups[-1]["initial_accumulator_value"]
+        optimizer.state.update(Adagrad(late, initial_accumulator_value=start).state)
 
 
 @contextmanager

@@ -384,6 +384,8 @@ def test_a_learning_rate_that_adam_cannot_take():
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_learning_rate(name, lr):
     """Numbers and tensors of one element are learning rates."""
+    if name == "SGD" and np.ndim(lr) and torch.__version__ < (2, 7):
+        pytest.skip("SGD of torch 2.6 fails with a learning rate of one dimension")
     model = seeded(mlp)
     optimizer = getattr(torch.optim, name)(model.parameters())
     quantizer = QUANTIZERS["diffq"](model)
