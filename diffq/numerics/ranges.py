@@ -193,7 +193,8 @@ def keep_zero(low: Tensor, high: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.exp2(bits) - 1
     mantissa, exponent = torch.frexp((high - low) / top)
     digits = torch.exp2(_DIGITS - bits)
-    step = torch.ldexp(2 * torch.ceil(mantissa * digits) / digits, exponent - 1)
+    # As a float, since torch 2.6 gives powers of whole numbers the default dtype.
+    step = torch.ldexp(2 * torch.ceil(mantissa * digits) / digits, (exponent - 1).to(low.dtype))
     zero = torch.minimum(torch.round(-low / torch.where(step > 0, step, 1)), top)
     return -zero * step, (top - zero) * step
 

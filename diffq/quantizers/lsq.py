@@ -163,6 +163,8 @@ def _mean_magnitude(weight: Tensor) -> Tensor:
     magnitudes = weight.abs()
     # A power of two, by which numbers are scaled without rounding.
     exponent = torch.frexp(magnitudes.amax()).exponent.clamp(1, 128) - 1
+    # torch 2.6 gives powers of whole numbers the default dtype.
+    exponent = exponent.to(magnitudes.dtype)
     return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
 
 
