@@ -10,6 +10,7 @@ import diffq
 from diffq.numerics.kmeans import kmeans, kmeans_with_zeros
 from tests.compare import same_bits
 from tests.models import restored
+from tests.processors import repeatable
 
 attach = partial(diffq.ProductQuantizer, min_size=0, block_size=4, codebook_size=8)
 make = partial(nn.Linear, 16, 12, bias=False)
@@ -165,6 +166,7 @@ def test_single_zeros_are_approximated():
     assert (model.eval().weight[:, 0] != 0).any()
 
 
+@repeatable()
 def test_kmeans_without_zeros_is_kmeans():
     """Blocks of zeros have the first codeword, and the others what k-means finds for them."""
     blocks = torch.randn(50, 3)
