@@ -123,6 +123,7 @@ def test_bad_scale(scale):
         ({"bits": np.uint8([2, 16])}, "Bitwidths"),
         ({"bits": np.uint8([2])}, "bitwidths"),
         ({"levels": np.zeros(7, np.uint16)}, "levels"),
+        ({"ranges": np.float32([[1, 1]]), "zero_point": True}, "no zero point"),
     ],
 )
 def test_contradictions(change, rule):
