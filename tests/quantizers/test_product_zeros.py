@@ -184,5 +184,6 @@ def test_kmeans_without_zeros_is_kmeans():
     assert (three.indices[:3] == 0).all()
     assert (three.indices[-2:] == 0).all()
     again = kmeans_with_zeros(padded, 8, three.codebook, iterations=5, generator=seeds[3])
-    assert again.errors[-1] <= three.errors[-1]
+    # Up to the rounding of the sums.
+    assert again.errors[-1] <= three.errors[-1] * (1 + 1e-6)
     assert (again.codebook[0] == 0).all()
