@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from diffq.attach.attachment import attachment_of
 from tests.compare import close, same_bits
 from tests.holder import quantizers_in
 from tests.models import (
@@ -27,14 +28,14 @@ from tests.models import (
 def _counted(model):
     """Counts the quantizations of all tensors of a model from here on."""
     calls = []
-    for quantizer in quantizers_in(model):
-        eval_weight = quantizer.eval_weight
+    for quantizer in attachment_of(model).quantizers:
+        quantize = quantizer.quantize
 
-        def _counting(weight, eval_weight=eval_weight, name=quantizer.plan.name):
+        def _counting(*args, quantize=quantize, name=quantizer.plan.name):
             calls.append(name)
-            return eval_weight(weight)
+            return quantize(*args)
 
-        quantizer.eval_weight = _counting
+        quantizer.quantize = _counting
     return calls
 
 
