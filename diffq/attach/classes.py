@@ -196,6 +196,7 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
     members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
     if names:
         members["train"] = _watched(base.train)
+        members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
     metaclass: Any = type(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
@@ -302,6 +303,20 @@ def _watched(method: Any) -> Any:
         return method(self, mode)
 
     return train
+
+
+def _loaded(method: Any) -> Any:
+    """Loading of a module, alone or in its model, after which its zeros are looked for."""
+
+    @functools.wraps(method)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        cover = self._diffq
+        if cover is not None:
+            for place in cover.own.values():
+                cover.forwards.look(place)
+
+    return load
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
