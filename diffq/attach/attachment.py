@@ -193,6 +193,16 @@ class Attachment:
         if self.model._modules.get(LEARNED) is self.learned:
             del self.model._modules[LEARNED]
 
+    def bake(self, quantizer: WeightQuantizer, value: Tensor) -> None:
+        """Sets a tensor of the detached model at every place; whatever computed it is removed."""
+        places = [place for place in self._places if place.quantizer is quantizer]
+        for _, owner, name in places:
+            if parametrize.is_parametrized(owner, name):
+                # The tensor was computed from others, which cannot give this very value.
+                parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
+        with torch.no_grad():
+            getattr(places[0].owner, places[0].name).copy_(value)
+
     def _find_places(self) -> tuple[Place, ...]:
         return tuple(
             Place(quantizer, site.owner(self.model), site.attribute)
@@ -261,18 +271,6 @@ def strip(model: nn.Module) -> None:
     for module in list(model.modules()):
         if cover_of(module) is not None:
             take_off(module)
-
-
-def bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
-    """Sets a tensor of a detached model at every place; whatever computed it is removed."""
-    for site in plan.sites:
-        if parametrize.is_parametrized(site.owner(model), site.attribute):
-            # The tensor was computed from others, which cannot give this very value.
-            parametrize.remove_parametrizations(
-                site.owner(model), site.attribute, leave_parametrized=True
-            )
-    with torch.no_grad():
-        plan.sites[0].read(model).copy_(value)
 
 
 def _untied(plan: TensorPlan) -> str:

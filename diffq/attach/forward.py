@@ -58,9 +58,11 @@ class Place(NamedTuple):
         if plain is None:
             raise AttachError(self.changed("was replaced or parametrized"))
         try:
-            base: Tensor = plain(self.owner)
+            base: Tensor | None = plain(self.owner)
         except AttributeError:
-            raise AttachError(self.changed("was removed")) from None
+            base = None
+        if base is None:
+            raise AttachError(self.changed("was removed"))
         return base
 
     def changed(self, what: str) -> str:
