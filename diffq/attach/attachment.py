@@ -115,7 +115,7 @@ class Attachment:
         Raises:
             AttachError: one was removed or replaced.
         """
-        if all(modules.get(key) is child for modules, key, child in self._links):
+        if all(parent._modules.get(key) is child for parent, key, child in self._links):
             return
         present = set(self.model.modules())
         for place in self._places:
@@ -214,10 +214,10 @@ class Attachment:
         modules = set(module.modules())
         return tuple(place for place in self._places if place.owner in modules)
 
-    def _find_links(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    def _find_links(self) -> list[tuple[nn.Module, str, nn.Module]]:
         covered = set(self._covered)
         return [
-            (parent._modules, key, child)
+            (parent, key, child)
             for parent in self.model.modules()
             for key, child in parent._modules.items()
             if child in covered
@@ -230,14 +230,14 @@ class Attachment:
     def _base(self, place: Place) -> Tensor:
         if place.name in place.owner._parameters:
             return whole(place.base())
-        chains = getattr(place.owner, "parametrizations", ())
+        chains: Any = getattr(place.owner, "parametrizations", ())
         computed = [chains[place.name]] if place.name in chains else []
         with whole_parameters(computed):
             return place.base()
 
     def _raw_tensor(self, plan: TensorPlan) -> Tensor:
         owners = [site.owner(self.model) for site in plan.sites]
-        chains = [o.parametrizations for o in owners if parametrize.is_parametrized(o)]
+        chains: list[Any] = [o.parametrizations for o in owners if parametrize.is_parametrized(o)]
         with whole_parameters(chains):
             read = dict.fromkeys(site.read(self.model) for site in plan.sites)
             tensor, *others = (whole(each.detach()) for each in read)
