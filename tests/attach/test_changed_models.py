@@ -288,3 +288,51 @@ def test_parts_may_be_wrapped(kind, wrap):
     assert weight.grad.abs().sum() > 0
     assert quantizer.true_model_size() == size
     torch.compiler.reset()
+
+
+def _modules(kind):
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+    if kind is nn.ModuleDict:
+        return kind(dict(zip("abc", layers, strict=True)))
+    return kind(*layers) if kind is nn.Sequential else kind(layers)
+
+
+_IN_LISTS = {
+    "delete": lambda model: model.__delitem__(1),
+    "delete-slice": lambda model: model.__delitem__(slice(0, 2)),
+    "pop": lambda model: model.pop(1),
+    "set": lambda model: model.__setitem__(-1, nn.Tanh()),
+    "append": lambda model: model.append(nn.Tanh()),
+    "insert": lambda model: model.insert(1, nn.Tanh()),
+    "insert-last": lambda model: model.insert(3, nn.Tanh()),
+    "extend": lambda model: model.extend([nn.Tanh(), nn.ReLU()]),
+    "add": lambda model: model.__iadd__(nn.Sequential(nn.Tanh())),
+    "add-module": lambda model: model.add_module("3", nn.Tanh()),
+}
+_IN_DICTS = {
+    "delete": lambda model: model.__delitem__("b"),
+    "pop": lambda model: model.pop("b"),
+    "set": lambda model: model.__setitem__("d", nn.Tanh()),
+    "update": lambda model: model.update({"d": nn.Tanh()}),
+    "clear": lambda model: model.clear(),
+}
+_IN_CONTAINERS = [
+    *((kind, change) for kind in (nn.Sequential, nn.ModuleList) for change in _IN_LISTS.values()),
+    *((nn.ModuleDict, change) for change in _IN_DICTS.values()),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), _IN_CONTAINERS)
+def test_containers_change_as_plain_ones(kind, change):
+    """A container with a quantizer has the modules that the plain one has, while and after it."""
+    plain, model = _modules(kind), _modules(kind)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    for each in (plain, model):
+        change(each)
+    assert len(model) == len(plain)
+    assert list(map(str, model)) == list(map(str, plain))
+    assert list(model.parameters())[-1] is next(quantizer.learned_parameters())
+    quantizer.detach()
+    assert [(name, str(module)) for name, module in model.named_children()] == [
+        (name, str(module)) for name, module in plain.named_children()
+    ]
