@@ -227,7 +227,8 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
-    return type(cls)(cls.__name__, bases, members)
+    make: Any = type(cls)
+    return make(cls.__name__, bases, members)  # type: ignore[no-any-return]
 
 
 def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:

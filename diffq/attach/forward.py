@@ -182,7 +182,7 @@ class Forwards:
             self._watch_writes(forward, bool(training))
         return forward
 
-    def enter_part(self, forward: Forward, places: Sequence[Place]) -> None:
+    def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
         """Draws for a sharded module that runs in a forward, where its tensors are whole.
 
         Each of its calls draws anew, as a checkpoint expects of what it runs again.
@@ -287,7 +287,8 @@ class Forwards:
         for kind, alike in kinds.items():
             learned = [_beside(base, parts[q.index]) for q, base in alike]
             with torch.no_grad():
-                samples = kind.draw_all(*zip(*alike, strict=True), learned)
+                quantizers, bases = zip(*alike, strict=True)
+                samples = kind.draw_all(quantizers, bases, learned)
             for (q, base), sample, part in zip(alike, samples, learned, strict=True):
                 if sample is None:
                     sample = Sample(base, base.detach(), is_weight=True)

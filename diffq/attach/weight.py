@@ -56,12 +56,14 @@ class WeightQuantizer(ABC):
 
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for weights beyond the grids that can be stored."""
+        return None
 
     def look(self, weight: Tensor, learned: Tensor | None) -> None:
         """Looks for weights that are exactly zero and must stay so; waits for the device.
 
         Nothing has to be done where zero is a level of every grid.
         """
+        return None
 
     @abstractmethod
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
@@ -109,7 +111,7 @@ class WeightQuantizer(ABC):
         return {}
 
     def kept(self) -> Tensor | None:
-        """Integers that a state dict holds besides what is learned, int32; None if there are none."""
+        """Integers that a state dict holds besides `learned`, int32; None if there are none."""
         return None
 
     def set_stage(self, stage: int, learned: Tensor | None, kept: Tensor | None) -> None:
