@@ -7,7 +7,7 @@ import torch
 
 import diffq
 from tests.compare import close, same_bits
-from tests.integrations.tiny import EXTRAS, floats, library, same_weights, weights
+from tests.integrations.tiny import EXTRAS, floats, gpt2, library, same_weights, texts, weights
 from tests.models import QUANTIZERS, seeded, snapshot_of
 from tests.processors import repeatable
 
@@ -15,33 +15,23 @@ library("transformers")
 library("accelerate")
 from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
-    GPT2Config,
     GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-LAM = 1.0
+LAM = 100.0
 
 
-def gpt2(**options):
-    """A GPT-2 with tied embeddings, 16 wide."""
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**shape, **tokens, initializer_range=0.2, **options))
+def dropping():
+    """A GPT-2 with dropout, whose random numbers a checkpoint must restore."""
+    return gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 
 
-def quiet():
-    """The same without dropout."""
-    return gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-
-
-def texts(count=16):
-    """Sequences of 8 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(40, (count, 8), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
+def dataset(count=16):
+    """Sequences of tokens that are their own labels."""
+    return [{"input_ids": row, "labels": row} for row in texts(count)]
 
 
 class Compressing(Trainer):
@@ -50,13 +40,14 @@ class Compressing(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
-            quantizer = diffq.quantizer_of(self.model)
-            quantizer.setup_optimizer(optimizer, lr=0.1)
-            if next(quantizer.learned_parameters(), None) is not None:
-                optimizer.register_step_pre_hook(
-                    lambda *_: (LAM * quantizer.model_size()).backward()
-                )
+            diffq.quantizer_of(self.model).setup_optimizer(optimizer, lr=0.1)
+            optimizer.register_step_pre_hook(self.pay)
         return self.optimizer
+
+    def pay(self, *_):
+        size = diffq.quantizer_of(self.model).model_size()
+        if size.requires_grad:
+            (LAM * size).backward()
 
 
 def trainer_of(model, folder, **options):
@@ -68,7 +59,7 @@ def trainer_of(model, folder, **options):
         **options,
     }
     arguments = TrainingArguments(str(folder), **settings)
-    return Compressing(model, arguments, train_dataset=texts(), eval_dataset=texts(4))
+    return Compressing(model, arguments, train_dataset=dataset(), eval_dataset=dataset(4))
 
 
 def trained(make, folder, kind="diffq", resume=None, **options):
@@ -85,14 +76,14 @@ def trained(make, folder, kind="diffq", resume=None, **options):
 def test_resume(kind, tmp_path):
     """A run that resumes at a checkpoint of a tied model ends as the uninterrupted one does."""
     saves = {"save_strategy": "steps", "save_steps": 2}
-    whole = trained(gpt2, tmp_path, kind, **saves)
+    whole = trained(dropping, tmp_path, kind, **saves)
     torch.manual_seed(1)  # the random state comes from the checkpoint
     resumed = trained(
-        gpt2, tmp_path, kind, resume=str(tmp_path / "checkpoint-4"), **saves
+        dropping, tmp_path, kind, resume=str(tmp_path / "checkpoint-4"), **saves
     )
     assert resumed.state.global_step == 6
     assert same_bits(snapshot_of(resumed.model), snapshot_of(whole.model))
-    assert not same_weights(resumed.model, seeded(gpt2))
+    assert not same_weights(resumed.model, seeded(dropping))
     assert resumed.model.lm_head.weight is resumed.model.transformer.wte.weight
 
 
@@ -163,14 +154,14 @@ def test_checkpoint_is_of_the_plain_model(tmp_path):
 def test_accumulation(kind, tmp_path):
     """A step of two accumulated batches is the step of one batch of their size."""
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
-    one = trained(quiet, tmp_path, kind, per_device_train_batch_size=4, **step)
+    one = trained(gpt2, tmp_path, kind, per_device_train_batch_size=4, **step)
     two = trained(
-        *(quiet, tmp_path, kind),
+        *(gpt2, tmp_path, kind),
         **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         **step,
     )
     assert close(floats(two.model), floats(one.model))
-    assert not close(floats(two.model), floats(seeded(quiet)))
+    assert not close(floats(two.model), floats(seeded(gpt2)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -178,9 +169,9 @@ def test_accumulation(kind, tmp_path):
 def test_gradient_checkpointing(kind, reentrant, tmp_path):
     """Blocks that backward computes again see the noise of their forward: the step is the same."""
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
-    plain = trained(quiet, tmp_path, kind, **step)
+    plain = trained(gpt2, tmp_path, kind, **step)
     again = trained(
-        *(quiet, tmp_path, kind),
+        *(gpt2, tmp_path, kind),
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
         **step,
@@ -191,15 +182,15 @@ def test_gradient_checkpointing(kind, reentrant, tmp_path):
 
 def test_eval_loss_is_of_the_quantized_model(tmp_path):
     """`evaluate()` measures what the file holds."""
-    trainer = trained(quiet, tmp_path, "qat")
-    plain = seeded(quiet)
+    trainer = trained(gpt2, tmp_path, "qat")
+    plain = seeded(gpt2)
     state = diffq.quantizer_of(trainer.model).get_quantized_state()
     loss = trainer.evaluate()["eval_loss"]
     measured = Trainer(
-        diffq.restore_quantized_state(plain, state), trainer.args, eval_dataset=texts(4)
+        diffq.restore_quantized_state(plain, state), trainer.args, eval_dataset=dataset(4)
     )
     assert loss == pytest.approx(measured.evaluate()["eval_loss"], rel=1e-5)
-    floating = seeded(quiet)
+    floating = seeded(gpt2)
     floating.load_state_dict(diffq.quantizer_of(trainer.model).detach().state_dict())
-    other = Trainer(floating, trainer.args, eval_dataset=texts(4)).evaluate()["eval_loss"]
+    other = Trainer(floating, trainer.args, eval_dataset=dataset(4)).evaluate()["eval_loss"]
     assert loss != pytest.approx(other, rel=1e-3)

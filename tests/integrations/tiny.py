@@ -21,6 +21,21 @@ def library(name):
     return pytest.importorskip(name, reason=f"{name} is missing: run `make test-integrations`")
 
 
+def gpt2(**options):
+    """A GPT-2 of transformers with tied embeddings, 16 wide, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16}
+    rates = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "initializer_range": 0.2}
+    words = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**{**shape, **rates, **words, **options}))
+
+
+def texts(count=2):
+    """Sequences of 8 tokens for it, the same at each call."""
+    return torch.randint(40, (count, 8), generator=torch.Generator().manual_seed(0))
+
+
 def prepared(make, kind="diffq", seed=0):
     """A seeded model and its quantizer, which may train without an optimizer."""
     model = seeded(make, seed)
