@@ -33,6 +33,7 @@ def _fresh_state():
 
 
 def reset():
+    """Forgets the accelerators that were made before."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

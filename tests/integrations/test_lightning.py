@@ -1,5 +1,7 @@
 """Lightning: fitting, checkpoints, resuming, both kinds of optimization, averaged weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -56,9 +58,7 @@ def trainer_of(folder, epochs=2, **options):
     """A trainer on the CPU that writes only where it is told to."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False}
-    return L.Trainer(
-        max_epochs=epochs, default_root_dir=folder, **{**quiet, **settings, **options}
-    )
+    return L.Trainer(max_epochs=epochs, default_root_dir=folder, **{**quiet, **settings, **options})
 
 
 @pytest.mark.parametrize("automatic", [True, False])
@@ -81,7 +81,7 @@ def test_both_optimizations_agree(tmp_path):
     """Manual optimization does what automatic optimization does."""
     modules = []
     for automatic in (True, False):
-        module = seeded(lambda: Compressing("diffq-rounding", automatic=automatic))
+        module = seeded(partial(Compressing, "diffq-rounding", automatic))
         trainer_of(tmp_path, 1, limit_train_batches=1).fit(module, batches())
         modules.append(module)
     assert close(floats(modules[0]), floats(modules[1]))

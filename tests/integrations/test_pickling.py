@@ -149,7 +149,7 @@ def test_spawned_process():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copy_of_a_part(kind):
-    """A copied part is a plain module with the float weights, which takes a quantizer of its own."""
+    """A copied part is a plain module with the float weights, and takes a quantizer of its own."""
 
     def make():
         return nn.Sequential(nn.Sequential(nn.Linear(16, 32), nn.Tanh()), nn.Linear(32, 8))

@@ -100,7 +100,7 @@ def test_names_in_the_file(tmp_path):
 
 def test_decoded_file(tmp_path):
     """What `diffq.load` decodes of an untied model goes through `save_file` bit for bit."""
-    model, quantizer = prepared(ConvNet)
+    _, quantizer = prepared(ConvNet)
     diffq.save(quantizer, tmp_path / "model.diffq")
     state = diffq.load(tmp_path / "model.diffq")
     save_file(state, tmp_path / "model.safetensors")

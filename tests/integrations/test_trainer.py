@@ -52,13 +52,10 @@ class Compressing(Trainer):
 
 def trainer_of(model, folder, **options):
     """A trainer of six steps, without network, progress bars or logs."""
-    settings = {
-        **{"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
-        **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 100},
-        **{"save_strategy": "no", "dataloader_pin_memory": False},
-        **options,
-    }
-    arguments = TrainingArguments(str(folder), **settings)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    settings |= {"save_strategy": "no", "logging_steps": 100, "report_to": []}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    arguments = TrainingArguments(str(folder), **{**settings, **options})
     return Compressing(model, arguments, train_dataset=dataset(), eval_dataset=dataset(4))
 
 
@@ -78,9 +75,7 @@ def test_resume(kind, tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 2}
     whole = trained(dropping, tmp_path, kind, **saves)
     torch.manual_seed(1)  # the random state comes from the checkpoint
-    resumed = trained(
-        dropping, tmp_path, kind, resume=str(tmp_path / "checkpoint-4"), **saves
-    )
+    resumed = trained(dropping, tmp_path, kind, resume=str(tmp_path / "checkpoint-4"), **saves)
     assert resumed.state.global_step == 6
     assert same_bits(snapshot_of(resumed.model), snapshot_of(whole.model))
     assert not same_weights(resumed.model, seeded(dropping))
@@ -154,12 +149,9 @@ def test_checkpoint_is_of_the_plain_model(tmp_path):
 def test_accumulation(kind, tmp_path):
     """A step of two accumulated batches is the step of one batch of their size."""
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
-    one = trained(gpt2, tmp_path, kind, per_device_train_batch_size=4, **step)
-    two = trained(
-        *(gpt2, tmp_path, kind),
-        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        **step,
-    )
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    one = trained(gpt2, tmp_path, kind, **step)
+    two = trained(gpt2, tmp_path, kind, **step, **halves)
     assert close(floats(two.model), floats(one.model))
     assert not close(floats(two.model), floats(seeded(gpt2)))
 
@@ -170,12 +162,8 @@ def test_gradient_checkpointing(kind, reentrant, tmp_path):
     """Blocks that backward computes again see the noise of their forward: the step is the same."""
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
     plain = trained(gpt2, tmp_path, kind, **step)
-    again = trained(
-        *(gpt2, tmp_path, kind),
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-        **step,
-    )
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    again = trained(gpt2, tmp_path, kind, gradient_checkpointing=True, **options, **step)
     assert again.model.is_gradient_checkpointing
     assert close(floats(again.model), floats(plain.model))
 

@@ -62,7 +62,7 @@ def test_save_pretrained(kind, tmp_path):
     assert type(plain) is GPT2LMHeadModel
     assert same_weights(plain, model)
     assert plain.lm_head.weight is plain.transformer.wte.weight
-    assert json.loads((tmp_path / "config.json").read_texts())["architectures"] == [
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
         "GPT2LMHeadModel"
     ]
 
@@ -177,7 +177,7 @@ def test_introspection(dtype, tmp_path):
     assert isinstance(model, GPT2LMHeadModel)
     assert repr(model.config) == repr(plain.config)
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_texts())
+    config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert config["architectures"] == ["GPT2LMHeadModel"]
 
