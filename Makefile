@@ -36,7 +36,7 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
 
-test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries, transformers and others
+test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries
 	$(PY) -m pytest tests/integrations $(PYTEST_FLAGS)
 
 test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)

@@ -7,6 +7,10 @@ from tests.compare import close
 from tests.integrations.tiny import KINDS, library, perturb, prepared, shipped
 from tests.models import ConvNet, TiedModules, mlp, tokens
 
+library("onnx")
+library("onnxscript")
+onnxruntime = library("onnxruntime")
+
 #: Another runtime sums in another order, and fuses operations.
 OTHER_RUNTIME = 2**12
 
@@ -69,14 +73,11 @@ def test_trace():
 )
 def test_onnx(name, kind, grad, tmp_path):
     """onnxruntime computes with the exported model what the file computes in torch."""
-    library("onnx")
-    library("onnxscript")
-    runtime = library("onnxruntime")
     model, x, wanted = case(name, kind)
     with torch.set_grad_enabled(grad):
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     program.save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert close(torch.from_numpy(found), wanted, OTHER_RUNTIME)
 
