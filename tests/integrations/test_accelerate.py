@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.compare import close, same_bits
+from tests.compare import FEW, close, same_bits
 from tests.integrations.tiny import (
     EXTRAS,
     KINDS,
@@ -105,11 +105,34 @@ def test_save_model(kind, tmp_path):
 def test_autocast():
     """Under bfloat16 the bits learn, and the unwrapped model evaluates as its file in float32."""
     accelerator, model, optimizer, quantizer = training(ConvNet, mixed_precision="bf16")
-    steps(4, accelerator, model, optimizer, quantizer, torch.randn(4, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    steps(4, accelerator, model, optimizer, quantizer, x)
     assert quantizer.mean_bits() < 8
-    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    assert all(tensor.dtype == torch.float32 for tensor in floats(plain).values())
-    assert evaluates_as_shipped(plain, ConvNet, torch.randn(4, 3, 8, 8))
+    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert all(tensor.dtype == torch.float32 for tensor in floats(unwrapped).values())
+    assert evaluates_as_shipped(unwrapped, ConvNet, x)
+
+
+@pytest.mark.parametrize("unwrap", [True, False])
+@torch.no_grad()
+def test_detached_after_autocast(unwrap):
+    """Accelerate keeps a forward on the model itself, and a detached model computes as a plain one.
+
+    Where it was not unwrapped, it goes on under bfloat16, whose digits the comparison allows for.
+    """
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    attached = seeded(ConvNet)
+    quantizer = QUANTIZERS["qat"](attached, bits=2)
+    model, plain = (accelerator.prepare_model(each) for each in (attached, seeded(ConvNet)))
+    x = torch.randn(4, 3, 8, 8)
+    if unwrap:
+        model, plain = (
+            accelerator.unwrap_model(each, keep_fp32_wrapper=False) for each in (model, plain)
+        )
+    roundings = FEW if unwrap else 2**19
+    assert not close(model.eval()(x), plain.eval()(x), roundings)
+    quantizer.detach()
+    assert close(model.eval()(x), plain(x), roundings)
 
 
 def test_accumulation():
