@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType
 
 import torch
@@ -352,9 +352,7 @@ class Forwards:
         else:
             value = self._quantize(quantizer, base, self.learned.part(quantizer.index))
             forward.samples[quantizer.index] = Sample(base, value, training=False)
-        sample = forward.samples[quantizer.index]
-        assert sample is not None
-        return sample
+        return cast(Sample, forward.samples[quantizer.index])
 
     def _refuse_training(self) -> None:
         parameter = self.learned.parameter
