@@ -8,6 +8,7 @@ the Parameter, which stays where it is. The methods that compute are wrapped.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -258,7 +259,8 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
 
     @functools.wraps(method)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cover: Cover | None = self._diffq_cover
+        # Wrappers that were made while it was attached may outlive a quantizer.
+        cover: Cover | None = getattr(self, COVER, None)
         if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
         forwards = cover.forwards
@@ -276,6 +278,9 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
 
     # Compiled code is kept by code object, and only so much of it: each class needs its own.
     wrapper: Any = counted
+    # Accelerate unwraps forwards down to the last `__wrapped__`.
+    wrapper.__signature__ = inspect.signature(method)
+    del wrapper.__wrapped__
     wrapper.__code__ = wrapper.__code__.replace(co_name=method.__name__)
     return wrapper
 

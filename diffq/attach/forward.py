@@ -264,7 +264,7 @@ class Forwards:
             self.look(place)
 
     def look(self, place: Place) -> None:
-        """Looks for zeros that must stay; see `diffq.attach.zeros`."""
+        """Looks for zeros that must stay; see `diffq.attach.weight`."""
         weight = place.owner._parameters.get(place.name)
         parameter = self.learned.parameter
         # What other parametrizations compute may change with each computation.

@@ -129,7 +129,7 @@ def test_best_model(tmp_path):
     # The files of the checkpoint say the same as the model, and its bits come from them.
     state = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     assert same_bits(state["transformer.wte.weight"], weights(model)["transformer.wte.weight"])
-    assert same_bits(state["diffq_learned"], model.state_dict()["diffq_learned"])
+    assert same_bits(state["_diffq.learned"], model.state_dict()["_diffq.learned"])
     assert quantizer.mean_bits() < 8
 
 

@@ -12,8 +12,8 @@ from tests.models import QUANTIZERS, seeded
 
 #: One quantizer of each kind of learned parameters: logits, none, scales, codebooks.
 KINDS = ["diffq", "qat", "lsq", "product"]
-#: What a quantizer adds to the state dict of its model, both at the root.
-EXTRAS = {"diffq_learned", "diffq_settings"}
+#: What a quantizer adds to the state dict of its model, in a module of the root.
+EXTRAS = {"_diffq.learned", "_diffq.kept", "_diffq._extra_state"}
 
 
 def library(name):
