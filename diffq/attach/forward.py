@@ -214,7 +214,8 @@ class Forwards:
         Raises:
             AttachError: the forward wrote to a quantized tensor, which cannot last.
         """
-        self.ran = True
+        # A block may read a single weight.
+        self.ran = self.ran or forward.entry is not None
         written = None if forward.writes is None else forward.writes.first()
         forward.writes = None
         if written is not None:

@@ -177,6 +177,17 @@ def test_weights_can_be_read_in_the_block():
     assert not same_bits(parameter.detach(), quantized)
 
 
+@pytest.mark.filterwarnings("error::diffq.DiffqWarning")
+@pytest.mark.parametrize("block", ["enter_quantize", "computing"])
+def test_a_block_that_reads_one_weight(block):
+    """A block in which code looks at one weight is no forward, which would read all of them."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["uniform"](model)
+    with getattr(quantizer, block)():
+        assert model[0].weight.shape == (32, 16)
+    quantizer.get_quantized_state()
+
+
 def test_gradients_pass_while_quantized():
     """In a quantized training forward, gradients reach the weights."""
     model = seeded(mlp)
