@@ -308,6 +308,22 @@ def _assert_stale(result):
     assert "detach(quantized=True)" in err
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "{}", '{"methods":[],"tensors":{"0.weight":[1]}}', "[" * 100_000]
+)
+def test_damaged_settings_are_refused(text, pack):
+    """Settings that do not tell what was trained are refused by name, by `load_state_dict` too."""
+    net = nn.Sequential(nn.Linear(16, 16))
+    diffq.ProductQuantizer(net, min_size=0, codebook_size=16)
+    state = net.state_dict()
+    state["_diffq._extra_state"] = torch.tensor(list(text.encode()), dtype=torch.float32)
+    code, err, _ = pack(state)
+    assert code == 1
+    assert "'_diffq._extra_state' of the checkpoint cannot be read" in err
+    with pytest.raises(diffq.MismatchError, match="cannot be read"):
+        net.load_state_dict(state)
+
+
 # --- Checkpoints from when quantizers were parametrizations ---
 
 UNSET = torch.zeros(1, dtype=torch.uint8)
