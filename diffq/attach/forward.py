@@ -84,6 +84,17 @@ class Forward:
         self.entry = entry
         self.writes: Writes | None = None
 
+    def forget(self) -> None:
+        """Has a block compute anew what may have changed in it: it may hold steps and loads."""
+        if self.entry is None:
+            # In a backward, parts of a training forward may yet run again on the same noise.
+            kept = [s if in_backward() and s and s.training else None for s in self.samples]
+            self.samples = kept
+
+    def is_outdated(self, sample: Sample) -> bool:
+        """Whether the weight of a sample was written to since, in a block."""
+        return self.entry is None and sample.was_written_to()
+
 
 class Forwards:
     """The forwards of one model, which all its covered modules share.
@@ -237,7 +248,12 @@ class Forwards:
             return base
         training = training and not self.always_quantized
         sample = forward.samples[quantizer.index]
-        if sample is None or sample.training != training or not sample.stands_for(base):
+        if (
+            sample is None
+            or sample.training != training
+            or not sample.stands_for(base)
+            or forward.is_outdated(sample)
+        ):
             sample = self._at_reading(forward, place, base, training)
         if not training:
             quantizer.readings.ever = True
@@ -256,6 +272,9 @@ class Forwards:
     def forget(self) -> None:
         """Has all quantized weights computed again."""
         self.cache.clear()
+        for stack in list(self.running.values()):
+            for forward in stack:
+                forward.forget()
 
     def switch(self, place: Place, training: bool) -> None:
         """Takes notice that the module of a tensor is switched to training or to eval."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffq.numerics.grid import laid_out_as
+from diffq.torch_inside.graph import is_plain
 
 
 @dataclass(eq=False)
@@ -40,6 +41,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.value = laid_out_as(self.weight, self.value)
+        self._version = _version(self.weight)
+
+    def was_written_to(self) -> bool:
+        """Whether the weight was written to since, other than through `.data`."""
+        return _version(self.weight) != self._version
 
     def stands_for(self, weight: Tensor) -> bool:
         """Whether it is the sample of a tensor: of this one, or of one in the same memory."""
@@ -56,3 +62,8 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         return one.data_ptr() == other.data_ptr() != 0
     except RuntimeError:  # tensors of torch.func and of tracers have no memory
         return False
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Tensors of inference mode and of tracers count no versions.
+    return tensor._version if is_plain() and not tensor.is_inference() else None

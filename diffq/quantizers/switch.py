@@ -62,7 +62,7 @@ class QuantizeSwitch:
 
         Outside of a forward, `module.weight` is the Parameter. In the block it is what a forward
         computes with: a noisy weight in training, the quantized one in eval. Forwards in the
-        block share its samples.
+        block share its samples, until a weight changes.
 
             with quantizer.computing():
                 logits = features @ model.head.weight.T

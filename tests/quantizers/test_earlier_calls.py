@@ -188,6 +188,40 @@ def test_a_block_that_reads_one_weight(block):
     quantizer.get_quantized_state()
 
 
+def _stepped(model, fused):
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=fused)
+    model(torch.ones(2, 16)).square().sum().backward()
+    optimizer.step()
+
+
+#: What changes weights.
+CHANGES = {
+    "step": lambda model: _stepped(model, False),
+    "fused step": lambda model: _stepped(model, True),
+    "load": lambda model: model.load_state_dict(
+        {k: v + v.square() if k == "0.weight" else v for k, v in snapshot_of(model).items()}
+    ),
+    "write": lambda model: next(model.parameters()).detach().mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["diffq", "uniform"])
+@pytest.mark.parametrize("block", ["enter_quantize", "computing"])
+def test_weights_that_change_in_the_block(block, kind, change):
+    """A block may hold steps and loads: what is read after them is quantized from what is there."""
+    model = seeded(mlp).train(block == "enter_quantize")
+    quantizer = QUANTIZERS[kind](model)
+    quantizer.no_optimizer()
+    with getattr(quantizer, block)():
+        before = model[0].weight.detach().clone()
+        CHANGES[change](model)
+        after = model[0].weight.detach().clone()
+        quantized = weight_quantizers(model)["0.weight"].quantized()
+    assert same_bits(after, quantized)
+    assert not same_bits(after, before)
+
+
 def test_gradients_pass_while_quantized():
     """In a quantized training forward, gradients reach the weights."""
     model = seeded(mlp)
