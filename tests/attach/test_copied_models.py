@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -203,7 +204,7 @@ def test_a_teacher_that_averages_by_data(kind):
                 a.data.mul_(0.5).add_(b.data, alpha=0.5)
             targets.append(teacher(inputs))
             assert computes_with_what_is_stored(mlp, teacher, own)
-    assert not any(close(a, b) for a, b in zip(targets, targets[1:], strict=False))
+    assert not any(close(a, b) for a, b in itertools.pairwise(targets))
 
 
 def test_ties_of_copies():

@@ -198,7 +198,11 @@ def test_a_student_and_a_teacher():
     assert same_bits(both.teacher.seen[0], stored(Reader, teacher)["weight"].detach())
     assert both.student.diffq_learned.grad.any()
     assert both.teacher.weight.grad is None
-    assert list(both.state_dict())[:3] == ["student.weight", "student.bias", "student.diffq_learned"]
+    assert list(both.state_dict())[:3] == [
+        "student.weight",
+        "student.bias",
+        "student.diffq_learned",
+    ]
     assert reads_parameters(both)
 
 
@@ -269,7 +273,10 @@ def test_gradients_of_each_sample(training):
 
 def test_a_recurrent_layer_by_its_list_of_weights():
     """A recurrent layer that is asked for its weights gives Parameters, and evaluates quantized."""
-    make = lambda: nn.LSTM(16, 8, num_layers=2, batch_first=True)
+
+    def make():
+        return nn.LSTM(16, 8, num_layers=2, batch_first=True)
+
     model, quantizer = attached(make, **COARSE)
     inputs = torch.randn(2, 5, 16)
     model(inputs)[0].sum().backward()

@@ -118,7 +118,10 @@ def test_writes_are_those_to_the_plain_model(write, training):
 
 def test_groups_of_an_optimizer_by_name_and_by_module():
     """A walk over modules and names, as for weight decay, finds each parameter as ever."""
-    make = lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Embedding(4, 16))
+
+    def make():
+        return nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Embedding(4, 16))
+
     plain, (model, _) = seeded(make), attached(make)
 
     def groups(model):

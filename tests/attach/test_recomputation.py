@@ -189,7 +189,9 @@ def _on_the_model(model, loss):
 
 @MODES
 @pytest.mark.parametrize(
-    "give", [_in_a_dataclass, _in_an_object, _in_containers, _on_the_model], ids=lambda f: f.__name__
+    "give",
+    [_in_a_dataclass, _in_an_object, _in_containers, _on_the_model],
+    ids=lambda f: f.__name__,
 )
 def test_outputs_of_any_kind(give, use_reentrant):
     """However a loss leaves the forward, its backward reads the forward's weights."""

@@ -179,7 +179,10 @@ def test_settings_that_are_damaged_are_refused():
 
 def test_parts_and_wholes():
     """A model with an attached part saves and loads under the part's prefix, and plain ones load."""
-    make = lambda: nn.ModuleDict({"a": mlp(), "b": nn.Linear(8, 4)})
+
+    def make():
+        return nn.ModuleDict({"a": mlp(), "b": nn.Linear(8, 4)})
+
     source, target, plain = seeded(make, 1), seeded(make, 2), seeded(make, 3)
     quantizers = [diffq.DiffQuantizer(m["a"], min_size=0) for m in (source, target)]
     with torch.no_grad():

@@ -64,7 +64,9 @@ def test_training_forwards_in_two_threads():
     def forward(name):
         layer = model.layer
         hook = layer.register_forward_pre_hook(
-            lambda m, _: seen.setdefault(threading.get_ident(), []).append(m.weight.detach().clone())
+            lambda m, _: seen.setdefault(threading.get_ident(), []).append(
+                m.weight.detach().clone()
+            )
         )
         try:
             return model(x16())
