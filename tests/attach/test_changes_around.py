@@ -39,9 +39,11 @@ def test_layers_added_to_a_root():
     assert model(x16()).shape == (3, 8)
 
 
-@pytest.mark.parametrize(
-    "make", [nn.ModuleList, lambda ms: nn.ModuleDict(zip("abc", ms, strict=False))]
-)
+def _named(parts):
+    return nn.ModuleDict(zip("abc", parts, strict=True))
+
+
+@pytest.mark.parametrize("make", [nn.ModuleList, _named])
 def test_roots_without_a_forward(make):
     """Containers are roots too: each part computes by itself."""
     model = seeded(lambda: make(readers()[0].append(nn.Linear(16, 4))))

@@ -151,12 +151,12 @@ def test_classes_with_their_own_access_to_attributes():
 def test_classes_that_register_their_subclasses():
     """A base class that is told of its subclasses, and wants arguments, hears of no new one."""
 
-    class Registered(nn.Module):
-        known = []
+    known = []
 
+    class Registered(nn.Module):
         def __init_subclass__(cls, name, **kwargs):
             super().__init_subclass__(**kwargs)
-            Registered.known.append(name)
+            known.append(name)
 
     class Mine(Registered, name="mine"):
         def __init__(self):
@@ -169,7 +169,7 @@ def test_classes_that_register_their_subclasses():
     model, quantizer = attached(Mine)
     model(x16()).sum().backward()
     quantizer.detach()
-    assert Registered.known == ["mine"]
+    assert known == ["mine"]
     assert type(model) is Mine
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from tests.compare import close, same_bits
+from tests.compare import close
 from tests.models import SUMS, TiedHead, attached, gradients, mlp, restored, tokens
 from tests.readers import COARSE, reads_parameters, x16
 
@@ -117,7 +117,7 @@ class Breaking(nn.Module):
 
 
 def test_graph_breaks():
-    """A forward in several graphs trains all, differs from call to call, and evaluates as stored."""
+    """A forward in several graphs trains all weights, has new noise, and evaluates as stored."""
     model, quantizer = attached(Breaking, **COARSE)
     fast = torch.compile(model, backend="aot_eager")
     inputs = x16()
@@ -254,4 +254,4 @@ def test_detach_of_a_compiled_model():
         quantizer.detach()
         assert close(fast(inputs), model(inputs))
         assert not close(fast(inputs), quantized)
-    assert same_bits([type(m).__mro__[0] for m in model], [type(m) for m in mlp()])
+    assert [type(m) for m in model] == [type(m) for m in mlp()]

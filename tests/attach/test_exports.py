@@ -8,21 +8,15 @@ from tests.compare import close, same_bits
 from tests.models import ConvNet, Recurrent, TiedHead, attached, mlp, restored, tokens
 from tests.readers import COARSE, reads_parameters, x16
 
-GRADIENTS = pytest.mark.parametrize("gradients", [True, False])
-
 
 def _images():
     return torch.randn(2, 3, 8, 8)
 
 
-MODELS = pytest.mark.parametrize(
-    ("make", "make_input"), [(mlp, x16), (TiedHead, tokens), (ConvNet, _images)]
+@pytest.mark.parametrize(
+    ("make", "make_input", "gradients", "strict"),
+    [(mlp, x16, True, True), (TiedHead, tokens, False, True), (TiedHead, tokens, True, False)],
 )
-
-
-@MODELS
-@GRADIENTS
-@pytest.mark.parametrize("strict", [True, False])
 def test_export(make, make_input, gradients, strict):
     """An exported program gives the stored model's outputs, before and after decompositions."""
     model, quantizer = attached(make, **COARSE)
@@ -39,12 +33,11 @@ def test_export(make, make_input, gradients, strict):
     assert reads_parameters(model)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_export_of_a_dynamic_batch(strict):
+def test_export_of_a_dynamic_batch():
     """A program with a dynamic batch takes any."""
     model, quantizer = attached(mlp, **COARSE)
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
-    program = torch.export.export(model.eval(), (x16(4),), dynamic_shapes=shapes, strict=strict)
+    program = torch.export.export(model.eval(), (x16(4),), dynamic_shapes=shapes)
     fresh = restored(mlp, quantizer)
     for batch in (2, 9):
         inputs = x16(batch)
@@ -64,8 +57,10 @@ def test_exports_are_of_their_time():
     assert not close(*outputs)
 
 
-@MODELS
-@GRADIENTS
+@pytest.mark.parametrize(
+    ("make", "make_input"), [(mlp, x16), (TiedHead, tokens), (ConvNet, _images)]
+)
+@pytest.mark.parametrize("gradients", [True, False])
 def test_trace(make, make_input, gradients):
     """A traced model, which torch checks by a second trace, gives the stored model's outputs."""
     model, quantizer = attached(make, **COARSE)
@@ -104,17 +99,6 @@ def test_scripting_after_detach():
     fresh, inputs = restored(mlp, quantizer), x16()
     scripted = torch.jit.script(quantizer.detach(quantized=True).eval())
     assert close(scripted(inputs).detach(), fresh(inputs).detach())
-
-
-@GRADIENTS
-def test_graphs_of_autograd_functions(gradients):
-    """Forward-mode derivatives of an evaluation are those of the stored model."""
-    model, quantizer = attached(mlp, **COARSE)
-    model.eval()
-    fresh, inputs, direction = restored(mlp, quantizer), x16(), x16()
-    with torch.set_grad_enabled(gradients):
-        found = [torch.func.jvp(net, (inputs,), (direction,)) for net in (model, fresh)]
-    assert close(*[[part.detach() for part in pair] for pair in found])
 
 
 def test_fused_convolutions():

@@ -44,7 +44,7 @@ def test_training_reads_what_is_stored_where_nothing_is_random(kind):
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("kind", RANDOM)
 def test_each_training_forward_has_its_own_noise(kind, grad_mode):
-    """The weights of a training forward are noisy, with gradients and without, and each time new."""
+    """The weights of a training forward are noisy and new, with gradients and without."""
     model, _ = attached(readers, kind)
     with torch.set_grad_enabled(grad_mode):
         model(x16())
@@ -198,11 +198,8 @@ def test_a_student_and_a_teacher():
     assert same_bits(both.teacher.seen[0], stored(Reader, teacher)["weight"].detach())
     assert both.student.diffq_learned.grad.any()
     assert both.teacher.weight.grad is None
-    assert list(both.state_dict())[:3] == [
-        "student.weight",
-        "student.bias",
-        "student.diffq_learned",
-    ]
+    names = [f"student.{name}" for name in ("weight", "bias", "diffq_learned")]
+    assert list(both.state_dict())[:3] == names
     assert reads_parameters(both)
 
 

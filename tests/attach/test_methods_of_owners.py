@@ -62,7 +62,7 @@ def _image(model, x):
 @pytest.mark.parametrize("call", [_text, _image])
 @pytest.mark.parametrize("kind", ["diffq", "diffq-uniform", "diffq-fixed", "quant-noise"])
 def test_methods_train_on_noise(call, kind):
-    """A method that is called with a tensor computes with noise of its own, and passes gradients."""
+    """A method that is called with a tensor computes with its own noise, and passes gradients."""
     model, _ = attached(Clip, kind)
     for _ in range(2):
         call(model, x16()).square().sum().backward()
@@ -149,7 +149,7 @@ def test_inherited_and_overridden_methods():
 
 
 def test_methods_that_step_keep_one_copy():
-    """A method that reads a weight at each of many steps keeps one noisy copy of it for backward."""
+    """A method that reads a weight at each of many steps keeps one noisy copy for backward."""
 
     class Rolling(nn.Module):
         def __init__(self):

@@ -61,19 +61,11 @@ def test_training_forwards_in_two_threads():
     barrier, seen = threading.Barrier(2, timeout=TIMEOUT), {}
     model.wait = [barrier.wait]
 
-    def forward(name):
-        layer = model.layer
-        hook = layer.register_forward_pre_hook(
-            lambda m, _: seen.setdefault(threading.get_ident(), []).append(
-                m.weight.detach().clone()
-            )
-        )
-        try:
-            return model(x16())
-        finally:
-            hook.remove()
+    def note(layer, _):
+        seen.setdefault(threading.get_ident(), []).append(layer.weight.detach().clone())
 
-    threads = [_in_thread(forward, name) for name in "ab"]
+    model.layer.register_forward_pre_hook(note)
+    threads = [_in_thread(model, x16()) for _ in range(2)]
     for thread, _ in threads:
         thread.join()
     samples = [weights[0] for weights in seen.values()]

@@ -228,7 +228,7 @@ def test_ties_that_are_made_after_attaching():
 
 
 def test_ties_that_are_broken_after_attaching():
-    """Where one of two tied names gets a Parameter of its own, a forward names both, until undone."""
+    """Where one of two tied names gets a Parameter of its own, a forward names both."""
     model, _ = attached(TiedModules)
     model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
     for training in (True, False):

@@ -88,7 +88,7 @@ class Own(nn.Linear):
 
 
 class Parent(nn.Module):
-    """A model that writes to its layer's tensors after it computes, as a codebook's average does."""
+    """A model that writes to its layer's tensors after it computes, as codebooks do."""
 
     def __init__(self, write, after=0):
         super().__init__()
