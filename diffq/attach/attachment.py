@@ -1,52 +1,38 @@
-"""Puts weight quantizers on a model's tensors, and takes them off without a trace.
-
-Each unique tensor gets one `WeightQuantizer`, registered with
-`torch.nn.utils.parametrize` at every place that holds the tensor. The parameter
-object stays the same, so that an optimizer made before still owns it.
-"""
+"""Puts quantizers on a model, in place, and takes them off without a trace."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
-from diffq.attach.chains import (
-    chain_at,
-    chains,
-    original_names,
-    originals,
-    own_class,
-    quantizers_at,
-    reorder,
-    unregister,
-)
-from diffq.attach.graph import call_before_backward, take_samples_away, tie_to_output, use_samples
-from diffq.attach.holding import TrainingHold, hold_in_forward
-from diffq.attach.plan import Site, TensorPlan
-from diffq.attach.reading import shorten_reading
-from diffq.attach.sample import ForwardState
+from diffq.attach.checkpoints import StateHooks
+from diffq.attach.classes import Cover, cover_of, put_on, take_off
+from diffq.attach.forward import Forwards, Place
+from diffq.attach.learned import Learned
+from diffq.attach.plan import TensorPlan
+from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
-from diffq.attach.zeros import ModeWatch, look_after_load
 from diffq.errors import AttachError
-from diffq.torch_inside.sharding import is_distributed, is_managed, reshard, whole, whole_parameters
+from diffq.numerics.size import Sized
+from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
 T = TypeVar("T")
 
 
 class Attachment:
-    """Weight quantizers on a model: made whole or not at all, and undone without a trace.
+    """What is on a model: quantizers of its tensors, made whole or not at all.
 
     Attributes:
         model: the model, as long as it is attached.
-        quantizers: one weight quantizer for each quantized tensor.
         face: the object that users hold; copies of the model have their own.
-        ran: whether a forward of the model has ended.
+        quantizers: one for each unique quantized tensor, by index.
+        forwards: the model's forwards, which all its modules share.
     """
 
     def __init__(
@@ -54,73 +40,95 @@ class Attachment:
     ) -> None:
         self.model = model
         self.face = face
-        self.ran = False
         self.quantizers = tuple(quantizers)
-        self._handles: list[RemovableHandle] = []
-        # By the module and not by its name: a detach takes quantizers off modules that were
-        # replaced or moved since.
-        self._places: list[tuple[nn.Module, str, WeightQuantizer]] = []
-        self._orders: dict[nn.Module, list[str]] = {}
-        self._classes: dict[nn.Module, type[nn.Module]] = {}
-        state = ForwardState()
+        for index, quantizer in enumerate(self.quantizers):
+            quantizer.index = index
+        weights = [q.plan.sites[0].read(model) for q in self.quantizers]
+        self.learned = Learned(model, self.quantizers, weights)
+        self.forwards = Forwards(self.quantizers, self.learned)
+        self._places = self._find_places()
+        self.forwards.root = ref(model)
+        # By the module and not by its name: a detach reaches modules that were replaced since.
+        self._covered = [m for m in model.modules() if m is model or self._below(m)]
+        self._links = self._find_links()
+        self._states = StateHooks(self.forwards, self._places)
         try:
-            for quantizer in self.quantizers:
-                quantizer.forward_state = state
-                for site in quantizer.plan.sites:
-                    self._register(site, quantizer)
-            self._handles.append(model.register_forward_pre_hook(self._enter_forward, prepend=True))
-            self._handles.append(model.register_forward_hook(self._leave_forward, always_call=True))
-            load_hook = model.register_load_state_dict_post_hook(self._tie_again)  # type: ignore[no-untyped-call]
-            self._handles.append(load_hook)
+            self.learned.register()
+            for module in self._covered:
+                own = {p.name: p for p in self._places if p.owner is module}
+                cover = Cover(self.forwards, own, self._below(module))
+                cover.attachment = self if module is model else None
+                put_on(module, cover)
+            self._states.register(model)
         except BaseException:
             self.detach()
             raise
-        self.forward_state = state
 
-    def owners(self) -> list[nn.Module]:
-        """The submodules that hold a quantized tensor, each once."""
-        return list(self._orders)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy or a pickle of a whole model an attached one."""
+        self.__dict__.update(state)
+        self.forwards.root = ref(self.model)
+
+    @property
+    def ran(self) -> bool:
+        """Whether a forward of the model has ended."""
+        return self.forwards.ran
 
     def weight(self, quantizer: WeightQuantizer) -> Tensor:
-        """The tensor that a weight quantizer is given: the original parameter.
+        """The tensor that a quantizer is given: the Parameter, gathered if it is sharded.
 
         Where another parametrization computes the tensor, it is computed here.
 
         Raises:
-            AttachError: the weight quantizer is no longer in its place, the tensor has
-                another shape, or tied tensors were untied.
+            AttachError: something else is in its place, the tensor has another shape, or tied
+                tensors were untied.
         """
-        chain, *others = (self._chain(site, quantizer) for site in quantizer.plan.sites)
-        inputs = originals(chain)
-        if any(
-            a is not b for other in others for a, b in zip(inputs, originals(other), strict=True)
-        ):
-            raise AttachError(_untied(quantizer.plan))
-        for module in list(chain)[:-1]:
-            inputs = [module(*inputs)]
-        (weight,) = inputs
+        place, *others = (p for p in self._places if p.quantizer is quantizer)
+        weight = self._base(place)
         if weight.shape != quantizer.plan.shape:
             was, now = list(quantizer.plan.shape), list(weight.shape)
-            raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
+            raise AttachError(place.changed(f"went from shape {was} to {now}"))
+        for other in others:
+            base = self._base(other)
+            # What is computed is another tensor each time.
+            if (
+                isinstance(weight, nn.Parameter)
+                and base is not weight
+                and not same_memory(base, weight)
+            ):
+                raise AttachError(_untied(quantizer.plan))
         return weight
 
     def check_places(self) -> None:
-        """Checks that every weight quantizer is in its place.
+        """Checks that every quantized tensor is in its place.
 
         Raises:
             AttachError: one is not.
         """
-        for quantizer in self.quantizers:
-            for site in quantizer.plan.sites:
-                self._chain(site, quantizer)
+        self.check_links()
+        for place in self._places:
+            place.base()
+
+    def check_links(self) -> None:
+        """Checks that every module with a quantized tensor is still part of the model.
+
+        Raises:
+            AttachError: one was removed or replaced.
+        """
+        if all(modules.get(key) is child for modules, key, child in self._links):
+            return
+        present = set(self.model.modules())
+        for place in self._places:
+            if place.owner not in present:
+                raise AttachError(place.changed("was removed or replaced"))
+        self._links = self._find_links()
 
     def forget(self) -> None:
         """Has all quantized weights computed again."""
-        for quantizer in self.quantizers:
-            quantizer.forget()
+        self.forwards.forget()
 
     def learning_now(self) -> frozenset[WeightQuantizer]:
-        """The weight quantizers whose noise acts on the loss in this step of the optimizer.
+        """The quantizers whose noise acts on the loss in this step of the optimizer.
 
         Before its first forward, those of the step before: a loop may ask for the size first.
         """
@@ -128,28 +136,38 @@ class Attachment:
             return frozenset(q for q in self.quantizers if q.readings.learns)
         return frozenset(q for q in self.quantizers if q.readings.before)
 
-    def each_quantizer(self, call: Callable[[WeightQuantizer], T]) -> list[T]:
-        """What `call` gives for each weight quantizer; sharded extras are gathered for it."""
+    def sized(self) -> list[Sized]:
+        """The tensors whose learned bitwidths have a size, and which of them noise acts on."""
+        active = self.learning_now()
+        return [
+            Sized(grouping, span[0], quantizer in active)
+            for quantizer, span in zip(self.quantizers, self.learned.spans, strict=True)
+            if (grouping := quantizer.grouping) is not None and span is not None
+        ]
+
+    def each_quantizer(self, call: Callable[[WeightQuantizer, Tensor | None], T]) -> list[T]:
+        """What `call` gives for each quantizer and what it learned, gathered if sharded."""
         reshard(self.model)
-        results = []
-        for quantizer in self.quantizers:
-            with whole_parameters([quantizer]):
-                results.append(call(quantizer))
-        return results
+        parts = self._parts()
+        return [call(quantizer, parts[quantizer.index]) for quantizer in self.quantizers]
 
-    def each_weight(self, call: Callable[[WeightQuantizer, Tensor], T]) -> list[T]:
-        """What `call` gives for each weight quantizer and its weight.
+    def each_weight(self, call: Callable[[WeightQuantizer, Tensor, Tensor | None], T]) -> list[T]:
+        """What `call` gives for each quantizer, its weight, and what it learned.
 
-        Sharded weights and extras are gathered for it, those of one tensor at a time.
+        Sharded weights are gathered for it, those of one tensor at a time.
 
         Raises:
             AttachError: as `weight`.
         """
         reshard(self.model)
+        self.check_links()
+        parts = self._parts()
         results = []
         for quantizer in self.quantizers:
-            with whole_parameters(self._chains_of(quantizer.plan)):
-                results.append(call(quantizer, self.weight(quantizer).detach()))
+            weight, learned = self.weight(quantizer).detach(), parts[quantizer.index]
+            if learned is not None:
+                learned = learned.to(weight.device)
+            results.append(call(quantizer, weight, learned))
         return results
 
     def each_raw(self, plans: Iterable[TensorPlan], call: Callable[[Tensor], T]) -> list[T]:
@@ -161,123 +179,134 @@ class Attachment:
         reshard(self.model)
         return [call(self._raw_tensor(plan)) for plan in plans]
 
+    def computing(self) -> AbstractContextManager[None]:
+        """A block that computes as a forward of the model does."""
+        return self.forwards.entered(self._places)
+
+    def state_entries(self) -> dict[str, Tensor]:
+        """The entries of the state dict that are no tensors of the model."""
+        return self._states.added()
+
+    def apply(
+        self, apply: Callable[..., Any], fn: Callable[[Tensor], Tensor], recurse: bool
+    ) -> Any:
+        """Casts and moves the model, of which what is learned keeps its dtype.
+
+        Args:
+            apply: `_apply` of the plain model.
+            fn: what is done to each tensor.
+            recurse: whether to submodules too.
+        """
+        # A cast or move may end at the same address, so that the weight looks unchanged.
+        self.forget()
+        learned = self.learned.parameter
+        ours = [] if learned is None else [learned, learned.grad]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
+            moved = fn(tensor)
+            if not any(tensor is each for each in ours) or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        was_meta = learned is not None and learned.is_meta
+        model = apply(keep_dtype, recurse)
+        now = self.learned.parameter
+        if was_meta and now is not None and not now.is_meta:
+            self.learned.start_again(
+                lambda: [q.start(self.weight(q).detach()) for q in self.quantizers]
+            )
+        return model
+
     def detach(self) -> None:
-        """Takes all weight quantizers off: same parameters, names, order and classes."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for quantizer in self.quantizers:
-            for follower in quantizer.mode_followers:
-                follower.remove()
-            quantizer.mode_followers.clear()
-        for owner, attribute, quantizer in self._places:
-            unregister(owner, attribute, quantizer)
-        for owner, order in self._orders.items():
-            reorder(owner, order)
-        for owner, shared in self._classes.items():
-            owner.__class__ = shared
-        self._places.clear()
-        self._orders.clear()
-        self._classes.clear()
+        """Takes everything off: same parameters, names, order and classes."""
+        self._states.remove()
+        for module in self._covered:
+            cover = cover_of(module)
+            if cover is not None and cover.forwards is self.forwards:
+                take_off(module)
+        self.learned.unregister()
 
-    def _register(self, site: Site, quantizer: WeightQuantizer) -> None:
-        owner = site.owner(self.model)
-        self._places.append((owner, site.attribute, quantizer))
-        if owner not in self._orders:
-            self._orders[owner] = list(owner._parameters)
-            if parametrize.is_parametrized(owner):
-                self._classes[owner] = type(owner)
-                owner.__class__ = own_class(owner)
-            load_hook = owner.register_load_state_dict_pre_hook(_load_plain)  # type: ignore[no-untyped-call]
-            self._handles += [load_hook, look_after_load(owner)]
-            if isinstance(owner, nn.RNNBase):
-                self._handles += hold_in_forward(owner)
-        if isinstance(owner, nn.MultiheadAttention):
-            quantizer.mode_followers.append(TrainingHold(owner))
-        chain = chain_at(owner, site.attribute)
-        unsafe = chain.unsafe if chain is not None else True
-        parametrize.register_parametrization(owner, site.attribute, quantizer, unsafe=True)
-        chains(owner)[site.attribute].unsafe = unsafe
-        shorten_reading(owner, site.attribute)
-        quantizer.train(owner.training)
-        quantizer.mode_followers.append(ModeWatch(owner, site.attribute, quantizer))
+    def _find_places(self) -> tuple[Place, ...]:
+        return tuple(
+            Place(quantizer, site.owner(self.model), site.attribute)
+            for quantizer in self.quantizers
+            for site in quantizer.plan.sites
+        )
 
-    def _chain(self, site: Site, quantizer: WeightQuantizer) -> parametrize.ParametrizationList:
-        owner = site.owner(self.model)
-        chain = chain_at(owner, site.attribute)
-        if chain is None or list(chain)[-1] is not quantizer:
-            raise AttachError(site.changed("was replaced or parametrized"))
-        return chain
+    def _below(self, module: nn.Module) -> tuple[Place, ...]:
+        modules = set(module.modules())
+        return tuple(place for place in self._places if place.owner in modules)
+
+    def _find_links(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+        covered = set(self._covered)
+        return [
+            (parent._modules, key, child)
+            for parent in self.model.modules()
+            for key, child in parent._modules.items()
+            if child in covered
+        ]
+
+    def _parts(self) -> list[Tensor | None]:
+        parts = self.learned.parts()
+        return [None if part is None else part.detach() for part in parts]
+
+    def _base(self, place: Place) -> Tensor:
+        if place.name in place.owner._parameters:
+            return whole(place.base())
+        chains = getattr(place.owner, "parametrizations", ())
+        computed = [chains[place.name]] if place.name in chains else []
+        with whole_parameters(computed):
+            return place.base()
 
     def _raw_tensor(self, plan: TensorPlan) -> Tensor:
-        with whole_parameters(self._chains_of(plan)):
+        owners = [site.owner(self.model) for site in plan.sites]
+        chains = [o.parametrizations for o in owners if parametrize.is_parametrized(o)]
+        with whole_parameters(chains):
             read = dict.fromkeys(site.read(self.model) for site in plan.sites)
-        tensor, *others = (whole(each.detach()) for each in read)
+            tensor, *others = (whole(each.detach()) for each in read)
         if not all(torch.equal(other, tensor) for other in others):
             raise AttachError(_untied(plan))
         return tensor
 
-    def _chains_of(self, plan: TensorPlan) -> list[nn.Module]:
-        chains = (chain_at(site.owner(self.model), site.attribute) for site in plan.sites)
-        return [chain for chain in chains if chain is not None]
 
-    def _weight_to_sample(self, quantizer: WeightQuantizer) -> Tensor:
-        """`weight`, found at once where nothing is unusual: many are asked for in each step."""
-        site, *others = quantizer.plan.sites
-        modules = site.owner(self.model)._modules.get("parametrizations")
-        chain: Any = modules._modules.get(site.attribute) if modules is not None else None
-        if others or chain is None or list(chain._modules.values()) != [quantizer]:
-            return self.weight(quantizer)
-        original: Tensor | None = chain._parameters.get("original")
-        if original is None or original.shape != quantizer.plan.shape:
-            return self.weight(quantizer)
-        return original
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to a model, or to a part of it; None if nothing is."""
+    for module in model.modules():
+        cover = cover_of(module)
+        if cover is not None and cover.attachment is not None:
+            found: Attachment = cover.attachment
+            return found
+    return None
 
-    def _enter_forward(self, module: nn.Module, args: Any) -> None:
-        self.forward_state.running.append(True)
-        training = [q for q in self.quantizers if q.training]
-        if training:
-            # Apart from this function, which torch.compile gives up once it did nothing in eval.
-            self._sample(training)
 
-    def _sample(self, quantizers: list[WeightQuantizer]) -> None:
-        kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
-        for quantizer in quantizers:
-            if is_managed(quantizer):
-                continue  # FSDP's tensors are whole only while their module runs
-            pair = quantizer, self._weight_to_sample(quantizer)
-            kinds.setdefault(type(quantizer), []).append(pair)
-        for kind, pairs in kinds.items():
-            constants = kind.sample_all(*zip(*pairs, strict=True))
-            for (quantizer, weight), constant in zip(pairs, constants, strict=True):
-                quantizer.begin(weight, constant)
+def is_attached(model: nn.Module) -> bool:
+    """Whether a model is attached, or is a part of one that is, or has such a part."""
+    for module in model.modules():
+        cover = cover_of(module)
+        root = None if cover is None or cover.forwards.root is None else cover.forwards.root()
+        if root is not None and any(module is each for each in root.modules()):
+            return True
+    return False
 
-    def _leave_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # Another hook may have failed before ours could count the entry.
-        if self.forward_state.running:
-            self.forward_state.running.pop()
-        if torch.compiler.is_compiling():
-            # What stays on a module would be an output of the compiled code, and be kept.
-            take_samples_away(self.quantizers)
-            return output
-        self.ran = True
-        samples = {q: q.current for q in self.quantizers if q.current is not None}
-        told = call_before_backward(output, lambda: use_samples(samples))
-        # Hooks that are always called run while an exception of the forward is handled.
-        if told or sys.exc_info()[0] is not None:
-            take_samples_away(samples)
-        if is_distributed():
-            return tie_to_output(output, [p for q in self.quantizers for p in q.parameters()])
-        return output
 
-    def _tie_again(self, module: nn.Module, incompatible_keys: Any) -> None:
-        # load_state_dict(assign=True) makes one parameter for each name of a tied one.
-        for quantizer in self.quantizers:
-            first, *others = quantizer.plan.sites
-            for name in original_names(self._chain(first, quantizer)):
-                tensor = getattr(self._chain(first, quantizer), name)
-                for site in others:
-                    setattr(self._chain(site, quantizer), name, tensor)
+def strip(model: nn.Module) -> None:
+    """Makes a copy of a part of an attached model plain."""
+    for module in model.modules():
+        if cover_of(module) is not None:
+            take_off(module)
+
+
+def bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
+    """Sets a tensor of a detached model at every place; whatever computed it is removed."""
+    for site in plan.sites:
+        if parametrize.is_parametrized(site.owner(model), site.attribute):
+            # The tensor was computed from others, which cannot give this very value.
+            parametrize.remove_parametrizations(
+                site.owner(model), site.attribute, leave_parametrized=True
+            )
+    with torch.no_grad():
+        plan.sites[0].read(model).copy_(value)
 
 
 def _untied(plan: TensorPlan) -> str:
@@ -285,16 +314,3 @@ def _untied(plan: TensorPlan) -> str:
         f"{' and '.join(plan.names)} were one tensor when the quantizer was made, "
         "and must stay so. Tie them again, or detach() and make a new quantizer."
     )
-
-
-def _load_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets a plain checkpoint load into an attached model; what is learned stays."""
-    for name, quantizer in quantizers_at(owner):
-        chain = f"{prefix}parametrizations.{name}."
-        position = len(chains(owner)[name]) - 1
-        if prefix + name in state_dict:
-            state_dict[chain + "original"] = state_dict.pop(prefix + name)
-        elif position == 0:
-            continue
-        for key, value in quantizer.state_dict().items():
-            state_dict.setdefault(f"{chain}{position}.{key}", value)

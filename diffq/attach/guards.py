@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.chains import quantizers_in
+from diffq.attach.attachment import is_attached, strip
 from diffq.attach.plan import TensorPlan
 from diffq.attach.pruning import pruned_names
 from diffq.errors import AttachError, WeightError
@@ -26,11 +26,12 @@ def check_model(model: nn.Module) -> None:
             "    quantizer = DiffQuantizer(model)\n"
             "    fully_shard(model)"
         )
-    if quantizers_in(model):
+    if is_attached(model):
         raise AttachError(
             "The model has a quantizer already. Call detach() on that one first; "
             "to quantize parts in different ways, use overrides, include and exclude."
         )
+    strip(model)
     _check_pruning(model)
 
 

@@ -28,6 +28,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+#: Name of the parameter that a quantizer adds to the root of its model.
+LEARNED = "diffq_learned"
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 #: Dtypes of parameters that can be quantized.
@@ -227,17 +230,19 @@ class Rules:
 def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
     """Lists every unique tensor of a model's state dict, in its order.
 
-    Ties are found by identity: a tensor under two names is one entry.
+    Ties are found by memory: a tensor under two names is one entry, and so are two parameters
+    with the same elements.
 
     Args:
         model: a plain model; nothing is changed in it.
         rules: what to quantize.
 
     Raises:
-        AttachError: a lazy module has not seen its first input, or a tensor is sparse.
+        AttachError: a lazy module has not seen its first input, a tensor is sparse, or a tensor
+            to quantize shares a part of its memory with another.
         ConfigError: a pattern matches nothing, or nothing large enough.
     """
-    tensors: dict[int, tuple[Tensor, list[Site]]] = {}
+    tensors: dict[object, tuple[Tensor, list[Site]]] = {}
     for site, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise AttachError(
@@ -253,8 +258,9 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
                 f"{site.name} has dtype {dtype_name(tensor.dtype)}, which cannot be stored. "
                 "Register it with persistent=False, or convert it."
             )
-        tensors.setdefault(id(tensor), (tensor, []))[1].append(site)
+        tensors.setdefault(tie_key(tensor), (tensor, []))[1].append(site)
     plans = [_plan(model, tensor, sites, rules) for tensor, sites in tensors.values()]
+    _check_overlaps([(plan, t) for plan, (t, _) in zip(plans, tensors.values(), strict=True)])
     rules.check_patterns({n: plan.shape for plan in plans if plan.learned for n in plan.names})
     return tuple(plans)
 
@@ -279,6 +285,51 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
     )
 
 
+def tie_key(tensor: Tensor) -> object:
+    """What tied tensors share: the object, or for parameters their memory, shape and strides."""
+    if type(tensor) is not nn.Parameter or tensor.is_meta or not tensor.numel() or is_lazy(tensor):
+        return id(tensor)
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _check_overlaps(tensors: Sequence[tuple[TensorPlan, Tensor]]) -> None:
+    """Raises AttachError for a tensor to quantize that has elements in common with another."""
+    spans: dict[object, list[tuple[int, int, TensorPlan, Tensor]]] = {}
+    for plan, tensor in tensors:
+        if plan.learned and isinstance(tie_key(tensor), tuple):
+            start = tensor.data_ptr()
+            extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            end = start + (extent + 1) * tensor.element_size()
+            spans.setdefault(tensor.device, []).append((start, end, plan, tensor))
+    for there in spans.values():
+        there.sort(key=lambda span: span[0])
+        for place, (_, end, plan, tensor) in enumerate(there):
+            for start, _, other, second in there[place + 1 :]:
+                if start >= end:
+                    break
+                if (plan.quantized or other.quantized) and _share(tensor, second):
+                    raise AttachError(
+                        f"A tensor to quantize must not share a part of its memory with another, "
+                        f"but {plan.name} and {other.name} do. Make one of them a copy, tie them "
+                        f"as a whole, or pass exclude={[plan.name, other.name]!r}."
+                    )
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have an element in common."""
+    places = [set(_addresses(tensor)) for tensor in (one, other)]
+    return not places[0].isdisjoint(places[1])
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    places = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = places[..., None] + torch.arange(size) * stride
+    return (places.reshape(-1) * tensor.element_size() + tensor.data_ptr()).tolist()
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
     """Every parameter and persistent buffer under every name, as the model's code reads it."""
     read: dict[tuple[int, str], Tensor] = {}
@@ -299,7 +350,8 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         if parametrize.is_parametrized(module):
             inner += (f"{path}.parametrizations.".lstrip("."),)
             names += module.parametrizations
-        names += (name for name, tensor in module._parameters.items() if tensor is not None)
+        parameters = module._parameters.items()
+        names += (n for n, tensor in parameters if tensor is not None and n != LEARNED)
         skipped = module._non_persistent_buffers_set
         names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)

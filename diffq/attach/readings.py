@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffq.torch_inside.replay import in_reentrant_checkpoint
+from diffq.torch_inside.graph import in_reentrant_checkpoint
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from diffq.attach.chains import quantizers_in
+from diffq.attach.attachment import is_attached
 from diffq.attach.guards import check_model
 from diffq.attach.plan import matches
 from diffq.checks import check_bits, check_number, check_patterns, plain
@@ -303,7 +303,7 @@ def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
 
 
 def _check_model(model: nn.Module) -> None:
-    if isinstance(model, nn.Module) and quantizers_in(model):
+    if isinstance(model, nn.Module) and is_attached(model):
         raise AttachError(
             "Activations are quantized before weights, so that files hold their ranges. "
             "detach() the weight quantizer, make the ActivationQuantizer, then quantize weights."

@@ -11,7 +11,7 @@ import torch
 from numpy.random import SFC64, Generator
 from torch import Tensor
 
-from diffq.torch_inside import functions
+from diffq.torch_inside.graph import is_plain
 
 # Numbers that torch draws in less time than it takes to set up another way.
 _FEW = 2**14
@@ -36,7 +36,7 @@ def draw_(samples: Sequence[Tensor], kind: str) -> None:
         kind: the distribution: "gaussian" for N(0, 1), "uniform" for U(-1, 1).
     """
     # Subclasses stand for tensors that hold no numbers, or others' numbers.
-    plain = samples[0].is_cpu and type(samples[0]) is Tensor and functions.is_plain()
+    plain = samples[0].is_cpu and type(samples[0]) is Tensor and is_plain()
     few = sum(sample.numel() for sample in samples) <= _FEW
     if few or not plain:
         for sample in samples:

@@ -232,6 +232,11 @@ class BitsLaw:
         share = min(max(share, 0.01), 0.99)
         return math.log(share / (1 - share))
 
+    def logits(self, bits: Tensor) -> Tensor:
+        """`logit` of many bitwidths."""
+        share = (bits - self.min_bits) / (self.max_bits - self.min_bits)
+        return torch.logit(share.clamp(0.01, 0.99))
+
 
 @torch.no_grad()
 def bits_of_all(laws: Sequence[BitsLaw], logits: Sequence[Tensor]) -> list[Tensor]:

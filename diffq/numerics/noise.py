@@ -16,7 +16,7 @@ from torch import Tensor
 from diffq.numerics import grid
 from diffq.numerics.draws import draw_
 from diffq.numerics.grid import BitsLaw, Extremes
-from diffq.torch_inside import functions
+from diffq.torch_inside.graph import is_transformed
 
 #: "gaussian" and "uniform" are random; "rounding" is the true rounding error.
 Noise = Literal["gaussian", "uniform", "rounding"]
@@ -88,6 +88,7 @@ class PseudoNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         weight: Tensor,
         value: Tensor,
         logits: Tensor | None,
@@ -97,18 +98,13 @@ class PseudoNoise(torch.autograd.Function):
         index: int,
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
-        return value.to(weight.dtype).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the inputs."""
-        weight, value, logits, ctx.law, ctx.group_size, ctx.extremes, ctx.index = inputs
+        ctx.law, ctx.group_size, ctx.extremes, ctx.index = law, group_size, extremes, index
         ctx.save_for_backward(weight, value, logits)
+        return value.to(weight.dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and the logits."""
-        functions.release(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for_weight, for_logits = _twice_differentiable(ctx, grad)
         else:
@@ -155,10 +151,12 @@ def pass_noise(
     Returns:
         The value in the weight's shape and dtype.
     """
+    if is_transformed():
+        return _expression(weight, value, logits, law, group_size)
     if extremes is None:
         extremes = grid.extremes([grid.widen(weight.detach())])
     inputs = weight, value, logits, law, group_size, extremes, index
-    result: Tensor = functions.call(PseudoNoise, *inputs)
+    result: Tensor = PseudoNoise.apply(*inputs)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -184,40 +182,45 @@ def _twice_differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor
     """The same gradients as a differentiable expression, for `create_graph=True`."""
     weight, value, logits = ctx.saved_tensors
     with torch.enable_grad():
-        # amin and amax, because aminmax is not differentiable in every torch.
-        span = grid.widen(weight).amax() - grid.widen(weight).amin()
-        step = (span / torch.where(span > 0, span, 1).detach()).view(1)
-        if logits is not None:
-            count = torch.exp2(ctx.law.bits(logits)) - 1
-            step = step * (count.detach() / count)
-        error = grid.to_groups((value - weight).detach(), ctx.group_size)
-        noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
+        noisy = _expression(weight, value, logits, ctx.law, ctx.group_size)
         inputs = [t for t in (weight, logits) if t is not None and t.requires_grad]
-        grads = torch.autograd.grad(noisy.to(weight.dtype), inputs, grad, create_graph=True)
+        grads = torch.autograd.grad(noisy, inputs, grad, create_graph=True)
     found = {id(t): gradient for t, gradient in zip(inputs, grads, strict=True)}
     return found.get(id(weight)), found.get(id(logits))
+
+
+def _expression(
+    weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
+) -> Tensor:
+    """The perturbed weight in torch's operations, which all transforms know."""
+    # amin and amax, because aminmax is not differentiable in every torch.
+    span = grid.widen(weight).amax() - grid.widen(weight).amin()
+    step = (span / torch.where(span > 0, span, 1).detach()).view(1)
+    if logits is not None:
+        count = torch.exp2(law.bits(logits)) - 1
+        step = step * (count.detach() / count)
+    error = grid.to_groups((value - weight).detach(), group_size)
+    noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
+    return noisy.to(weight.dtype)
 
 
 class StraightThrough(torch.autograd.Function):
     """Forward gives the quantized weight, backward is the identity to the weight."""
 
     @staticmethod
-    def forward(weight: Tensor, quantized: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
         """Returns `quantized` in the weight's dtype."""
         return quantized.to(weight.dtype).detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps nothing."""
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient, unchanged."""
-        functions.release(ctx)
         return grad, None
 
 
 def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
     """A constant quantized weight, with the weight's own gradient."""
-    result: Tensor = functions.call(StraightThrough, weight, quantized)
+    if is_transformed():
+        return (weight - weight.detach()) + quantized.to(weight.dtype)
+    result: Tensor = StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]
     return result

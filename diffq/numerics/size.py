@@ -11,14 +11,13 @@ from torch import Tensor
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.numerics import grid
 from diffq.numerics.grid import BitsLaw
-from diffq.torch_inside import functions
 from diffq.torch_inside.sharding import (
     Layout,
     gather_from,
-    holds_end,
     is_dtensor,
     layout_of,
     local_part,
+    local_start,
 )
 
 MEGABYTE = 2**20
@@ -49,6 +48,20 @@ class Grouping(NamedTuple):
         return self.groups * self.group_size - self.numel
 
 
+class Sized(NamedTuple):
+    """A tensor whose bitwidths are learned, and where its logits are in the flat parameter.
+
+    Attributes:
+        grouping: the tensor.
+        start: the place of its first logit.
+        active: whether its logits get a gradient.
+    """
+
+    grouping: Grouping
+    start: int
+    active: bool = True
+
+
 class LearnedBits(torch.autograd.Function):
     """Bits of all tensors with learned bitwidths, in one node and few operations.
 
@@ -59,71 +72,79 @@ class LearnedBits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        groupings: Sequence[Grouping],
-        wholes: Sequence[Grouping],
+        ctx: Any,
+        learned: Tensor,
+        held: Sequence[Sized],
+        wholes: Sequence[Sized],
         ranks: Layout | None,
-        active: Sequence[bool],
-        *logits: Tensor,
     ) -> Tensor:
         """The sum over all tensors, 0-dim.
 
         Args:
-            groupings: what this rank holds of each tensor.
+            ctx: of the backward.
+            learned: what this rank holds of the flat parameter, 1-dim.
+            held: what this rank holds of each tensor; places count from its first logit.
             wholes: each tensor.
-            ranks: how the tensors are sharded; None if this process holds them whole.
-            active: for each tensor, whether its logits get a gradient.
-            *logits: as `groupings`.
+            ranks: how the flat parameter is sharded; None if this process holds it whole.
         """
-        bits = grid.bits_of_all([g.law for g in groupings], logits)
+        ctx.held = held
+        ctx.save_for_backward(learned)
+        groupings = [each.grouping for each in held]
+        bits = grid.bits_of_all([g.law for g in groupings], _parts(learned, held))
         levels, most = _level_bits(bits, groupings), _largest(bits)
         if ranks is not None:
             gathered = gather_from(ranks, torch.cat([levels.view(1), most]))
             levels, most = gathered[:, 0].sum(), gathered[:, 1:].amax(0)
-        return levels + _overhead_bits(most, wholes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the logits."""
-        ctx.groupings, _, _, ctx.active, *logits = inputs
-        ctx.save_for_backward(*logits)
+        return levels + _overhead_bits(most, [each.grouping for each in wholes])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each group, times what its bitwidth gains per logit."""
-        grads = _gradients(ctx.groupings, ctx.saved_tensors, grad)
-        each = zip(grads, ctx.active, ctx.needs_input_grad[4:], strict=True)
-        found = (grad if active and needed else None for grad, active, needed in each)
-        return None, None, None, None, *found
+        (learned,) = ctx.saved_tensors
+        active = [each for each in ctx.held if each.active]
+        if not active:
+            return torch.zeros_like(learned), None, None, None
+        grads = _gradients([each.grouping for each in active], _parts(learned, active), grad)
+        pieces, place = [], 0
+        for each, gradient in zip(active, grads, strict=True):
+            pieces += [learned.new_zeros(each.start - place), gradient]
+            place = each.start + len(gradient)
+        pieces.append(learned.new_zeros(len(learned) - place))
+        return torch.cat(pieces).to(learned.dtype), None, None, None
 
 
-def learned_bits(
-    groupings: Sequence[Grouping], logits: Sequence[Tensor], active: Sequence[bool] | None = None
-) -> Tensor:
+def learned_bits(learned: Tensor, tensors: Sequence[Sized]) -> Tensor:
     """Bits of tensors with learned bitwidths; see `LearnedBits`.
 
     Args:
-        groupings: one for each tensor.
-        logits: one for each tensor, [groups]; all on one device, or all sharded alike.
-            Then this is a collective.
-        active: for each tensor, whether its logits get a gradient; None if all do.
+        learned: the flat parameter, 1-dim. If it is sharded, this is a collective.
+        tensors: one or more, in the order of their places.
 
     Returns:
         0-dim tensor in float32 at least, differentiable in the logits.
     """
-    held, parts, ranks = groupings, logits, None
-    active = [True] * len(logits) if active is None else active
-    if is_dtensor(logits[0]):
-        parts, ranks = [local_part(each) for each in logits], layout_of(logits[0])
-        ends = map(holds_end, logits)
-        held = [_held(*each) for each in zip(groupings, parts, ends, strict=True)]
-    result: Tensor = functions.call(LearnedBits, held, groupings, ranks, active, *parts)
+    held, part, ranks = tensors, learned, None
+    if is_dtensor(learned):
+        part, ranks = local_part(learned), layout_of(learned)
+        held = [_held(each, local_start(learned), part.numel()) for each in tensors]
+    result: Tensor = LearnedBits.apply(part, held, tensors, ranks)  # type: ignore[no-untyped-call]
     return result
 
 
-def _held(grouping: Grouping, logits: Tensor, end: bool) -> Grouping:
-    """The part of a tensor that has these logits, and its last group if it is the end."""
-    numel = logits.numel() * grouping.group_size
-    return grouping._replace(numel=numel - grouping.missing if end else numel)
+def _parts(flat: Tensor, tensors: Sequence[Sized]) -> list[Tensor]:
+    """The slices of a flat tensor that belong to each tensor."""
+    return [flat.narrow(0, each.start, each.grouping.groups) for each in tensors]
+
+
+def _held(tensor: Sized, start: int, length: int) -> Sized:
+    """The part of a tensor whose logits are in a slice of the flat parameter; it may be empty."""
+    grouping = tensor.grouping
+    first = min(max(tensor.start, start), start + length)
+    end = max(min(tensor.start + grouping.groups, start + length), first)
+    numel = (end - first) * grouping.group_size
+    if end > first and end == tensor.start + grouping.groups:
+        numel -= grouping.missing
+    return Sized(Grouping(grouping.law, grouping.group_size, numel), first - start, tensor.active)
 
 
 @torch.no_grad()
@@ -171,4 +192,4 @@ def _gradients(
     for grouping, gradient in zip(groupings, grads, strict=True):
         if grouping.missing:
             gradient[-1:].mul_((grouping.group_size - grouping.missing) / grouping.group_size)
-    return [part.to(each.dtype) for part, each in zip(grads, logits, strict=True)]
+    return grads

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.attachment import Attachment
-from diffq.attach.chains import bake
+from diffq.attach.attachment import Attachment, attachment_of, bake
 from diffq.attach.guards import check_detachable, check_finite, check_model, check_owners
 from diffq.attach.plan import Rules, TensorPlan, build_plan, named_sites
 from diffq.attach.weight import WeightQuantizer
@@ -24,7 +23,7 @@ from diffq.quantizers.report import size_table, tensor_size
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
 from diffq.storage.state import Snapshot, raw_record, to_state
-from diffq.torch_inside.sharding import is_managed, layout_of
+from diffq.torch_inside.sharding import is_dtensor, is_managed
 
 
 class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
@@ -107,14 +106,13 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        active = attachment.learning_now()
-        learned = [
-            (*size, q in active) for q in attachment.quantizers if (size := q.learned_size())
-        ]
-        for place in dict.fromkeys(layout_of(logits) for _, logits, _ in learned):
-            there = [size for size in learned if layout_of(size[1]) == place]
-            bits = bits + learned_bits(*zip(*there, strict=True)).to(device, non_blocking=True)
-        if bits.requires_grad and not all(q.training for q in attachment.quantizers):
+        parameter, tensors = attachment.learned.parameter, attachment.sized()
+        if parameter is not None and tensors:
+            if is_managed(attachment.model) and not is_dtensor(parameter):
+                # FSDP may free what it has gathered before a backward asks for it.
+                parameter = parameter.clone()
+            bits = bits + learned_bits(parameter, tensors).to(device, non_blocking=True)
+        if bits.requires_grad:
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             bits.register_hook(lambda grad: attachment.forget())  # type: ignore[no-untyped-call]
         return bits / MEGABYTE_BITS
@@ -131,7 +129,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             WeightError: a weight or bitwidth is not finite.
         """
         attachment = self._attachment
-        bits = attachment.each_weight(lambda quantizer, weight: quantizer.stored_bits(weight))
+        bits = attachment.each_weight(
+            lambda q, weight, learned: q.record(weight, learned).stored_bits()
+        )
         return (sum(bits) + self._raw_bits()) / MEGABYTE_BITS
 
     def compressed_model_size(self, codec: Codec = "zstd") -> float:
@@ -158,7 +158,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        widths = self._attachment.each_quantizer(lambda q: (q.plan.name, q.group_bits()))
+        widths = self._attachment.each_quantizer(lambda q, part: (q.plan.name, q.group_bits(part)))
         return {name: torch.from_numpy(bits) for name, bits in widths if bits is not None}
 
     def mean_bits(self) -> float:
@@ -171,7 +171,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        totals = self._attachment.each_quantizer(lambda q: q.level_totals())
+        totals = self._attachment.each_quantizer(lambda q, part: q.level_totals(part))
         weights = sum(count for _, count in totals)
         return sum(bits for bits, _ in totals) / weights if weights else float("nan")
 
@@ -189,7 +189,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         self._warn_of_unread()
         raw = {plan.name: plan for plan in self._plans if plan.name not in self._by_name}
         records: dict[str, Record] = {}
-        quantized = attachment.each_weight(lambda quantizer, weight: quantizer.record(weight))
+        quantized = attachment.each_weight(lambda q, weight, learned: q.record(weight, learned))
         records.update(zip(self._by_name, quantized, strict=True))
         records.update(zip(raw, attachment.each_raw(raw.values(), raw_record), strict=True))
         aliases = {name: plan.name for plan in self._plans for name in plan.names[1:]}
@@ -235,7 +235,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         values: list[tuple[TensorPlan, Tensor]] = []
         if quantized:
             with torch.no_grad():
-                values = attachment.each_weight(lambda q, weight: (q.plan, q.eval_weight(weight)))
+                values = attachment.each_weight(
+                    lambda q, weight, learned: (q.plan, q.quantize(weight, learned))
+                )
         self._forget_optimizer()
         attachment.detach()
         self._attached = None
@@ -296,7 +298,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             quantizer = self._make_quantizer(plan, settings, weight)
             if not weight.is_meta:
                 quantizer.check(weight.detach())
-                quantizer.look(weight.detach())
+                quantizer.look(weight.detach(), None)
             return quantizer
         if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
             return HalfQuantizer(plan)
@@ -334,9 +336,7 @@ def quantizer_of(model: nn.Module) -> BaseQuantizer:
     Raises:
         AttachError: no quantizer is attached.
     """
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            attachment = getattr(hook, "__self__", None)
-            if isinstance(attachment, Attachment) and isinstance(attachment.face, BaseQuantizer):
-                return attachment.face
-    raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
+    attachment = attachment_of(model)
+    if attachment is None or not isinstance(attachment.face, BaseQuantizer):
+        raise AttachError("The model has no quantizer. Attach one first: DiffQuantizer(model).")
+    return attachment.face

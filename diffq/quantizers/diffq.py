@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.sample import Constant
+from diffq.attach.sample import Sample
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
-from diffq.errors import ConfigError, MismatchError
+from diffq.errors import ConfigError
 from diffq.numerics import grid, noise
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer
-from diffq.torch_inside.sharding import is_dtensor, is_managed, reshard, whole_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,29 +67,32 @@ class Stage(IntEnum):
 class DiffQWeight(GridQuantizer):
     """One tensor with a logit per group for its bitwidth, and noise in training.
 
-    Without `bits` in the settings, `logits` is a float32 parameter [groups], mapped
-    to bitwidths by Equation 11. With it, nothing is learned.
+    What is learned are the logits, float32 [groups], mapped to bitwidths by Equation 11.
+    With `bits` in the settings, nothing is.
+
+    Attributes:
+        stage: a `Stage`.
+        frozen_bits: rounded bitwidths, float32 [groups], once they are frozen.
     """
 
-    frozen_bits: Tensor | None
-
-    def __init__(self, plan: TensorPlan, settings: DiffQSettings, device: torch.device) -> None:
+    def __init__(self, plan: TensorPlan, settings: DiffQSettings) -> None:
         fixed = settings.bits
         whole = fixed is not None or not settings.group_size
         group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
-        self._grouping = Grouping(self.law, self.group_size, plan.numel)
         self.stage = Stage.LEARNED if fixed is None else Stage.FROZEN
+        self.frozen_bits: Tensor | None = None
+        self._grouping = Grouping(self.law, self.group_size, plan.numel)
         self._frozen_size: Tensor | None = None
-        self.register_buffer("frozen_bits", None, persistent=False)
-        if fixed is None:
-            init = self.law.logit(settings.init_bits)
-            logits = torch.full((self.groups,), init, dtype=torch.float32, device=device)
-            self.logits = nn.Parameter(logits)
-        else:
-            self.frozen_bits = torch.full((1,), fixed, dtype=torch.float32, device=device)
+
+    def start(self, weight: Tensor) -> Tensor | None:
+        """The logits of `init_bits`, [groups]."""
+        if self.settings.bits is not None:
+            return None
+        init = self.law.logit(self.settings.init_bits)
+        return weight.new_full((self.groups,), init, dtype=torch.float32)
 
     @property
     def learning(self) -> bool:
@@ -97,39 +100,48 @@ class DiffQWeight(GridQuantizer):
         return self.stage is Stage.LEARNED
 
     @torch.no_grad()
-    def bits(self) -> Tensor:
+    def bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Bitwidths that training uses, float32 [groups]: real ones while they are learned."""
-        if self.frozen_bits is None:
-            return self.law.bits(self.logits).float()
-        return self.frozen_bits.float().expand(self.groups)
+        if self.settings.bits is not None:
+            return weight.new_full((self.groups,), self.settings.bits, dtype=torch.float32)
+        if self.frozen_bits is not None:
+            if learned is not None and self.frozen_bits.device != learned.device:
+                self.frozen_bits = self.frozen_bits.to(learned.device)
+            return self.frozen_bits
+        assert learned is not None
+        return self.law.bits(learned).float()
 
-    def whole_bits(self) -> Tensor:
+    def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Rounded bitwidths, float32 [groups]."""
-        return torch.round(self.bits())
+        return torch.round(self.bits(weight, learned))
 
-    def sample(self, weight: Tensor) -> Constant:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
         """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
-        return self.sample_all([self], [weight])[0]
+        return self.draw_all([self], [weight], [learned])[0]
 
     @classmethod
     @torch.no_grad()
-    def sample_all(cls, quantizers: Sequence[Self], weights: Sequence[Tensor]) -> list[Constant]:
+    def draw_all(
+        cls,
+        quantizers: Sequence[Self],
+        weights: Sequence[Tensor],
+        learned: Sequence[Tensor | None],
+    ) -> list[Sample]:
         """Equation 6 for all tensors together."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
             alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
-        found: dict[int, Constant] = {}
+        found: dict[int, Sample] = {}
         for places in alike.values():
-            batch = [quantizers[i] for i in places], [weights[i] for i in places]
+            batch = [[each[i] for i in places] for each in (quantizers, weights, learned)]
             found.update(zip(places, _perturbed(*batch), strict=True))
         return [found[place] for place in range(len(quantizers))]
 
-    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
+    def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
-        logits = self.logits if self.frozen_bits is None else None
-        extremes = constant.about or ()
+        logits = learned if self.learning else None
         rule = self.law, self.group_size
-        return noise.pass_noise(weight, constant.value, logits, *rule, *extremes)
+        return noise.pass_noise(weight, sample.value, logits, *rule, *(sample.about or ()))
 
     def size_bits(self) -> Tensor | float:
         """Equation 12 where bits are fixed, or once they are frozen."""
@@ -137,74 +149,70 @@ class DiffQWeight(GridQuantizer):
             return float(self.plan.numel * self.settings.bits + self.overhead_bits)
         return 0.0 if self._frozen_size is None else self._frozen_size
 
-    def learned_size(self) -> tuple[Grouping, Tensor] | None:
-        """Groups and logits, until the bits are frozen."""
-        if self.frozen_bits is not None:
-            return None
-        logits: Tensor = self.logits
-        if is_managed(self) and not is_dtensor(logits):
-            # FSDP may free what it has gathered before a backward asks for it.
-            logits = logits.clone()
-        return self._grouping, logits
+    @property
+    def grouping(self) -> Grouping | None:
+        """What the size of the learned bitwidths depends on, until they are frozen."""
+        return self._grouping if self.learning else None
 
-    def freeze(self, rounding: bool) -> None:
+    def meaning(self) -> dict[str, Any]:
+        """What makes bitwidths of logits."""
+        if self.settings.bits is not None:
+            return {"bits": self.settings.bits}
+        limits = {"min_bits": self.settings.min_bits, "max_bits": self.settings.max_bits}
+        return {"group_size": self.group_size, **limits}
+
+    def freeze(self, rounding: bool, learned: Tensor | None) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""
-        with whole_parameters([self]):
-            bits = self.whole_bits()
-        self._freeze_at(bits, Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN)
+        bits = self.frozen_bits
+        if bits is None and learned is not None:
+            bits = self.whole_bits(learned, learned)
+        self._set_bits(Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN, bits)
+
+    def settled(self) -> Tensor | None:
+        """The logits of frozen bits, which optimizers may have moved on by momentum."""
+        return None if self.frozen_bits is None else self.law.logits(self.frozen_bits)
+
+    def set_stage(self, stage: int, learned: Tensor | None, kept: Tensor | None) -> None:
+        """Takes up the stage of a state dict; frozen bits are those of its logits."""
+        bits = None
+        if stage != Stage.LEARNED and learned is not None:
+            bits = torch.round(self.law.bits(learned.detach()).float())
+        self._set_bits(Stage(stage), bits)
+
+    def read_earlier(
+        self, entries: Mapping[str, Tensor], learned: Tensor | None
+    ) -> tuple[int, Tensor | None]:
+        """Reads the stage and the frozen bits, and the logits."""
+        stage, *bits = entries["_extra_state"].tolist() if "_extra_state" in entries else [0]
+        super().read_earlier(entries, learned)
+        if bits and learned is not None:
+            learned.copy_(self.law.logits(learned.new_tensor(bits)).expand_as(learned))
+        return stage, None
 
     @property
     def _noise_kind(self) -> Noise:
         return "rounding" if self.stage is Stage.FROZEN_ROUNDING else self.settings.noise
 
-    def _freeze_at(self, bits: Tensor, stage: Stage) -> None:
-        # Optimizers may move logits on by momentum, so the bits are kept apart from them.
-        self._set_bits(stage, bits)
-        for logits in self.parameters():
-            logits.grad = None
-
-    def get_extra_state(self) -> Tensor:
-        """The stage and the frozen bits, so that a resumed training goes on with them."""
-        stage = torch.tensor([int(self.stage)], dtype=torch.uint8, device="cpu")
-        if self.frozen_bits is None:
-            return stage
-        return torch.cat([stage, self.frozen_bits.to("cpu", torch.uint8)])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes up the stage of a state dict."""
-        stage, bits = Stage(int(state[0])), state[1:].float()
-        fixed = self.settings.bits
-        fits = bits.numel() in (1, self.groups) and bool((bits >= self.min_bits).all())
-        if (fixed is not None and not torch.equal(bits, bits.new_tensor([fixed]))) or (
-            bits.numel() and not fits
-        ):
-            raise MismatchError(
-                f"The state dict was made with other bitwidths for {self.plan.name}: got "
-                f"{sorted(set(bits.int().tolist())) or 'learned ones'}. "
-                "Make the quantizer with the same arguments."
-            )
-        if bits.numel():
-            device = next((t.device for t in (*self.parameters(), *self.buffers())), bits.device)
-            self._freeze_at(bits.to(device), stage)
-        else:
-            self._set_bits(stage, None)
-
     def _set_bits(self, stage: Stage, frozen: Tensor | None) -> None:
         self.stage, self.frozen_bits = stage, frozen
         # Kept, because it is asked for in each step.
-        self._frozen_size = (
-            total_bits([self.bits()], [self._grouping]) if frozen is not None else None
-        )
-        self.forget()
+        self._frozen_size = None if frozen is None else total_bits([frozen], [self._grouping])
 
 
-def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> list[Constant]:
+def _perturbed(
+    quantizers: Sequence[DiffQWeight],
+    weights: Sequence[Tensor],
+    learned: Sequence[Tensor | None],
+) -> list[Sample]:
     """Samples of tensors that are alike in kind of noise, dtype and device."""
     kind = quantizers[0]._noise_kind
-    pairs = list(zip(quantizers, weights, strict=True))
     if kind == "rounding":
-        return [Constant(q.quantize(weight, *q.bounds(weight))) for q, weight in pairs]
-    counts = torch._foreach_mul(_bits(quantizers), math.log(2))
+        each = zip(quantizers, weights, learned, strict=True)
+        return [
+            Sample(weight, q.nearest(weight, *q.bounds(weight), q.whole_bits(weight, part)))
+            for q, weight, part in each
+        ]
+    counts = torch._foreach_mul(_bits(quantizers, weights, learned), math.log(2))
     torch._foreach_exp_(counts)
     torch._foreach_sub_(counts, 1)
     extremes = grid.extremes([grid.widen(weight) for weight in weights])
@@ -217,17 +225,25 @@ def _perturbed(quantizers: Sequence[DiffQWeight], weights: Sequence[Tensor]) -> 
         noisy = [value.clamp_(-largest, largest) for value in noisy]
     values = [
         torch.where(weight == 0, 0, value) if q.may_have_zeros else value
-        for (q, weight), value in zip(pairs, noisy, strict=True)
+        for q, weight, value in zip(quantizers, weights, noisy, strict=True)
     ]
-    return [Constant(value, (extremes, index)) for index, value in enumerate(values)]
+    pairs = enumerate(zip(weights, values, strict=True))
+    return [Sample(weight, value, (extremes, index)) for index, (weight, value) in pairs]
 
 
-def _bits(quantizers: Sequence[DiffQWeight]) -> list[Tensor]:
+def _bits(
+    quantizers: Sequence[DiffQWeight],
+    weights: Sequence[Tensor],
+    learned: Sequence[Tensor | None],
+) -> list[Tensor]:
     """`bits` of many quantizers."""
-    learned = [q for q in quantizers if q.frozen_bits is None]
-    if len(learned) < len(quantizers):
-        return [q.bits() for q in quantizers]
-    return grid.bits_of_all([q.law for q in learned], [q.logits for q in learned])
+    logits = [
+        part for q, part in zip(quantizers, learned, strict=True) if q.learning and part is not None
+    ]
+    if len(logits) < len(quantizers):
+        each = zip(quantizers, weights, learned, strict=True)
+        return [q.bits(weight, part) for q, weight, part in each]
+    return grid.bits_of_all([q.law for q in quantizers], logits)
 
 
 class DiffQuantizer(BaseQuantizer):
@@ -312,12 +328,15 @@ class DiffQuantizer(BaseQuantizer):
             ConfigError: `rounding` is neither True nor False.
         """
         check_flag(rounding, "rounding")
-        reshard(self.model)
-        for quantizer in self._attachment.quantizers:
+
+        def freeze(quantizer: WeightQuantizer, learned: Tensor | None) -> None:
             if isinstance(quantizer, DiffQWeight):
-                quantizer.freeze(rounding)
+                quantizer.freeze(rounding, learned)
+
+        self._attachment.each_quantizer(freeze)
+        self._attachment.forget()
 
     def _make_quantizer(
         self, plan: TensorPlan, settings: DiffQSettings, weight: Tensor
     ) -> DiffQWeight:
-        return DiffQWeight(plan, settings, weight.device)
+        return DiffQWeight(plan, settings)

@@ -13,14 +13,7 @@ from torch import Tensor
 from diffq.attach.plan import TensorPlan, dtype_name
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import WeightError
-from diffq.format.records import (
-    MAX_RANGE,
-    RANGE_BITS,
-    WIDTH_BITS,
-    GridRecord,
-    group_count,
-    level_bits,
-)
+from diffq.format.records import MAX_RANGE, RANGE_BITS, WIDTH_BITS, GridRecord, group_count
 from diffq.numerics import grid
 
 
@@ -106,7 +99,7 @@ class GridQuantizer(WeightQuantizer):
 
     Attributes:
         may_have_zeros: whether weights may be exactly zero: by the plan, or by the last look
-            (`diffq.attach.zeros`). If so, each computation looks again, without a host sync.
+            (see `diffq.attach.weight`). If so, each computation looks again, without a host sync.
     """
 
     def __init__(
@@ -121,8 +114,13 @@ class GridQuantizer(WeightQuantizer):
         self.overhead_bits = RANGE_BITS * (self.groups if ranges_per_group else 1) + WIDTH_BITS
 
     @abstractmethod
-    def whole_bits(self) -> Tensor:
-        """Rounded bitwidths, float32 [groups], or [1] for one that all share."""
+    def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """Rounded bitwidths, float32 [groups], or [1] for one that all share.
+
+        Args:
+            weight: gives the device where nothing is learned.
+            learned: as everywhere.
+        """
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, [1] or [groups]."""
@@ -135,7 +133,7 @@ class GridQuantizer(WeightQuantizer):
         low, high = GridQuantizer.bounds(self, weight)
         check_range(low.float(), high.float(), self.plan.name)
 
-    def look(self, weight: Tensor) -> None:
+    def look(self, weight: Tensor, learned: Tensor | None) -> None:
         """Looks for weights that are exactly zero; a mask may bring some back at any time."""
         self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())
 
@@ -143,36 +141,28 @@ class GridQuantizer(WeightQuantizer):
         """Whether the grid has a zero point, bool 0-dim; None where that was ruled out."""
         return (weight == 0).any() if self.may_have_zeros else None
 
-    def eval_weight(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Equation 1 of the DiffQ paper at whole bitwidths."""
         low, high = self._checked_bounds(weight)
+        bits = self.whole_bits(weight, learned)
         if not torch.compiler.is_compiling():
-            check_bitwidths(self.whole_bits(), self.plan.name)
-        return self.quantize(weight, low, high)
+            check_bitwidths(bits, self.plan.name)
+        return self.nearest(weight, low, high, bits)
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def nearest(self, weight: Tensor, low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
         """The nearest values on the grid from `low` to `high`; no host synchronisation."""
-        return self._grid(weight, low, high).values(self.whole_bits())
+        return self._grid(weight, low, high).values(bits)
 
     @torch.no_grad()
-    def record(self, weight: Tensor) -> GridRecord:
+    def record(self, weight: Tensor, learned: Tensor | None) -> GridRecord:
         """Levels, bitwidths and ranges."""
         low, high = self._checked_bounds(weight)
-        return self._grid(weight, low, high).record(self.group_bits(), self.min_bits)
+        return self._grid(weight, low, high).record(self.group_bits(learned), self.min_bits)
 
-    def stored_bits(self, weight: Tensor) -> int:
-        """Equation 12 for this tensor, without computing its levels."""
-        low, high = self._checked_bounds(weight)
-        if torch.equal(low.float(), high.float()):
-            return self.overhead_bits
-        return self.overhead_bits + level_bits(
-            self.group_bits(), self.group_size, self.plan.numel, self.min_bits
-        )
-
-    def group_bits(self) -> NDArray[np.uint8]:
+    def group_bits(self, learned: Tensor | None) -> NDArray[np.uint8]:
         """Rounded bitwidths, uint8 [groups]."""
-        bits = self.whole_bits()
+        bits = self.whole_bits(torch.empty(0, device="cpu"), learned)
         check_bitwidths(bits, self.plan.name)
         expanded: NDArray[np.uint8] = bits.expand(self.groups).to(torch.uint8).cpu().numpy()
         return expanded
@@ -180,7 +170,7 @@ class GridQuantizer(WeightQuantizer):
     def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return self.bounds(weight)
-        self.look(weight)
+        self.look(weight, None)
         low, high = self.bounds(weight)
         check_range(low.float(), high.float(), self.plan.name)
         return low, high

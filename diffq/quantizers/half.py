@@ -14,10 +14,10 @@ from diffq.storage.state import raw_record
 class HalfQuantizer(WeightQuantizer):
     """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
 
-    def sample(self, weight: Tensor) -> None:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> None:
         """Training uses the weight itself."""
 
-    def eval_weight(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The weight rounded to float16, in its own dtype."""
         half = weight.half()
         overflow = torch.isinf(half) & ~torch.isinf(weight)
@@ -28,14 +28,10 @@ class HalfQuantizer(WeightQuantizer):
             )
         return half.to(weight.dtype)
 
-    def record(self, weight: Tensor) -> RawRecord:
+    def record(self, weight: Tensor, learned: Tensor | None) -> RawRecord:
         """The float16 elements."""
-        return raw_record(self.eval_weight(weight), torch.float16)
+        return raw_record(self.quantize(weight, learned), torch.float16)
 
     def size_bits(self) -> float:
         """16 bits per element."""
         return 16.0 * self.plan.numel
-
-    def stored_bits(self, weight: Tensor) -> int:
-        """16 bits per element."""
-        return 16 * self.plan.numel

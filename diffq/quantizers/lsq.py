@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
-from diffq.attach.sample import Constant
+from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.quantizers.base import BaseQuantizer
-from diffq.torch_inside import functions
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,17 @@ class LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, value: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, value: Tensor, scale: Tensor, lowest: int, highest: int
+    ) -> Tensor:
         """Returns `value` in the weight's dtype."""
+        ctx.lowest, ctx.highest = lowest, highest
+        ctx.save_for_backward(weight, value, scale)
         return value.to(weight.dtype).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the inputs."""
-        *tensors, ctx.lowest, ctx.highest = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and the scale."""
-        functions.release(ctx)
         weight, value, scale = ctx.saved_tensors
         ratio = widen(weight) / scale
         inside = (ratio >= ctx.lowest) & (ratio <= ctx.highest)
@@ -69,82 +65,80 @@ class LearnedScale(torch.autograd.Function):
 class LSQWeight(WeightQuantizer):
     """One tensor on the levels -2**(bits-1) to 2**(bits-1)-1 times a learned scale.
 
-    `scale` is a float32 parameter [1]. Its size counts; its sign does not.
+    The scale is float32 [1]. Its size counts; its sign does not.
     """
 
-    def __init__(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> None:
+    def __init__(self, plan: TensorPlan, settings: LSQSettings) -> None:
         super().__init__(plan)
         self.settings = settings
         self.lowest = -(2 ** (settings.bits - 1))
         self.highest = 2 ** (settings.bits - 1) - 1
+
+    def start(self, weight: Tensor) -> Tensor:
+        """2 * mean|w| / sqrt(highest level), or the largest scale that can be stored."""
         mean = _mean_magnitude(weight.detach().float())
         # A tensor that starts at zero, as some last layers do, must be able to leave it.
         mean = torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
         # At the largest scale that can be stored, the levels reach as far as float32.
         largest = MAX_RANGE / -self.lowest
-        scale = (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest)
-        self.scale = nn.Parameter(scale.view(1))
+        return (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest).view(1)
 
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for magnitudes that float32 cannot hold."""
-        self._levels(weight)
+        self._levels(weight, _positive(self.start(weight)))
 
-    @torch.no_grad()
-    def sample(self, weight: Tensor) -> Constant:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
-        scale = self._positive_scale().to(widen(weight).dtype)
-        return Constant(self._nearest(widen(weight) / scale, scale, weight.dtype).mul_(scale))
+        scale = _positive(learned).detach().to(widen(weight).dtype)
+        levels = self._nearest(widen(weight.detach()) / scale, scale, weight.dtype)
+        return Sample(weight, levels.mul_(scale))
 
-    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
+    def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        limits = self.lowest, self.highest
-        scale = self._positive_scale()
-        result: Tensor = functions.call(LearnedScale, weight, constant.value, scale, *limits)
+        inputs = weight, sample.value, _positive(learned), self.lowest, self.highest
+        result: Tensor = LearnedScale.apply(*inputs)  # type: ignore[no-untyped-call]
         return result
 
-    def eval_weight(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Nearest level times the scale, rounded to float32."""
-        return (self._levels(weight) * self._positive_scale().float()).to(weight.dtype)
+        scale = _positive(learned).detach()
+        return (self._levels(weight, scale) * scale).to(weight.dtype)
 
     @torch.no_grad()
-    def record(self, weight: Tensor) -> ScaledRecord:
+    def record(self, weight: Tensor, learned: Tensor | None) -> ScaledRecord:
         """Levels, counted from the lowest, and the scale."""
-        levels = (self._levels(weight) - self.lowest).reshape(-1)
+        scale = _positive(learned)
+        levels = (self._levels(weight, scale) - self.lowest).reshape(-1)
         return ScaledRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
             group_size=self.group_size,
             min_bits=self.settings.bits,
-            bits=self.group_bits(),
+            bits=self.group_bits(learned),
             levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
-            scale=self._positive_scale().float().view(1).cpu().numpy(),
+            scale=scale.view(1).cpu().numpy(),
         )
 
     def size_bits(self) -> float:
         """Levels, scale and bitwidth; the scale is learned, but not its size."""
         return float(self.plan.numel * self.settings.bits + 32 + WIDTH_BITS)
 
-    def stored_bits(self, weight: Tensor) -> int:
-        """Levels, scale and bitwidth."""
-        return self.plan.numel * self.settings.bits + 32 + WIDTH_BITS
+    def meaning(self) -> dict[str, Any]:
+        """The bitwidth."""
+        return {"bits": self.settings.bits}
 
-    def group_bits(self) -> NDArray[np.uint8]:
+    def group_bits(self, learned: Tensor | None) -> NDArray[np.uint8]:
         """The bitwidth, uint8 [1]."""
         return np.full(1, self.settings.bits, np.uint8)
 
-    def _positive_scale(self) -> Tensor:
-        """The scale without sign or zero, 0-dim."""
-        return self.scale[0].abs().clamp(min=torch.finfo(torch.float32).tiny)
-
-    def _levels(self, weight: Tensor) -> Tensor:
-        scale = self._positive_scale().float()
+    def _levels(self, weight: Tensor, scale: Tensor) -> Tensor:
         ratio = weight.detach().float() / scale
         largest = scale * -self.lowest
         finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
         if not torch.compiler.is_compiling() and not finite:
             raise WeightError(
                 f"The weights and the scale of {self.plan.name} must be finite, "
-                f"got scale {self.scale.item()}. "
+                f"got scale {scale.item()}. "
                 "Find the step that diverged, or exclude the tensor."
             )
         # Adding zero turns -0.0, which no level stands for, into 0.0.
@@ -156,6 +150,12 @@ class LSQWeight(WeightQuantizer):
         if is_narrow(dtype):
             ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
         return ratio.round_()
+
+
+def _positive(scale: Tensor | None) -> Tensor:
+    """A learned scale without sign or zero, float32 0-dim."""
+    assert scale is not None
+    return scale[0].float().abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _mean_magnitude(weight: Tensor) -> Tensor:
@@ -209,4 +209,4 @@ class LSQQuantizer(BaseQuantizer):
         )
 
     def _make_quantizer(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> LSQWeight:
-        return LSQWeight(plan, settings, weight)
+        return LSQWeight(plan, settings)

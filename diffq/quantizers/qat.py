@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.sample import Constant
+from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_flag
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer
@@ -33,30 +33,30 @@ class QATSettings:
 class QATWeight(GridQuantizer):
     """One tensor at one bitwidth, on one grid or on one for each output channel."""
 
-    bits: Tensor
-
-    def __init__(self, plan: TensorPlan, settings: QATSettings, device: torch.device) -> None:
+    def __init__(self, plan: TensorPlan, settings: QATSettings) -> None:
         per_channel = settings.per_channel and len(plan.shape) > 1
         group_size = plan.numel // plan.shape[0] if per_channel else plan.numel
         super().__init__(plan, group_size, settings.bits, ranges_per_group=per_channel)
         self.settings = settings
-        bits = torch.full((1,), settings.bits, dtype=torch.float32, device=device)
-        self.register_buffer("bits", bits, persistent=False)
 
-    def whole_bits(self) -> Tensor:
-        """The bitwidth, float32 [1], whatever the model was cast to."""
-        return self.bits.float()
+    def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """The bitwidth, float32 [1]."""
+        return weight.new_full((1,), self.settings.bits, dtype=torch.float32)
 
-    @torch.no_grad()
-    def sample(self, weight: Tensor) -> Constant | None:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """The quantized weight; the weight itself with `training=False`."""
         if not self.settings.training:
             return None
-        return Constant(self.quantize(weight, *self.bounds(weight)))
+        bits = self.whole_bits(weight, learned)
+        return Sample(weight, self.nearest(weight, *self.bounds(weight), bits))
 
     def size_bits(self) -> float:
         """Equation 12; nothing in it is learned."""
         return float(self.plan.numel * self.settings.bits) + self.overhead_bits
+
+    def meaning(self) -> dict[str, Any]:
+        """The bitwidth and the number of ranges."""
+        return {"bits": self.settings.bits, "per_channel": self.ranges_per_group}
 
 
 class QATQuantizer(BaseQuantizer):
@@ -104,4 +104,4 @@ class QATQuantizer(BaseQuantizer):
         super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
 
     def _make_quantizer(self, plan: TensorPlan, settings: QATSettings, weight: Tensor) -> QATWeight:
-        return QATWeight(plan, settings, weight.device)
+        return QATWeight(plan, settings)

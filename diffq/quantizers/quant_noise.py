@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
-from diffq.attach.sample import Constant
+from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_number, check_whole
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
@@ -37,11 +37,9 @@ class QuantNoiseSettings:
 class QuantNoiseWeight(QATWeight):
     """One tensor whose training forwards quantize a random part of it."""
 
-    def __init__(
-        self, plan: TensorPlan, settings: QuantNoiseSettings, device: torch.device
-    ) -> None:
+    def __init__(self, plan: TensorPlan, settings: QuantNoiseSettings) -> None:
         per_channel = settings.observer == "channel"
-        super().__init__(plan, QATSettings(settings.bits, per_channel, training=True), device)
+        super().__init__(plan, QATSettings(settings.bits, per_channel, training=True))
         self.noise_settings = settings
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,17 +48,21 @@ class QuantNoiseWeight(QATWeight):
             return fit_range(weight, self.noise_settings.bits, self.zero_point(weight))
         return super().bounds(weight)
 
-    @torch.no_grad()
-    def sample(self, weight: Tensor) -> Constant | None:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """Equations 6 and 10: the blocks J quantized, the others exact."""
         rate = self.noise_settings.p
         if rate == 0:
             return None
-        quantized = self.quantize(weight, *self.bounds(weight))
+        bits = self.whole_bits(weight, learned)
+        quantized = self.nearest(weight, *self.bounds(weight), bits)
         if rate == 1:
-            return Constant(quantized)
+            return Sample(weight, quantized)
         chosen = block_mask(weight, rate, self.noise_settings.block_size)
-        return Constant(torch.where(chosen, quantized, weight))
+        return Sample(weight, torch.where(chosen, quantized, weight))
+
+    def meaning(self) -> dict[str, Any]:
+        """The bitwidth and how the ranges are found."""
+        return {"bits": self.settings.bits, "observer": self.noise_settings.observer}
 
 
 class QuantNoiseQuantizer(BaseQuantizer):
@@ -117,4 +119,4 @@ class QuantNoiseQuantizer(BaseQuantizer):
     def _make_quantizer(
         self, plan: TensorPlan, settings: QuantNoiseSettings, weight: Tensor
     ) -> QuantNoiseWeight:
-        return QuantNoiseWeight(plan, settings, weight.device)
+        return QuantNoiseWeight(plan, settings)

@@ -35,10 +35,10 @@ class TensorSize:
     level_bits: int
 
 
-def tensor_size(quantizer: WeightQuantizer, weight: Tensor) -> TensorSize:
+def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | None) -> TensorSize:
     """What a weight quantizer stores of its weight."""
-    stored_bits = quantizer.stored_bits(weight)
-    level_bits, _ = quantizer.level_totals()
+    stored_bits = quantizer.record(weight, learned).stored_bits()
+    level_bits, _ = quantizer.level_totals(learned)
     return TensorSize(quantizer.plan, quantizer.group_size, stored_bits, level_bits)
 
 

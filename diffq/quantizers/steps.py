@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from diffq.attach.weight import WeightQuantizer
+from diffq.attach.attachment import Attachment
 from diffq.errors import OptimizerError, listed, warn
 from diffq.torch_inside.sharding import is_dtensor
 
 #: Steps that an optimizer of the weights may be ahead, as when a GradScaler skips some, and
 #: steps for which a schedule may give all groups one rate.
 PATIENCE = 20
-
-
-def still_learned(quantizers: Sequence[WeightQuantizer]) -> Iterator[nn.Parameter]:
-    """The parameters of weight quantizers that training still moves."""
-    for quantizer in quantizers:
-        if quantizer.learning:
-            # parameters() takes tens of times as long, and this runs at each step.
-            learned = quantizer._parameters.values()
-            yield from (p for p in learned if p is not None and p.requires_grad)
-
-
-def refuse_training(module: nn.Module) -> None:
-    """Refuses a forward of a module whose quantizer has no optimizer.
-
-    Raises:
-        OptimizerError: in training mode, where gradients are on.
-    """
-    if module.training and torch.is_grad_enabled():
-        raise OptimizerError(
-            "The quantizer learns parameters that no optimizer was given. "
-            "Call quantizer.setup_optimizer(optimizer) before training; "
-            "if they are meant to stay as they are, call quantizer.no_optimizer()."
-        )
 
 
 class StepWatch:
@@ -57,16 +34,12 @@ class StepWatch:
 
     Args:
         optimizer: holds the learned parameters from here on.
-        model: the quantized model.
-        quantizers: of its tensors.
+        attachment: what is on the model.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, model: nn.Module, quantizers: Sequence[WeightQuantizer]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, attachment: Attachment) -> None:
         self._optimizer: ref[Optimizer] | None = ref(optimizer)
-        self._model = model
-        self._quantizers = quantizers
+        self._attachment = attachment
         self._given = self._learned()
         # Steps of optimizers without learned parameters, since one with them stepped.
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -95,10 +68,10 @@ class StepWatch:
         Raises:
             OptimizerError: the parameters that the optimizer trains are no longer the model's.
         """
-        for quantizer in self._quantizers:
-            quantizer.forget()
-        learned = next(still_learned(self._quantizers), None)
-        if learned is None:
+        self._attachment.forget()
+        quantizers = self._attachment.quantizers
+        learned = self._attachment.learned.parameter
+        if learned is None or not learned.requires_grad or not any(q.learning for q in quantizers):
             return
         groups = reversed(optimizer.param_groups)
         if any(p is learned for group in groups for p in group["params"]):
@@ -120,10 +93,14 @@ class StepWatch:
             self._steps[optimizer] = 1
 
     def _end_step(self) -> None:
-        if not any(q.readings.in_this_step for q in self._quantizers):
+        if not any(q.readings.in_this_step for q in self._attachment.quantizers):
             return  # what steps without a forward, such as code that fills an optimizer's state
-        unread = [q.plan.name for q in self._quantizers if q.learning and not q.readings.learned]
-        for quantizer in self._quantizers:
+        unread = [
+            q.plan.name
+            for q in self._attachment.quantizers
+            if q.learning and not q.readings.learned
+        ]
+        for quantizer in self._attachment.quantizers:
             quantizer.readings.end_step()
         unread = [name for name in unread if not self._is_left_out(name)]
         if unread and self._optimizer is not None and "unread" not in self._said:
@@ -140,7 +117,7 @@ class StepWatch:
         """Whether a tensor is in a container that leaves modules out at random."""
         return any(
             getattr(module, "leaves_out", False) and name.startswith(f"{path}.".lstrip("."))
-            for path, module in self._model.named_modules()
+            for path, module in self._attachment.model.named_modules()
         )
 
     def _is_given(self, optimizer: Optimizer) -> bool:
@@ -187,7 +164,7 @@ class StepWatch:
         if "neglect" in self._said or seldom:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, self._model.parameters())):
+        if held.isdisjoint(map(id, self._attachment.model.parameters())):
             return
         self._said.add("neglect")
         warn(
@@ -215,8 +192,9 @@ class StepWatch:
                 "the quantizer's. In a loop of your own, scale the rate of each group."
             )
 
-    def _learned(self) -> list[nn.Parameter]:
-        return [p for quantizer in self._quantizers for p in quantizer.parameters()]
+    def _learned(self) -> list[Tensor]:
+        parameter = self._attachment.learned.parameter
+        return [] if parameter is None else [parameter]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_steps": None}

@@ -1,19 +1,19 @@
-"""Quantized weights on demand, whatever the mode: the earlier package's three calls."""
+"""Computing outside of a forward, and quantized weights whatever the mode."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from diffq.attach.attachment import Attachment
 
 
 class QuantizeSwitch:
-    """Adds `quantize`, `unquantize` and `enter_quantize` to a quantizer.
+    """Adds `computing`, and the earlier package's `quantize`, `unquantize`, `enter_quantize`.
 
     A model in eval mode computes with quantized weights by itself. These serve code that
-    wants them in training mode too, or reads `module.weight` while it trains.
+    wants them in training mode too, or reads `module.weight` outside of a forward.
     """
 
     @property
@@ -30,8 +30,7 @@ class QuantizeSwitch:
         Raises:
             AttachError: the quantizer was detached.
         """
-        for quantizer in self._attachment.quantizers:
-            quantizer.eval()
+        self._attachment.forwards.always_quantized = True
 
     def unquantize(self) -> None:
         """Ends `quantize()`: each weight follows the mode of its module again.
@@ -39,25 +38,36 @@ class QuantizeSwitch:
         Raises:
             AttachError: the quantizer was detached.
         """
-        attachment = self._attachment
-        for quantizer in attachment.quantizers:
-            quantizer.train(quantizer.plan.sites[0].owner(attachment.model).training)
+        self._attachment.forwards.always_quantized = False
 
     @contextmanager
     def enter_quantize(self) -> Iterator[None]:
         """`quantize()` for the length of a `with` block, which may be nested.
 
+        In the block, `module.weight` is the quantized weight outside of forwards too.
+
         Raises:
             AttachError: the quantizer was detached.
         """
-        attachment = self._attachment
-        switched = any(
-            not quantizer.training and quantizer.plan.sites[0].owner(attachment.model).training
-            for quantizer in attachment.quantizers
-        )
-        self.quantize()
+        forwards = self._attachment.forwards
+        before, forwards.always_quantized = forwards.always_quantized, True
         try:
-            yield
+            with self._attachment.computing():
+                yield
         finally:
-            if not switched:
-                self.unquantize()
+            forwards.always_quantized = before
+
+    def computing(self) -> AbstractContextManager[None]:
+        """A block in which the model computes, for code that is no `forward`.
+
+        Outside of a forward, `module.weight` is the Parameter. In the block it is what a forward
+        computes with: a noisy weight in training, the quantized one in eval. Forwards in the
+        block share its samples.
+
+            with quantizer.computing():
+                logits = features @ model.head.weight.T
+
+        Raises:
+            AttachError: the quantizer was detached.
+        """
+        return self._attachment.computing()

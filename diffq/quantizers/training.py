@@ -8,18 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import Attachment
 from diffq.quantizers.optimizer import add_learned, release
-from diffq.quantizers.steps import StepWatch, refuse_training, still_learned
+from diffq.quantizers.steps import StepWatch
 from diffq.torch_inside.sharding import reshard
 
 
 class OptimizerSetup:
     """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
 
-    _refusals: list[RemovableHandle]
     _step_watch: StepWatch | None
 
     @property
@@ -28,7 +26,9 @@ class OptimizerSetup:
         """What is on the model."""
 
     def learned_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the quantizer adds to the model, such as logits of bitwidths.
+        """The parameter that the quantizer adds to the model, such as logits of bitwidths.
+
+        One for all tensors, `diffq_learned` of the model, or none if nothing is learned.
 
         For an optimizer of their own, beside one that cannot take them (`LBFGS`, `Muon`):
 
@@ -38,7 +38,8 @@ class OptimizerSetup:
         Raises:
             AttachError: the quantizer was detached.
         """
-        return (p for quantizer in self._attachment.quantizers for p in quantizer.parameters())
+        parameter = self._attachment.learned.parameter
+        return iter(() if parameter is None else (parameter,))
 
     def setup_optimizer(
         self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
@@ -69,13 +70,13 @@ class OptimizerSetup:
             ConfigError: the optimizer knows no such option, or `lr` is no learning rate.
             AttachError: the quantizer was detached.
         """
-        model, quantizers = self._attachment.model, self._attachment.quantizers
-        reshard(model)
+        attachment = self._attachment
+        reshard(attachment.model)
         options = overrides if lr is None else {"lr": lr, **overrides}
         learned = list(self.learned_parameters())
-        add_learned(optimizer, model, learned, options, self._optimizer)
+        add_learned(optimizer, attachment.model, learned, options, self._optimizer)
         self._end_checks()
-        self._step_watch = StepWatch(optimizer, model, quantizers) if learned else None
+        self._step_watch = StepWatch(optimizer, attachment) if learned else None
 
     def no_optimizer(self) -> None:
         """Allows training without `setup_optimizer`: the learned parameters stay as they are.
@@ -98,27 +99,16 @@ class OptimizerSetup:
         return self._step_watch.optimizer if self._step_watch is not None else None
 
     def _end_checks(self) -> None:
-        for refusal in self._refusals:
-            refusal.remove()
-        self._refusals.clear()
+        self._attachment.forwards.expects_optimizer = False
         if self._step_watch is not None:
             self._step_watch.stop()
 
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""
-        attachment = self._attachment
-        owners = dict.fromkeys([attachment.model, *attachment.owners()])
-        learns = next(self.learned_parameters(), None) is not None
-        self._refusals = [
-            module.register_forward_pre_hook(self._refuse_training) for module in owners if learns
-        ]
+        self._attachment.forwards.expects_optimizer = True
         self._step_watch = None
 
     def _forget_optimizer(self) -> None:
         """Ends all checks of training."""
         self._end_checks()
         self._step_watch = None
-
-    def _refuse_training(self, module: nn.Module, args: Any) -> None:
-        if next(still_learned(self._attachment.quantizers), None) is not None:
-            refuse_training(module)

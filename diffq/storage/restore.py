@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from diffq.attach.plan import dtype_name, named_tensors
+from diffq.attach.attachment import is_attached
+from diffq.attach.plan import dtype_name, named_tensors, tie_key
 from diffq.errors import MismatchError
 from diffq.storage.legacy.layout import is_legacy
 from diffq.storage.legacy.load import load_legacy
@@ -106,9 +107,9 @@ def unique_targets(
         MismatchError: the model ties tensors that have different values.
     """
     sources = {**{name: name for name in header.tensors}, **header.aliases}
-    first: dict[int, str] = {}
+    first: dict[object, str] = {}
     for name, target in targets.items():
-        tied = first.setdefault(id(target), name)
+        tied = first.setdefault(tie_key(target), name)
         one, other = sources[tied], sources[name]
         if one != other and not _same_bits(value(one), value(other)):
             raise MismatchError(
@@ -119,6 +120,11 @@ def unique_targets(
 
 
 def _check_plain(model: nn.Module) -> None:
+    if is_attached(model):
+        raise MismatchError(
+            "Stored weights are restored into a plain model, but this one has a quantizer. "
+            "Call quantizer.detach() first."
+        )
     for path, module in model.named_modules():
         if is_managed(module):
             raise MismatchError(
@@ -129,7 +135,7 @@ def _check_plain(model: nn.Module) -> None:
             raise MismatchError(
                 "Stored weights are restored into a plain model, "
                 f"but {path or 'the model'!r} has parametrizations. "
-                "Call quantizer.detach(), or remove_parametrizations(), first."
+                "Call torch.nn.utils.parametrize.remove_parametrizations() first."
             )
 
 
@@ -137,9 +143,9 @@ def _unmatched(
     targets: Mapping[str, Tensor], sources: Mapping[str, str], loaded: Iterable[str]
 ) -> list[str]:
     """Names that are only in the model, or only stored; not further names of what is loaded."""
-    filled = {id(targets[name]) for name in loaded}
+    filled = {tie_key(targets[name]) for name in loaded}
     used = {sources[name] for name in loaded}
-    missing = [n for n, t in targets.items() if n not in sources and id(t) not in filled]
+    missing = [n for n, t in targets.items() if n not in sources and tie_key(t) not in filled]
     extra = [n for n, source in sources.items() if n not in targets and source not in used]
     return [f"not stored: {n}" for n in missing] + [f"not in the model: {n}" for n in extra]
 

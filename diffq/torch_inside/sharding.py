@@ -69,8 +69,8 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
-def holds_end(tensor: Tensor) -> bool:
-    """Whether this rank's part of a tensor that is sharded along its first dimension ends it."""
+def local_start(tensor: Tensor) -> int:
+    """The index, along its first dimension, at which this rank's part of a sharded tensor starts."""
     sharded: Any = tensor
     mesh, start, length = sharded.device_mesh, 0, len(tensor)
     for dimension, placement in enumerate(sharded.placements):
@@ -79,7 +79,7 @@ def holds_end(tensor: Tensor) -> bool:
             chunk = -(-length // mesh.size(dimension))
             skipped = min(chunk * mesh.get_local_rank(dimension), length)
             start, length = start + skipped, min(chunk, length - skipped)
-    return length > 0 and start + length == len(tensor)
+    return start
 
 
 def gather_from(ranks: Layout, values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from diffq.attach.plan import dtype_name
 from diffq.format.product import ProductRecord
 from diffq.numerics.kmeans import member_sums
-from diffq.torch_inside import functions
 
 #: What codewords are stored in.
 Centroids = Literal["float32", "float16", "int8"]
@@ -103,6 +102,7 @@ class CentroidGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         weight: Tensor,
         value: Tensor,
         codebook: Tensor,
@@ -111,19 +111,13 @@ class CentroidGradient(torch.autograd.Function):
         trained: Tensor | None,
     ) -> Tensor:
         """Returns `value` in the weight's dtype."""
-        return value.to(weight.dtype).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps where the codewords went."""
-        _, _, codebook, *kept = inputs
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(indices, counts, trained)
         ctx.like = codebook.shape, codebook.dtype
+        return value.to(weight.dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """None to the weight, which is in the graph in name only; the mean to each codeword."""
-        functions.release(ctx)
         indices, counts, trained = ctx.saved_tensors
         (size, dim), dtype = ctx.like
         blocks = grad.reshape(-1, dim).to(torch.promote_types(dtype, torch.float32))
@@ -152,5 +146,5 @@ def pass_to_centroids(
         trained: bool [K], the codewords that get their gradient; None for all.
     """
     inputs = weight, value, codebook, indices, counts, trained
-    result: Tensor = functions.call(CentroidGradient, *inputs)
+    result: Tensor = CentroidGradient.apply(*inputs)  # type: ignore[no-untyped-call]
     return result

@@ -163,10 +163,21 @@ class ProductQuantizer(BaseQuantizer):
             waiting = [q for q in self._products() if q.plan.name in names and not q.fixed]
             if waiting:
                 self._learn(waiting, warm=True)
-                for quantizer in waiting:
-                    quantizer.fix()
+                self._fix(waiting)
                 return names
         return ()
+
+    def _fix(self, waiting: Sequence[ProductWeight]) -> None:
+        def fix(quantizer: WeightQuantizer, learned: Tensor | None) -> None:
+            if (
+                isinstance(quantizer, ProductWeight)
+                and quantizer in waiting
+                and learned is not None
+            ):
+                quantizer.fix(learned)
+
+        self._attachment.each_quantizer(fix)
+        self._attachment.forget()
 
     def _products(self) -> list[ProductWeight]:
         return [q for q in self._attachment.quantizers if isinstance(q, ProductWeight)]
@@ -175,15 +186,22 @@ class ProductQuantizer(BaseQuantizer):
         """Learns the codebooks of some tensors: all of them or, after an error, none."""
         total = sum(q.settings.iterations * q.plan.numel for q in quantizers)
 
-        def learn(q: WeightQuantizer, weight: Tensor) -> tuple[ProductWeight, Clustering] | None:
+        def learn(
+            q: WeightQuantizer, weight: Tensor, learned: Tensor | None
+        ) -> tuple[ProductWeight, Clustering] | None:
             if not isinstance(q, ProductWeight) or q not in quantizers or weight.is_meta:
                 return None
-            return q, q.learn(weight, self._seed, warm, bar)
+            return q, q.learn(weight, learned if warm else None, self._seed, bar)
 
+        attachment = self._attachment
         with ProgressBar("k-means", total) as bar:
-            found = self._attachment.each_weight(learn)
-        for quantizer, clusters in filter(None, found):
+            found = list(filter(None, attachment.each_weight(learn)))
+        codebooks: list[Tensor | None] = [None] * len(attachment.quantizers)
+        for quantizer, clusters in found:
             quantizer.take(clusters)
+            codebooks[quantizer.index] = clusters.codebook
+        attachment.learned.settle(codebooks)
+        attachment.forget()
 
 
 def _group_stages(

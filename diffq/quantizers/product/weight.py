@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffq.attach.plan import TensorPlan
-from diffq.attach.sample import Constant
+from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
@@ -24,7 +25,6 @@ from diffq.quantizers.product.centroids import (
     store_codebook,
 )
 from diffq.quantizers.report import ProgressBar
-from diffq.torch_inside.sharding import is_managed, put, whole_parameters
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
 #: mean of all blocks.
@@ -76,16 +76,13 @@ class ProductWeight(WeightQuantizer):
 
     Blocks of zeros stay exactly zero: noise leaves them alone, and a codeword is zero for them.
 
+    What is learned is the codebook, float32 [K, d].
+
     Attributes:
-        codebook: float32 parameter [K, d].
         indices: int32 [blocks], the codeword of each block when the codebook was learned.
         counts: int32 [K], blocks of each codeword once it is fixed, at least 1.
-        fixed: whether blocks keep their codewords.
         may_have_zeros: whether blocks were zero at the last look; codewords, once fixed.
     """
-
-    indices: Tensor
-    counts: Tensor
 
     def __init__(self, plan: TensorPlan, settings: ProductSettings, device: torch.device) -> None:
         super().__init__(plan)
@@ -94,72 +91,80 @@ class ProductWeight(WeightQuantizer):
         block_size = cast(int, settings.block_size)
         self.group_size = block_size
         self.blocks = plan.numel // block_size
-        self.fixed = False
         self.may_have_zeros = False
-        size = settings.codebook_size
-        codebook = torch.zeros(size, block_size, dtype=torch.float32, device=device)
-        self.codebook = nn.Parameter(codebook)
-        indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
-        self.register_buffer("indices", indices)
-        self.register_buffer("counts", torch.ones_like(indices[:1]).repeat(size), persistent=False)
+        self.size = settings.codebook_size
+        self.indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+        self.counts = torch.ones_like(self.indices[:1]).repeat(self.size)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether blocks keep their codewords."""
+        return self.stage == 1
 
     @property
     def learning(self) -> bool:
         """Whether centroids are trained: once the tensor is fixed."""
         return self.fixed
 
-    def look(self, weight: Tensor) -> None:
+    def start(self, weight: Tensor) -> Tensor:
+        """Codewords of zeros, [K, d], until k-means has learned others."""
+        return weight.new_zeros(self.size, self.group_size, dtype=torch.float32)
+
+    def look(self, weight: Tensor, learned: Tensor | None) -> None:
         """Looks for blocks of zeros, among the codewords once they are what training moves."""
-        blocks = self.codebook.detach() if self.fixed else self._in_blocks(weight)
+        blocks = learned if self.fixed and learned is not None else self._in_blocks(weight)
         self.may_have_zeros = not bool(nonzero(blocks).all())
 
-    def sample(self, weight: Tensor) -> Constant | None:
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """Equation 7: the weight with noise on some blocks; codewords once it is fixed."""
-        with torch.no_grad():
-            if self.fixed:
-                return Constant(self._codewords(self._stored(weight), self.indices))
-            return Constant(self._noisy(weight.detach())) if self.settings.p else None
+        self._move(weight.device)
+        if self.fixed:
+            return Sample(weight, self._codewords(self._stored(weight, learned), self.indices))
+        return Sample(weight, self._noisy(weight.detach(), learned)) if self.settings.p else None
 
-    def connect(self, weight: Tensor, constant: Constant) -> Tensor:
+    def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equation 8, the identity to the weight; Equation 4 to the codebook once it is fixed."""
-        if not self.fixed:
-            return super().connect(weight, constant)
+        if not self.fixed or learned is None:
+            return super().connect(weight, sample, learned)
         places = self.indices.long(), self.counts
         # Codewords of zeros are not trained, so that optimizers leave them exactly zero.
-        watched = self.may_have_zeros or is_managed(self)
-        trained = nonzero(self.codebook.detach()) if watched else None
-        return pass_to_centroids(weight, constant.value, self.codebook, *places, trained)
+        trained = nonzero(learned.detach()) if self.may_have_zeros else None
+        return pass_to_centroids(weight, sample.value, learned, *places, trained)
 
-    def eval_weight(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Every block's codeword, as it is stored."""
-        stored = self._checked_codebook(weight)
+        stored = self._checked_codebook(weight, learned)
         return self._codewords(stored, self._assign(weight, stored)).to(weight.dtype)
 
     @torch.no_grad()
-    def record(self, weight: Tensor) -> ProductRecord:
+    def record(self, weight: Tensor, learned: Tensor | None) -> ProductRecord:
         """Codebook and indices."""
-        stored = self._checked_codebook(weight)
+        stored = self._checked_codebook(weight, learned)
         return stored.record(weight, self._assign(weight, stored))
 
     def size_bits(self) -> float:
-        """Equation 5; nothing in it is learned."""
-        return float(self._bits())
-
-    def stored_bits(self, weight: Tensor) -> int:
         """Equation 5 without activations: codebook and ceil(log2 K) bits a block."""
-        return self._bits()
-
-    def _bits(self) -> int:
         scale = SCALE_BITS if self.settings.centroids == "int8" else 0
-        words = _CENTROID_BITS[self.settings.centroids] * self.codebook.numel()
-        return words + scale + self.level_totals()[0]
+        words = _CENTROID_BITS[self.settings.centroids] * self.size * self.group_size
+        return float(words + scale + self.level_totals(None)[0])
 
-    def level_totals(self) -> tuple[int, int]:
+    def level_totals(self, learned: Tensor | None) -> tuple[int, int]:
         """Bits of all indices, and the number of weights."""
-        return index_bits(len(self.codebook)) * self.blocks, self.plan.numel
+        return index_bits(self.size) * self.blocks, self.plan.numel
 
-    def learn(self, weight: Tensor, seed: int, warm: bool, bar: ProgressBar) -> Clustering:
-        """k-means of the weight's blocks, from random blocks or from the codebook.
+    def meaning(self) -> dict[str, Any]:
+        """The shape of the codebook, and what it is stored in."""
+        shape = {"codebook_size": self.size, "block_size": self.group_size}
+        return {**shape, "centroids": self.settings.centroids}
+
+    def kept(self) -> Tensor:
+        """The codeword of each block."""
+        return self.indices
+
+    def learn(
+        self, weight: Tensor, learned: Tensor | None, seed: int, bar: ProgressBar
+    ) -> Clustering:
+        """k-means of the weight's blocks, from a codebook or, if it is None, random blocks.
 
         Returns:
             The codebook, and the indices of what is nearest once it is stored.
@@ -169,7 +174,7 @@ class ProductWeight(WeightQuantizer):
             ConfigError: the only codeword cannot be zero for some blocks alone.
         """
         self._check_finite(weight)
-        self._check_zeros(weight)
+        self._check_zeros(weight, learned)
         step = self.plan.numel
 
         def report(iteration: int) -> None:
@@ -178,8 +183,8 @@ class ProductWeight(WeightQuantizer):
         blocks = self._in_blocks(weight).float()
         found = kmeans_with_zeros(
             blocks,
-            len(self.codebook),
-            start=self.codebook.detach() if warm else None,
+            self.size,
+            start=learned,
             iterations=self.settings.iterations,
             generator=torch.Generator().manual_seed(seed),
             report=report,
@@ -187,18 +192,43 @@ class ProductWeight(WeightQuantizer):
         stored = store_codebook(found.codebook, self.settings.centroids)
         return replace(found, indices=self._nearest(blocks, stored.values()))
 
-    @torch.no_grad()
     def take(self, found: Clustering) -> None:
-        """Takes what was learned."""
-        put(self.codebook, found.codebook)
-        self.indices.copy_(found.indices)
-        self.forget()
+        """Takes the indices of what was learned."""
+        self._set_indices(found.indices)
 
-    def fix(self) -> None:
+    def fix(self, learned: Tensor) -> None:
         """Has each block keep the codeword that it was given last."""
-        self._set_fixed(True)
-        with whole_parameters([self]):
-            self.look(self.codebook)
+        self.stage = 1
+        self.look(learned, learned)
+
+    def set_stage(self, stage: int, learned: Tensor | None, kept: Tensor | None) -> None:
+        """Takes up the stage and the indices of a state dict."""
+        if kept is not None:
+            if int(kept.max()) >= self.size:
+                raise MismatchError(
+                    f"The state dict was made with another codebook_size for {self.plan.name}. "
+                    "Make the quantizer with the same arguments."
+                )
+            self._set_indices(kept)
+        self.stage = stage
+        if learned is not None and not learned.is_meta and self.fixed:
+            self.look(learned, learned)
+
+    def read_earlier(
+        self, entries: Mapping[str, Tensor], learned: Tensor | None
+    ) -> tuple[int, Tensor | None]:
+        """Reads the codebook, the indices, and whether they are fixed."""
+        super().read_earlier(entries, learned)
+        return int(entries["_extra_state"][0]), entries.get("indices")
+
+    def _set_indices(self, indices: Tensor) -> None:
+        self.indices = indices.to(self.indices.device, torch.int32)
+        counts = torch.bincount(self.indices, minlength=self.size)
+        self.counts = counts.clamp(min=1).to(torch.int32)
+
+    def _move(self, device: torch.device) -> None:
+        if self.indices.device != device:
+            self.indices, self.counts = self.indices.to(device), self.counts.to(device)
 
     def _check_finite(self, weight: Tensor) -> None:
         if not torch.isfinite(weight).all():
@@ -207,9 +237,9 @@ class ProductWeight(WeightQuantizer):
                 "Find the step that diverged, or exclude the tensor."
             )
 
-    def _check_zeros(self, weight: Tensor) -> None:
-        self.look(weight)
-        if self.fixed or not self.may_have_zeros or len(self.codebook) > 1:
+    def _check_zeros(self, weight: Tensor, learned: Tensor | None) -> None:
+        self.look(weight, learned)
+        if self.fixed or not self.may_have_zeros or self.size > 1:
             return
         if nonzero(self._in_blocks(weight)).any():
             raise ConfigError(
@@ -217,25 +247,6 @@ class ProductWeight(WeightQuantizer):
                 f"{self.plan.name} has other blocks too and one codeword for all. Pass "
                 f"overrides={{{self.plan.name!r}: {{'codebook_size': 2}}}}, or exclude it."
             )
-
-    def get_extra_state(self) -> Tensor:
-        """Whether the blocks keep their codewords, so that a resumed training goes on with it."""
-        return torch.tensor([self.fixed], dtype=torch.uint8, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes up what a state dict says."""
-        self._set_fixed(bool(state[0]))
-
-    def _set_fixed(self, fixed: bool) -> None:
-        if int(self.indices.max()) >= len(self.codebook):
-            raise MismatchError(
-                f"The state dict was made with another codebook_size for {self.plan.name}. "
-                "Make the quantizer with the same arguments."
-            )
-        counts = torch.bincount(self.indices, minlength=len(self.codebook))
-        self.counts.copy_(counts.clamp(min=1))
-        self.fixed = fixed
-        self.forget()
 
     def _in_blocks(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.blocks, self.group_size)
@@ -245,6 +256,7 @@ class ProductWeight(WeightQuantizer):
 
     def _assign(self, weight: Tensor, stored: StoredCodebook) -> Tensor:
         """The codeword of each block: its own once fixed, else the nearest."""
+        self._move(weight.device)
         if self.fixed:
             return self.indices
         if not torch.compiler.is_compiling():
@@ -258,8 +270,9 @@ class ProductWeight(WeightQuantizer):
             return found
         return torch.where(nonzero(blocks), found, smallest(words))
 
-    def _stored(self, weight: Tensor) -> StoredCodebook:
-        codebook = self.codebook.detach()
+    def _stored(self, weight: Tensor, learned: Tensor | None) -> StoredCodebook:
+        assert learned is not None
+        codebook = learned.detach()
         if self.may_have_zeros and not self.fixed:
             # Blocks may have become zero since the codebook was learned.
             place, none = smallest(codebook), nonzero(self._in_blocks(weight)).all()
@@ -267,45 +280,48 @@ class ProductWeight(WeightQuantizer):
             codebook = codebook.index_copy(0, place, word)
         return store_codebook(codebook, self.settings.centroids)
 
-    def _checked_codebook(self, weight: Tensor) -> StoredCodebook:
+    def _checked_codebook(self, weight: Tensor, learned: Tensor | None) -> StoredCodebook:
         if torch.compiler.is_compiling():
-            return self._stored(weight)
-        self._check_zeros(weight)
-        stored = self._stored(weight)
+            return self._stored(weight, learned)
+        self._check_zeros(weight, learned)
+        stored = self._stored(weight, learned)
         largest = torch.finfo(torch.float32).max / 256
         if not torch.isfinite(stored.values()).all() or not stored.scale <= largest:
+            found = None if learned is None else learned.abs().max().item()
             raise WeightError(
                 f"The centroids of {self.plan.name} must be finite in {self.settings.centroids}, "
-                f"got values up to {self.codebook.abs().max().item()}. Find the step that "
-                "diverged, or pass centroids='float32'."
+                f"got values up to {found}. Find the step that diverged, or pass "
+                "centroids='float32'."
             )
         return stored
 
-    def _noisy(self, weight: Tensor) -> Tensor:
+    def _noisy(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Equation 6: some blocks become noise, all others stay."""
         blocks = self._in_blocks(weight)
         picked = self._pick(weight.device)
         if self.may_have_zeros:
             picked &= nonzero(blocks)
-        return torch.where(picked[:, None], self._noise(blocks, picked), blocks).view(weight.shape)
+        return torch.where(picked[:, None], self._noise(blocks, picked, learned), blocks).view(
+            weight.shape
+        )
 
     def _pick(self, device: torch.device) -> Tensor:
         """The set J of Equation 6 as bool [blocks]."""
         if self.settings.picked == "clusters":
-            return self._draw(len(self.codebook), device)[self.indices.long()]
+            return self._draw(self.size, device)[self.indices.long()]
         return self._draw(self.blocks, device)
 
     def _draw(self, count: int, device: torch.device) -> Tensor:
         """True at a rate of p, bool [count]."""
         return torch.rand(count, dtype=torch.float32, device=device) < self.settings.p
 
-    def _noise(self, blocks: Tensor, picked: Tensor) -> Tensor:
+    def _noise(self, blocks: Tensor, picked: Tensor, learned: Tensor | None) -> Tensor:
         """What the picked blocks become, [blocks, d] or like it."""
         if self.settings.noise == "proxy":
             return blocks.new_zeros(())
         if self.settings.noise == "mean":
             return blocks.mean(0)
-        stored = self._stored(blocks)
+        stored = self._stored(blocks, learned)
         words = stored.values()
         if blocks.device.type != "cpu" or torch.compiler.is_compiling():
             # How many are picked is not known there without waiting for the device.

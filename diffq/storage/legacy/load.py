@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from diffq.attach.chains import quantizers_in
+from diffq.attach.attachment import is_attached
 from diffq.attach.plan import QUANTIZABLE, dtype_name, named_tensors
 from diffq.errors import MismatchError, StateError
 from diffq.format.records import Record
@@ -185,7 +185,7 @@ def _places(model: nn.Module, settings: Settings) -> tuple[list[_Place], list[_P
 
     A tied parameter that is excluded under its first name but not under another is both.
     """
-    if quantizers_in(model):
+    if is_attached(model):
         raise MismatchError(
             "Legacy states are loaded into a plain model, but this one has a quantizer. "
             "Call quantizer.detach() first."

@@ -1,0 +1,278 @@
+"""The state dict of an attached model: the plain one, what is learned, and the settings.
+
+| key in the root | value |
+| --- | --- |
+| names of the plain model | its tensors |
+| `diffq_learned` | the flat parameter, if something is learned |
+| `diffq_kept` | int32, what some methods hold besides, such as indices of blocks |
+| `diffq_settings` | float32, the settings as characters |
+
+The settings are numbers of at most 126, of one length from the first step to the last, so that
+averages of state dicts keep them. They are no buffer: averages of models leave them alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffq.attach.forward import Forwards, Place
+from diffq.attach.plan import LEARNED
+from diffq.attach.sample import same_memory
+from diffq.errors import MismatchError, listed
+from diffq.torch_inside.sharding import is_dtensor
+
+SETTINGS = "diffq_settings"
+KEPT = "diffq_kept"
+
+_REMEDY = (
+    "Make the quantizer with the settings of the checkpoint; or load its weights alone, without "
+    "the entries whose names begin with 'diffq_'."
+)
+
+
+class StateHooks:
+    """Hooks of the root that add to its state dict, and read it again.
+
+    Args:
+        forwards: the model's forwards.
+        places: of all quantized tensors.
+    """
+
+    def __init__(self, forwards: Forwards, places: Sequence[Place]) -> None:
+        self._forwards = forwards
+        self._places = places
+        self._handles: list[RemovableHandle] = []
+        # What a load brings besides the learned parameter: stages by name, and `diffq_kept`.
+        self._loaded: tuple[dict[str, int], dict[str, Tensor]] | None = None
+
+    def register(self, root: nn.Module) -> None:
+        """Registers the hooks."""
+        module: Any = root
+        self._handles += [
+            module.register_state_dict_pre_hook(self._settle),
+            # Not the method itself, on which torch could not leave its mark.
+            module.register_state_dict_post_hook(partial(StateHooks._add, self)),
+            module.register_load_state_dict_pre_hook(self._before_load),
+            module.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def added(self) -> dict[str, Tensor]:
+        """The entries of a state dict that are no tensors of the model."""
+        quantizers = self._forwards.quantizers
+        kept = [each.reshape(-1) for q in quantizers if (each := q.kept()) is not None]
+        text = json.dumps(self._settings(), separators=(",", ":"), ensure_ascii=True)
+        settings = torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
+        found = {KEPT: torch.cat(kept)} if kept else {}
+        return {**found, SETTINGS: settings}
+
+    def _settings(self) -> dict[str, Any]:
+        learned = self._forwards.learned.counts()
+        tensors = {
+            q.plan.name: [q.stage, count, _count(q.kept()), q.meaning()]
+            for q, count in zip(self._forwards.quantizers, learned, strict=True)
+        }
+        return {"methods": self._methods(), "tensors": tensors}
+
+    def _methods(self) -> list[str]:
+        return sorted({type(q).__name__ for q in self._forwards.quantizers})
+
+    def _settle(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._forwards.learned.settle([q.settled() for q in self._forwards.quantizers])
+
+    def _add(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if prefix + LEARNED in state:  # it follows what the plain model has
+            state[prefix + LEARNED] = state.pop(prefix + LEARNED)
+        state.update((prefix + name, tensor) for name, tensor in self.added().items())
+
+    def _before_load(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        *_: Any,
+    ) -> None:
+        self._loaded = None
+        self._translate(state, prefix)
+        settings = state.pop(prefix + SETTINGS, None)
+        kept = state.pop(prefix + KEPT, None)
+        if settings is not None:
+            self._take(state, prefix, _parsed(settings), kept, strict)
+        parameter = self._forwards.learned.parameter
+        if parameter is not None:
+            state.setdefault(prefix + LEARNED, parameter)
+
+    def _take(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        theirs: dict[str, Any],
+        kept: Tensor | None,
+        strict: bool,
+    ) -> None:
+        """Checks the settings of a checkpoint, and takes the parts that fit."""
+        if theirs["methods"] != self._methods():
+            if not strict:
+                state.pop(prefix + LEARNED, None)
+                return
+            raise MismatchError(
+                f"The checkpoint was made with {listed(theirs['methods'])}, and the quantizer of "
+                f"this model has {listed(self._methods())}. {_REMEDY}"
+            )
+        entries: dict[str, list[Any]] = theirs["tensors"]
+        ours = {q.plan.name: q for q in self._forwards.quantizers}
+        if strict and entries.keys() != ours.keys():
+            raise MismatchError(
+                "The checkpoint and the quantizer of this model must have the same quantized "
+                f"tensors, but only one has {listed(sorted(entries.keys() ^ ours.keys()))}. "
+                f"{_REMEDY}"
+            )
+        # Without `strict`, a part of a checkpoint may be loaded: the tensors that are there.
+        chosen = [n for n in entries if n in ours and (strict or prefix + n in state)]
+        for name in chosen:
+            _compare(name, entries[name][3], ours[name].meaning())
+        integers = _cut(kept, {name: entry[2] for name, entry in entries.items()})
+        self._loaded = {name: entries[name][0] for name in chosen}, integers
+        if chosen != list(entries) or chosen != list(ours):
+            counts = {name: entry[1] for name, entry in entries.items()}
+            self._merge(state, prefix, counts, chosen)
+
+    def _merge(
+        self, state: dict[str, Any], prefix: str, counts: Mapping[str, int], names: Sequence[str]
+    ) -> None:
+        """Puts what was learned of some tensors into the present learned parameter."""
+        loaded, parameter = state.get(prefix + LEARNED), self._forwards.learned.parameter
+        if loaded is None or parameter is None:
+            return
+        if is_dtensor(loaded) or is_dtensor(parameter):
+            raise MismatchError(
+                "A part of what was learned cannot be taken out of a sharded checkpoint: its "
+                f"quantized tensors must be those of the model. {_REMEDY}"
+            )
+        theirs, merged = _cut(loaded, counts), parameter.detach().clone()
+        parts = self._forwards.learned.parts(merged)
+        for quantizer, part in zip(self._forwards.quantizers, parts, strict=True):
+            if part is not None and quantizer.plan.name in names:
+                part.copy_(theirs[quantizer.plan.name].view_as(part))
+        state[prefix + LEARNED] = merged
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self._tie_again()
+        if self._loaded is not None:
+            stages, kept = self._loaded
+            self._loaded = None
+            parts = self._forwards.learned.parts()
+            for q, part in zip(self._forwards.quantizers, parts, strict=True):
+                if q.plan.name in stages:
+                    learned = None if part is None else part.detach()
+                    q.set_stage(stages[q.plan.name], learned, kept.get(q.plan.name))
+        self._forwards.forget()
+        for place in self._places:
+            self._forwards.look(place)
+
+    def _tie_again(self) -> None:
+        # load_state_dict(assign=True) makes one parameter for each name of a tied one.
+        first: dict[int, Place] = {}
+        for place in self._places:
+            own = place.owner._parameters.get(place.name)
+            tied = first.setdefault(place.quantizer.index, place)
+            parameter = tied.owner._parameters.get(tied.name)
+            if own is None or parameter is None or own is parameter:
+                continue
+            if not same_memory(own, parameter):
+                place.owner._parameters[place.name] = parameter
+
+    def _translate(self, state: dict[str, Any], prefix: str) -> None:
+        """Gives a checkpoint from when parametrizations held the quantizers the names of today."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for quantizer, owner, name in self._places:
+            for site in quantizer.plan.sites:
+                stem = ".".join(filter(None, (site.module, "parametrizations", site.attribute)))
+                if name in owner._parameters and f"{prefix}{stem}.original" in state:
+                    state[prefix + site.name] = state.pop(f"{prefix}{stem}.original")
+                found.setdefault(quantizer.plan.name, {}).update(_earlier(state, prefix + stem))
+        parameter = self._forwards.learned.parameter
+        if not any(found.values()) or is_dtensor(
+            torch.empty(0) if parameter is None else parameter
+        ):
+            return
+        merged = torch.empty(0) if parameter is None else parameter.detach().clone()
+        parts = self._forwards.learned.parts(None if parameter is None else merged)
+        stages: dict[str, int] = {}
+        kept: dict[str, Tensor] = {}
+        for quantizer, part in zip(self._forwards.quantizers, parts, strict=True):
+            entries = found.get(quantizer.plan.name)
+            if entries:
+                name = quantizer.plan.name
+                stages[name], integers = quantizer.read_earlier(entries, part)
+                if integers is not None:
+                    kept[name] = integers
+        self._loaded = stages, kept
+        if parameter is not None:
+            state[prefix + LEARNED] = merged
+
+
+def _parsed(settings: Tensor) -> dict[str, Any]:
+    try:
+        # Averages are near whole numbers.
+        characters = bytes(settings.detach().float().round().to("cpu", torch.uint8).tolist())
+        parsed: dict[str, Any] = json.loads(characters)
+        return parsed
+    except ValueError as error:
+        raise MismatchError(
+            f"The entry {SETTINGS!r} of the checkpoint cannot be read: {error}. Load a checkpoint "
+            "as it was saved; or its weights alone, without the entries whose names begin with "
+            "'diffq_'."
+        ) from error
+
+
+def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    differing = [key for key in ours if theirs.get(key) != ours[key]]
+    if differing:
+        said = ", ".join(f"{key}={theirs.get(key)}" for key in differing)
+        asked = ", ".join(f"{key}={ours[key]}" for key in differing)
+        raise MismatchError(
+            f"A checkpoint continues under the settings that it was made with, but {name} has "
+            f"{said} in the checkpoint and {asked} in the quantizer of this model. {_REMEDY}"
+        )
+
+
+def _cut(flat: Tensor | None, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The parts of a flat tensor by name."""
+    if flat is None:
+        return {}
+    if len(flat) != sum(counts.values()):
+        raise MismatchError(
+            f"The checkpoint's settings tell of {sum(counts.values())} numbers for its quantizer, "
+            f"and it holds {len(flat)}. Load a checkpoint as it was saved."
+        )
+    return dict(zip(counts, torch.split(flat, list(counts.values())), strict=True))
+
+
+def _count(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
+
+
+def _earlier(state: dict[str, Any], stem: str) -> dict[str, Tensor]:
+    """Takes the entries of a quantizer that was the last of a tensor's parametrizations."""
+    names = ("logits", "scale", "codebook", "indices", "_extra_state")
+    found = {}
+    for key in [key for key in state if key.startswith(f"{stem}.")]:
+        position, _, name = key[len(stem) + 1 :].partition(".")
+        if position.isdigit() and name in names:
+            found[name] = state.pop(key)
+    return found

@@ -1,0 +1,327 @@
+"""The classes of an attached model's modules: a property for each quantized tensor.
+
+A module that holds a quantized tensor, and each module above one, gets a subclass of its class,
+of the same name. In a forward, a property gives the tensor that is computed with in place of
+the Parameter, which stays where it is. The methods that compute are wrapped.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffq.attach.forward import Forwards, Place
+from diffq.torch_inside.graph import in_backward
+from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
+
+#: The attribute of a module that holds its `Cover`.
+COVER = "_diffq"
+
+_BASE, _KEY = "_diffq_base", "_diffq_key"
+
+_NOT_COPIED = ("__dict__", "__weakref__")
+
+
+class Cover:
+    """What a module of an attached model knows: of its own tensors, and of those below it.
+
+    It refers to nothing above the module, so that a part of a model can be copied.
+
+    Attributes:
+        forwards: what all modules of the model share.
+        own: the module's quantized tensors, by name.
+        below: the same, and those of all modules below.
+        attachment: what is attached; None in all modules but the root.
+    """
+
+    def __init__(
+        self, forwards: Forwards, own: Mapping[str, Place], below: Sequence[Place]
+    ) -> None:
+        self.forwards = forwards
+        self.own = own
+        self.below = below
+        self.attachment: Any = None
+
+
+def cover_of(module: nn.Module) -> Cover | None:
+    """The cover of a module; None if it has none."""
+    cover: Cover | None = module.__dict__.get(COVER)
+    return cover
+
+
+def put_on(module: nn.Module, cover: Cover) -> None:
+    """Gives a module its cover, and the class that reads it."""
+    module.__dict__[COVER] = cover
+    module.__class__ = _covered(type(module), tuple(cover.own), cover.attachment is not None)
+
+
+def take_off(module: nn.Module) -> None:
+    """Gives a module its class back, and removes its cover."""
+    module.__class__ = _without(type(module))
+    if module.__dict__.pop(COVER, None) is not None and isinstance(module, nn.RNNBase):
+        keep_weights(module)
+
+
+class QuantizedTensor(property):
+    """The property of a quantized tensor.
+
+    Attributes:
+        name: the tensor's name in its module.
+        inner: the property of another parametrization, which computes the tensor.
+    """
+
+    def __init__(self, name: str, inner: property | None) -> None:
+        self.name = name
+        self.inner: Any = inner
+        super().__init__(self._read, self._write, self._delete)
+
+    def plain(self, module: nn.Module) -> Tensor:
+        """The tensor without quantization.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        name = self.name
+        tensor: Tensor | None = module._parameters.get(name)
+        if tensor is None and name in module.__dict__:
+            # The hooks of older torch, and DataParallel, put tensors there.
+            tensor = module.__dict__[name]
+        if tensor is None and self.inner is not None and name not in module._parameters:
+            tensor = self.inner.fget(module)
+        if tensor is None and name not in module._parameters:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+        return tensor  # type: ignore[return-value]
+
+    def _read(self, module: nn.Module) -> Tensor:
+        name, parameters = self.name, module._parameters
+        cover = module._diffq
+        if cover is None or not _computes(cover.forwards):
+            return parameters[name] if name in parameters else self.plain(module)  # type: ignore[return-value]
+        place = cover.own[name]
+        base = parameters[name] if name in parameters else None
+        if base is None and self.inner is not None and name not in module.__dict__:
+            base = cover.forwards.is_known(place, module.training)
+        if base is None:
+            base = self.plain(module)
+        return base if base is None else cover.forwards.read(place, base, module.training)
+
+    def _write(self, module: nn.Module, value: Any) -> None:
+        if self.inner is not None:
+            self.inner.fset(module, value)
+        else:
+            module.__dict__[self.name] = value
+
+    def _delete(self, module: nn.Module) -> None:
+        if self.name not in module.__dict__:
+            raise AttributeError(self.name)
+        del module.__dict__[self.name]
+
+
+def _computes(forwards: Forwards) -> bool:
+    """Whether reading gives what a forward computes with."""
+    return bool(forwards.running) or (forwards.replayed is not None and in_backward())
+
+
+class _Quiet:
+    """Keeps classes that register their subclasses from seeing ours."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class _Recurrent(ReadsWeights, _Quiet):
+    """A recurrent layer with quantized weights."""
+
+    def _computes(self) -> bool:
+        cover = self.__dict__.get(COVER)
+        return cover is not None and _computes(cover.forwards)
+
+
+class _Root:
+    """The root of an attached model."""
+
+    _diffq: Any
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Those of the plain model, then the learned parameter."""
+        named: Any = super()
+        learned, last = self._diffq.forwards.learned.parameter, None
+        for pair in named.named_parameters(*args, **kwargs):
+            if pair[1] is learned:
+                last = pair
+            else:
+                yield pair
+        if last is not None:
+            yield last
+
+    @property
+    def diffq_settings(self) -> Tensor:
+        """What the state dict holds under this name, for code that looks its names up."""
+        return self._diffq.attachment.state_entries()["diffq_settings"]  # type: ignore[no-any-return]
+
+    @property
+    def diffq_kept(self) -> Tensor:
+        """The same for what some methods keep besides."""
+        return self._diffq.attachment.state_entries()["diffq_kept"]  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode, which ends `quantize()`."""
+        self._diffq.forwards.always_quantized = False
+        module: Any = super()
+        return module.train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        module: Any = super()
+        return self._diffq.attachment.apply(module._apply, fn, recurse)
+
+
+def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> type[nn.Module]:
+    """The subclass for a module; modules of one class share it, and it goes when unused."""
+    key = base, names, is_root
+    for known in base.__subclasses__():
+        if vars(known).get(_KEY) == key:
+            return known
+    parametrized = any(isinstance(vars(base).get(name), property) for name in names)
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        COVER: None,
+        _BASE: base,
+        _KEY: key,
+    }
+    members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
+    if names:
+        members["train"] = _watched(base.train)
+    metaclass: Any = type(base)
+    if parametrized:
+        # torch deletes the properties of a parametrized class, and then takes its first base.
+        own = {k: v for k, v in vars(base).items() if k not in _NOT_COPIED}
+        first, *others = base.__bases__
+        below = _covered(first, (), is_root)
+        return metaclass(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
+    members["forward"] = _counted(base.forward)
+    members.update((n, _counted(method, of_tensors=True)) for n, method in _readers(base, names))
+    mixins: list[type] = [_Root] if is_root else []
+    mixins.append(_Recurrent if issubclass(base, nn.RNNBase) else _Quiet)
+    return metaclass(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
+
+
+def _without(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class without ours in it."""
+    if _BASE in vars(cls):
+        return vars(cls)[_BASE]  # type: ignore[no-any-return]
+    if not hasattr(cls, _BASE):
+        return cls
+    members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
+    bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
+    return type(cls)(cls.__name__, bases, members)
+
+
+def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The methods of a class, not of torch's, that read one of its quantized tensors."""
+    for cls in base.__mro__:
+        if cls.__module__.split(".")[0] == "torch":
+            continue
+        for name, method in vars(cls).items():
+            code = getattr(method, "__code__", None)
+            if (
+                name == "forward"
+                or name.startswith("__")
+                or getattr(base, name, None) is not method
+            ):
+                continue
+            if code is not None and not set(names).isdisjoint(code.co_names):
+                yield name, method
+
+
+def _counted(method: Any, of_tensors: bool = False) -> Any:
+    """A method during which the model computes.
+
+    Args:
+        method: of a class.
+        of_tensors: only where one of its arguments is a tensor.
+    """
+
+    @functools.wraps(method)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cover = self._diffq
+        if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
+            return method(self, *args, **kwargs)
+        forwards: Forwards = cover.forwards
+        running = forwards.running
+        if torch.compiler.is_compiling():
+            # Checkpoints allow no side effects on what is outside of them.
+            if running:
+                return method(self, *args, **kwargs)
+            forward = forwards.enter(cover.below)
+            running.append(forward)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                running.pop()
+        forward = forwards.current()
+        outermost = forward is None
+        if outermost:
+            if cover.attachment is not None:
+                cover.attachment.check_links()
+            forward = forwards.enter(cover.below)
+        elif cover.own:
+            forwards.enter_part(forward, cover.own.values())
+        try:
+            running.append(forward)
+            output = method(self, *args, **kwargs)
+        finally:
+            _remove(running, forward)
+        if outermost:
+            forwards.leave(forward, output)
+        return output
+
+    # Compiled code is kept by code object, and only so much of it: each class needs its own.
+    counted.__code__ = counted.__code__.replace(co_name=method.__name__)
+    return counted
+
+
+def _remove(running: list[Any], forward: Any) -> None:
+    """Ends one call, also of a forward that was interrupted before it was noted."""
+    if forward in running:
+        running.remove(forward)
+
+
+def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+
+
+def _watched(method: Any) -> Any:
+    """`train`, after which the quantized weights of the module are computed anew."""
+
+    @functools.wraps(method)
+    def train(self: Any, mode: bool = True) -> Any:
+        cover = self._diffq
+        if cover is not None:
+            for place in cover.own.values():
+                cover.forwards.switch(place, mode)
+        return method(self, mode)
+
+    return train
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickles and copies by the plain class, because ours cannot be found by its name."""
+    ours = next(cls for cls in type(self).__mro__ if _BASE in vars(cls))
+    reduced = super(ours, self).__reduce_ex__(protocol)
+    function, args = reduced[:2]
+    if function is copyreg.__newobj__ and _BASE in vars(args[0]):
+        return (_rebuild, vars(args[0])[_KEY], *reduced[2:])
+    return reduced
+
+
+def _rebuild(*key: Any) -> Any:
+    cls: Any = _covered(*key)
+    return cls.__new__(cls)

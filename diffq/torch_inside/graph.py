@@ -1,0 +1,75 @@
+"""Where autograd stands: tracing, transforms, a backward that runs, tensors of an output."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` runs, whose tensors hold no numbers of their own."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_plain() -> bool:
+    """Whether operations run at once, on tensors that hold their own numbers.
+
+    Not while `torch.compile`, `torch.export` or `torch.jit` trace, nor in transforms of
+    `torch.func`.
+    """
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+
+
+def in_backward() -> bool:
+    """Whether a backward runs, in which checkpoints compute parts of a forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint runs its part of a forward, with gradients off.
+
+    Its backward runs the part again, with gradients on. Nothing but the stack tells it from
+    `torch.no_grad()`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    wanted, frame = CheckpointFunction.forward.__code__, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not wanted:
+        frame = frame.f_back
+    return frame.f_code is wanted
+
+
+def call_after_backward(call: Callable[[], None]) -> None:
+    """Calls a function once the backward that runs has ended without an error."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def output_tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward returns: containers that torch knows, and dataclasses."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from output_tensors(getattr(leaf, field.name, None))
+
+
+class Tied(torch.autograd.Function):
+    """A tensor with another one in its graph, in name only."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        """The value."""
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the value; none for the other."""
+        return grad, None
