@@ -86,10 +86,11 @@ def test_a_layer_that_is_taken_out_and_put_back(training):
 def test_a_part_that_is_compiled_in_place():
     """A part that is replaced by its compiled self trains, evaluates and detaches."""
     model, quantizer = attached(readers, **COARSE)
+    fresh = restored(readers, quantizer)
     model[0] = torch.compile(model[0], backend="eager")
     model(x16()).sum().backward()
     assert model[2].weight.grad.any()
-    inputs, fresh = x16(), restored(readers, quantizer)
+    inputs = x16()
     with torch.no_grad():
         assert close(model.eval()(inputs), fresh(inputs))
     quantizer.detach()

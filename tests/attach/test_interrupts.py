@@ -136,18 +136,20 @@ def test_a_bad_input():
     assert all(grad is None or grad.isfinite().all() for grad in _step(model).values())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_weight_that_is_not_finite(training):
-    """A forward of NaN gives NaN, as in a plain model, and a repaired weight heals it."""
+def test_a_weight_that_is_not_finite():
+    """Training on NaN gives NaN, evaluating names the tensor, and a repaired weight heals both."""
     model, _ = attached(_failing)
-    model.train(training)
     layer = model.layers[0]
     old = layer.weight[0, 0].item()
     with torch.no_grad():
         layer.weight[0, 0] = float("nan")
         assert not model(x16()).isfinite().all()
+        with pytest.raises(diffq.WeightError, match=r"layers\.0\.weight"):
+            model.eval()(x16())
+        assert reads_parameters(model)
         layer.weight[0, 0] = old
         assert model(x16()).isfinite().all()
+        assert model.train()(x16()).isfinite().all()
     assert reads_parameters(model)
 
 
@@ -165,18 +167,17 @@ class _Interrupt:
 
 
 def _interrupted(model, place):
-    """Whether a training step was interrupted: False where it has fewer calls."""
+    """Whether a training step has so many calls; the last is interrupted, if torch lets it."""
     sys.settrace(tracer := _Interrupt(place))
     try:
         model(torch.ones(2, 16)).sum().backward()
     except KeyboardInterrupt:
-        return True
+        pass
     finally:
         sys.settrace(None)
         # Ctrl-C on entry to `no_grad.__exit__` leaves gradients off in plain torch too.
         torch.set_grad_enabled(True)
-    assert tracer.left > 0
-    return False
+    return tracer.left <= 0
 
 
 def test_ctrl_c_at_any_call():
@@ -185,8 +186,8 @@ def test_ctrl_c_at_any_call():
     wanted, place = _step(model), 1
     while _interrupted(model, place):
         assert reads_parameters(model), place
-        place += 3
-    assert place > 30
+        place += 1
+    assert place > 100
     assert close(_step(model), wanted, SUMS)
 
 

@@ -229,6 +229,35 @@ def test_blocks_in_blocks():
     assert reads_parameters(model)
 
 
+def test_a_block_in_a_forward():
+    """A block inside of a forward is the forward's, with its sample, and does not end it."""
+
+    class Computing(Looking):
+        def forward(self, x):
+            self.look()
+            with self.quantizers[0].computing():
+                self.look()
+            self.look()
+            return self.layer(x)
+
+    model, quantizer = attached(Computing, **COARSE)
+    model.quantizers.append(quantizer)
+    model(x16())
+    assert all(same_bits(weight, model.layer.seen[0]) for weight in model.seen)
+    assert reads_parameters(model)
+
+
+class Looking(nn.Module):
+    """A model that notes its layer's weight, and can hold its quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen, self.quantizers = Reader(), [], []
+
+    def look(self):
+        self.seen.append(self.layer.weight.detach().clone())
+
+
 def test_a_wrapper_that_reads_a_part():
     """An unattached model around reads Parameters, unless it says that it computes."""
 

@@ -117,7 +117,6 @@ def test_changes_that_separate_memory(change):
             changed(tokens())
     except diffq.AttachError as error:
         assert "embed.weight" in str(error)  # noqa: PT017
-        assert "head.weight" in str(error)  # noqa: PT017
     else:
         dtype = changed.embed.weight.dtype
         assert computes_with_what_is_stored(lambda: ByMemory().to(dtype), changed, quantizer)
