@@ -111,6 +111,3 @@ def test_fused_convolutions():
     plain.load_state_dict({n: v for n, v in model.state_dict().items() if "diffq" not in n})
     fused = [nn.utils.fusion.fuse_conv_bn_eval(*net.eval()) for net in (plain, model)]
     assert same_bits(*[dict(net.named_parameters())["weight"].detach() for net in fused])
-    images = _images()
-    with torch.no_grad():
-        assert close(fused[1](images), plain(images))
