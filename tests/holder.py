@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffq.attach.chains import quantizers_in
+from diffq.attach.attachment import attachment_of
 
 
 class Holder(nn.Module):
@@ -54,9 +54,66 @@ def reloaded(state):
     return torch.load(file, weights_only=True)
 
 
+class Quantized:
+    """The quantizer of one tensor, with its part of what the model's quantizers learn.
+
+    Attributes besides: those of the quantizer.
+    """
+
+    def __init__(self, attachment, quantizer):
+        self._attachment = attachment
+        self._quantizer = quantizer
+
+    def __getattr__(self, name):
+        return getattr(self._quantizer, name)
+
+    @property
+    def learned(self):
+        """What is learned of the tensor, a view that can be written to."""
+        return self._attachment.learned.part(self._quantizer.index).detach()
+
+    logits = scale = codebook = learned
+
+    @property
+    def weight(self):
+        """The Parameter, or what another parametrization computes."""
+        return self._attachment.weight(self._quantizer)
+
+    @property
+    def grad(self):
+        """The gradient of what is learned; None if there is none."""
+        parameter = self._attachment.learned.parameter
+        return None if parameter.grad is None else self._part(parameter.grad)
+
+    def gradient_of(self, result, **options):
+        """The gradient of a scalar to what is learned of the tensor."""
+        parameter = self._attachment.learned.parameter
+        return self._part(torch.autograd.grad(result, parameter, **options)[0])
+
+    def quantized(self):
+        """The true quantized weight."""
+        return self._quantizer.quantize(self.weight.detach(), self.learned_or_none)
+
+    @property
+    def learned_or_none(self):
+        """What is learned; None for methods that learn nothing."""
+        part = self._attachment.learned.part(self._quantizer.index)
+        return None if part is None else part.detach()
+
+    def _part(self, flat):
+        return self._attachment.learned.parts(flat)[self._quantizer.index]
+
+
 def weight_quantizers(model):
-    """Tensor name to the weight quantizer that sits on it."""
-    return {quantizer.plan.name: quantizer for quantizer in quantizers_in(model)}
+    """Tensor name to the `Quantized` of each quantized tensor; empty for a plain model."""
+    attachment = attachment_of(model)
+    quantizers = () if attachment is None else attachment.quantizers
+    return {quantizer.plan.name: Quantized(attachment, quantizer) for quantizer in quantizers}
+
+
+def quantizers_in(model):
+    """The `Quantized` of each quantized tensor of a model."""
+    return list(weight_quantizers(model).values())
 
 
 def set_bits(weight_quantizer, bits):

@@ -1,6 +1,7 @@
 """Small models that several tests share, and what they do with them."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffq
-from diffq.attach import chains
+from diffq.attach.attachment import attachment_of
 from tests.compare import close, same_bits
 
 #: Every public quantizer, with all tensors selected.
@@ -170,7 +171,9 @@ def step(model, optimizer, inputs, quantizer=None, lam=0.1):
 
 def learned(model):
     """Name and parameter of all that training moves from the start: codebooks wait for a stage."""
-    return [(n, p) for n, p in model.named_parameters() if not n.endswith(".codebook")]
+    product = isinstance(diffq.quantizer_of(model), diffq.ProductQuantizer)
+    names = [(n, p) for n, p in model.named_parameters() if not product or n != "diffq_learned"]
+    return names
 
 
 #: How close gradients are, in units of the last place: what is learned gets sums that cancel out,
@@ -192,16 +195,26 @@ def snapshot_of(model):
 
 def computed(model):
     """Name to a copy of each tensor that the modules of a model compute with in their mode."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if "parametrizations" not in path.split("."):
+    attachment, found = attachment_of(model), {}
+    with attachment.computing() if attachment is not None else nullcontext():
+        for path, module in model.named_modules(remove_duplicate=False):
+            if "parametrizations" in path.split("."):
+                continue
             names = [
                 *module._parameters,
                 *module._buffers,
                 *getattr(module, "parametrizations", []),
             ]
             found |= {f"{path}.{name}".strip("."): getattr(module, name) for name in names}
+    found.pop("diffq_learned", None)
     return {n: None if found[n] is None else found[n].detach().clone() for n in sorted(found)}
+
+
+def computed_weight(model, name):
+    """The tensor of this name that the model computes with in its mode, in the graph."""
+    owner, _, attribute = name.rpartition(".")
+    with attachment_of(model).computing():
+        return getattr(model.get_submodule(owner), attribute)
 
 
 def evaluate_alike(one, other, *inputs, **options):
@@ -233,11 +246,9 @@ def attached(make, kind="diffq", **options):
 
 
 def nothing_held(model):
-    """Whether no forward is counted and no weight is fixed."""
-    quantizers = chains.quantizers_in(model)
-    return bool(quantizers) and all(
-        q._held is None and q.forward_state.depth == 0 for q in quantizers
-    )
+    """Whether no forward runs, and reading gives the Parameters."""
+    attachment = attachment_of(model)
+    return attachment is not None and attachment.forwards.current() is None
 
 
 def fingerprint(model):

@@ -226,6 +226,15 @@ class StateHooks:
             state[prefix + LEARNED] = merged
 
 
+def stages(settings: Tensor) -> dict[str, int]:
+    """The stage of each tensor, from the entry `diffq_settings` of a state dict.
+
+    Raises:
+        MismatchError: the entry cannot be read.
+    """
+    return {name: entry[0] for name, entry in _parsed(settings)["tensors"].items()}
+
+
 def _parsed(settings: Tensor) -> dict[str, Any]:
     try:
         # Averages are near whole numbers.

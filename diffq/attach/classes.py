@@ -97,18 +97,20 @@ class QuantizedTensor(property):
             raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
         return tensor  # type: ignore[return-value]
 
-    def _read(self, module: nn.Module) -> Tensor:
-        name, parameters = self.name, module._parameters
-        cover = module._diffq
-        if cover is None or not _computes(cover.forwards):
-            return parameters[name] if name in parameters else self.plain(module)  # type: ignore[return-value]
-        place = cover.own[name]
-        base = parameters[name] if name in parameters else None
+    def _read(self, module: Any) -> Any:
+        name, parameters, cover = self.name, module._parameters, module._diffq
+        forward = None if cover is None else cover.forwards.current()
+        if forward is None:
+            return parameters[name] if name in parameters else self.plain(module)
+        place, training = cover.own[name], module.training
+        base = parameters.get(name)
         if base is None and self.inner is not None and name not in module.__dict__:
-            base = cover.forwards.is_known(place, module.training)
+            # Computed once, when the forward began.
+            known = forward.samples[place.quantizer.index]
+            base = None if known is None or known.training != training else known.weight
         if base is None:
             base = self.plain(module)
-        return base if base is None else cover.forwards.read(place, base, module.training)
+        return base if base is None else cover.forwards.read(forward, place, base, training)
 
     def _write(self, module: nn.Module, value: Any) -> None:
         if self.inner is not None:
@@ -120,11 +122,6 @@ class QuantizedTensor(property):
         if self.name not in module.__dict__:
             raise AttributeError(self.name)
         del module.__dict__[self.name]
-
-
-def _computes(forwards: Forwards) -> bool:
-    """Whether reading gives what a forward computes with."""
-    return bool(forwards.running) or (forwards.replayed is not None and in_backward())
 
 
 class _Quiet:
@@ -139,7 +136,7 @@ class _Recurrent(ReadsWeights, _Quiet):
 
     def _computes(self) -> bool:
         cover = self.__dict__.get(COVER)
-        return cover is not None and _computes(cover.forwards)
+        return cover is not None and cover.forwards.current() is not None
 
 
 class _Root:
@@ -255,30 +252,31 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
         if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
         forwards: Forwards = cover.forwards
-        running = forwards.running
         if torch.compiler.is_compiling():
             # Checkpoints allow no side effects on what is outside of them.
-            if running:
+            if forwards.runs():
                 return method(self, *args, **kwargs)
             forward = forwards.enter(cover.below)
-            running.append(forward)
             try:
+                forwards.begin(forward)
                 return method(self, *args, **kwargs)
             finally:
-                running.pop()
+                forwards.end(forward)
         forward = forwards.current()
-        outermost = forward is None
+        # A checkpoint around an outermost call runs all of it again, its samples too.
+        outermost = forward is None or (forward.entry is self and not forwards.runs())
         if outermost:
             if cover.attachment is not None:
                 cover.attachment.check_links()
             forward = forwards.enter(cover.below)
+            forward.entry = self
         elif cover.own:
             forwards.enter_part(forward, cover.own.values())
         try:
-            running.append(forward)
+            forwards.begin(forward)
             output = method(self, *args, **kwargs)
         finally:
-            _remove(running, forward)
+            forwards.end(forward)
         if outermost:
             forwards.leave(forward, output)
         return output
@@ -286,12 +284,6 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     # Compiled code is kept by code object, and only so much of it: each class needs its own.
     counted.__code__ = counted.__code__.replace(co_name=method.__name__)
     return counted
-
-
-def _remove(running: list[Any], forward: Any) -> None:
-    """Ends one call, also of a forward that was interrupted before it was noted."""
-    if forward in running:
-        running.remove(forward)
 
 
 def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

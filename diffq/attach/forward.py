@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
@@ -66,10 +67,17 @@ class Place(NamedTuple):
 
 
 class Forward:
-    """What one outermost forward computes with: a sample of each quantized tensor, by index."""
+    """What one outermost forward computes with.
+
+    Attributes:
+        samples: one of each quantized tensor, by index; None for what is drawn when it is read.
+        entry: the module whose call it is; None in a block that computes.
+        writes: finds writes to the samples at the end.
+    """
 
     def __init__(self, count: int) -> None:
         self.samples: list[Sample | None] = [None] * count
+        self.entry: nn.Module | None = None
         self.writes: Writes | None = None
 
 
@@ -79,8 +87,7 @@ class Forwards:
     Attributes:
         quantizers: one for each unique tensor, by index.
         learned: what they learn.
-        running: the forward of each call that runs, the outermost first. A list, because
-            threads may evaluate at once: to add and to remove lose nothing.
+        running: by thread, the forward of each call that runs, the outermost first.
         replayed: the forward whose backward runs, in which checkpoints run parts of it again.
         always_quantized: training computes with quantized weights too.
         expects_optimizer: training is refused, because no optimizer has what is learned.
@@ -92,7 +99,7 @@ class Forwards:
         self.quantizers = quantizers
         self.learned = learned
         self.cache = EvalCache(len(quantizers))
-        self.running: list[Forward] = []
+        self.running: dict[int, list[Forward]] = {}
         self.replayed: Forward | None = None
         self.always_quantized = False
         self.expects_optimizer = False
@@ -103,23 +110,29 @@ class Forwards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
-        return {**self.__dict__, "running": [], "replayed": None, "root": None}
+        return {**self.__dict__, "running": {}, "replayed": None, "root": None}
 
     def current(self) -> Forward | None:
         """The forward that runs, or whose backward runs."""
         if self.running:
-            return self.running[-1]
+            stack = self.running.get(_thread())
+            if stack:
+                return stack[-1]
         return self.replayed if self.replayed is not None and in_backward() else None
+
+    def runs(self) -> bool:
+        """Whether a call runs in this thread."""
+        return bool(self.running) and _thread() in self.running
 
     @contextmanager
     def entered(self, places: Sequence[Place]) -> Iterator[None]:
         """A block that computes as a forward does."""
         forward = self.enter(places)
-        self.running.append(forward)
         try:
+            self.begin(forward)
             yield
         finally:
-            self.running.pop()
+            self.end(forward)
         self.leave(forward, None)
 
     def enter(self, places: Sequence[Place]) -> Forward:
@@ -130,7 +143,8 @@ class Forwards:
             OptimizerError: training must not begin.
             WeightError: in eval, a weight or a bitwidth is not finite.
         """
-        self.replayed = None
+        if not in_backward():
+            self.replayed = None
         forward = Forward(len(self.quantizers))
         training: list[tuple[WeightQuantizer, Tensor]] = []
         evaluated: list[tuple[WeightQuantizer, Tensor]] = []
@@ -168,6 +182,18 @@ class Forwards:
         if pairs:
             self._draw(forward, pairs)
 
+    def begin(self, forward: Forward) -> None:
+        """Begins one call."""
+        self.running.setdefault(_thread(), []).append(forward)
+
+    def end(self, forward: Forward) -> None:
+        """Ends one call, also one that was interrupted before it was noted."""
+        stack = self.running.get(_thread(), [])
+        if stack and stack[-1] is forward:
+            stack.pop()
+        if not stack:
+            self.running.pop(_thread(), None)
+
     def leave(self, forward: Forward, output: Any) -> None:
         """Ends an outermost forward that returned, and waits for its backward.
 
@@ -186,13 +212,11 @@ class Forwards:
         computed = [t for t in output_tensors(output) if t.requires_grad and not t.is_leaf]
         for tensor in computed:
             tensor.register_hook(lambda grad: self._replay(forward))  # type: ignore[no-untyped-call]
-        if not computed:
+        if not computed and not in_backward():
             self.replayed = forward  # what the output holds is unknown, so any backward may be its
 
-    def read(self, place: Place, base: Tensor, training: bool) -> Tensor:
+    def read(self, forward: Forward, place: Place, base: Tensor, training: bool) -> Tensor:
         """What a forward computes with in place of a tensor."""
-        forward = self.current()
-        assert forward is not None
         quantizer = place.quantizer
         if base.is_meta:
             return base
@@ -213,12 +237,6 @@ class Forwards:
         if sample.connected is None or own_graph or sample.weight is not base:
             return self._connect(quantizer, base, sample, self.learned.part(quantizer.index))
         return sample.connected
-
-    def is_known(self, place: Place, training: bool) -> Tensor | None:
-        """The tensor that the forward began with, where another parametrization computes it."""
-        forward = self.current()
-        sample = None if forward is None else forward.samples[place.quantizer.index]
-        return sample.weight if sample is not None and sample.training == training else None
 
     def forget(self) -> None:
         """Has all quantized weights computed again."""
@@ -354,6 +372,11 @@ def _refused_write(name: str) -> AttachError:
         "would be lost: in a forward, reading gives the tensor that is computed with. Write "
         f"before the forward, or pass exclude=[{name!r}]."
     )
+
+
+def _thread() -> int:
+    """The key of this thread; compilers trace one at a time."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 @contextmanager

@@ -15,7 +15,9 @@ _EXTRA_STATE = "_extra_state"
 _PARAMETRIZED = ".parametrizations."
 _MOST_LISTED = 5
 _CONTAINERS = (Mapping, list, tuple, set)
-# What the quantizers of diffq that learn something add to a parametrized tensor.
+# What an attached quantizer adds to the state dict of its model.
+_ADDED = ("diffq_learned", "diffq_kept", "diffq_settings")
+# What earlier ones that learn something added to a parametrized tensor.
 _LEARNED = ({"logits", _EXTRA_STATE}, {"codebook", "indices"})
 # Prefixes of wrappers, and what they are.
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
@@ -79,8 +81,9 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     Raises:
         ConfigError: the weights of a quantized model cannot be told from the state dict.
     """
+    _check_stages(path, state)
     renamed: dict[str, str] = {}
-    left_out: dict[str, None] = {}
+    left_out = {name: None for name in state if name.rpartition(".")[2] in _ADDED}
     kept: list[str] = []
     for stem, parts in _parametrized(state).items():
         owner, _, tensor = f".{stem}".rpartition(_PARAMETRIZED)
@@ -101,7 +104,7 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
             kept.append(name)
     plain = {renamed.get(name, name): t for name, t in state.items() if name not in left_out}
     notes = []
-    if renamed:
+    if left_out:
         notes.append(
             "a quantizer was attached: took the plain weights without its own state, such as "
             f"{next(iter(left_out))}; diffq.save(quantizer, path) keeps that"
@@ -257,11 +260,26 @@ def _may_be_quantizer(parts: Mapping[str, Mapping[str, Any]]) -> bool:
     return parts.keys() <= {"original", "0"} and parts.get("0", {}).keys() <= {"scale"}
 
 
+def _check_stages(path: str, state: Mapping[str, Any]) -> None:
+    """Checks that no codebook is trained in the place of a tensor."""
+    from diffq.attach.checkpoints import stages
+
+    for prefix in (n.removesuffix("diffq_settings") for n in state if n.endswith("diffq_settings")):
+        if prefix + "diffq_kept" in state:
+            for name, stage in stages(state[f"{prefix}diffq_settings"]).items():
+                if stage:
+                    raise _trained(path, prefix + name)
+
+
 def _check_trained(path: str, name: str, stored: Mapping[str, Any]) -> None:
     """Checks that a quantizer trains the tensor itself, and no codebook in its place."""
     if "codebook" in stored and _EXTRA_STATE in stored and stored[_EXTRA_STATE].any():
-        raise ConfigError(
-            f"{path} holds {name!r} as it was before quantize_stage() fixed its codewords: the "
-            "codebook was trained in its place. Write the file with diffq.save(quantizer, "
-            "'model.diffq'), or save model.state_dict() after quantizer.detach(quantized=True)."
-        )
+        raise _trained(path, name)
+
+
+def _trained(path: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"{path} holds {name!r} as it was before quantize_stage() fixed its codewords: the "
+        "codebook was trained in its place. Write the file with diffq.save(quantizer, "
+        "'model.diffq'), or save model.state_dict() after quantizer.detach(quantized=True)."
+    )

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from diffq.attach import chains
 from tests.compare import close, same_bits
+from tests.holder import quantizers_in
 from tests.models import (
     MODELS,
     QUANTIZERS,
@@ -96,7 +96,7 @@ def test_new_modules_take_their_owners_mode():
     model = mlp().eval()
     model[2].train()
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    plain = model[0].parametrizations.weight.original
+    plain = model[0].weight
     assert not same_bits(model[0].weight, plain)
     assert model[2].weight.grad_fn is not None
     assert same_bits(model[0].weight, restored(mlp, quantizer)[0].weight)
@@ -190,7 +190,7 @@ def test_ties_share_one_quantizer(make, inputs):
     """Tied tensors have one logit per group, one sample per forward, and one stored copy."""
     model = seeded(make)
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    shared = [q for q in chains.quantizers_in(model) if len(q.plan.names) == 2]
+    shared = [q for q in quantizers_in(model) if len(q.plan.names) == 2]
     assert len(shared) == 1
     state = quantizer.get_quantized_state()
     ((alias, target),) = state["aliases"].items()

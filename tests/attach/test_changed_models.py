@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from diffq.attach.chains import quantizers_in
+from tests.holder import quantizers_in
 from tests.models import (
     QUANTIZERS,
     Recurrent,
@@ -38,7 +38,7 @@ def _wrap_module(model):
 
 
 def _replace_original(model):
-    model[2].parametrizations.weight.original = nn.Parameter(torch.ones(3, 32))
+    model[2].weight = nn.Parameter(torch.ones(3, 32))
 
 
 def _replace_parameter(model):
@@ -95,7 +95,7 @@ def test_bits_of_a_changed_model(change, call):
 def test_detach_from_a_changed_model(change, kind):
     """detach() takes off what is left, and the model can be used and quantized again."""
     model, quantizer = attached(mlp, kind)
-    first = model[0].parametrizations.weight.original
+    first = model[0].weight
     change(model)
     assert quantizer.detach() is model
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
@@ -110,7 +110,7 @@ def test_detach_from_a_changed_model(change, kind):
 def test_detach_reaches_modules_that_were_taken_out(change):
     """detach() makes a module plain that is no longer in the model, but still in use elsewhere."""
     model, quantizer = attached(mlp)
-    head, weight = model[2], model[2].parametrizations.weight.original
+    head, weight = model[2], model[2].weight
     change(model)
     quantizer.detach()
     assert type(head) is nn.Linear
@@ -213,7 +213,7 @@ def test_parts_may_be_wrapped(kind, wrap):
     model = nn.Sequential(nn.Linear(16, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
     quantizer = QUANTIZERS[kind](model)
     quantizer.no_optimizer()
-    weight, size = model[1][0].parametrizations.weight.original, quantizer.true_model_size()
+    weight, size = model[1][0].weight, quantizer.true_model_size()
     model[1] = wrap(model[1])
     (model(torch.ones(2, 16)).sum() + quantizer.model_size()).backward()
     assert weight.grad.abs().sum() > 0

@@ -7,8 +7,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import diffq
-from diffq.attach import chains
 from tests.compare import same_bits
+from tests.holder import quantizers_in
 from tests.models import (
     MODELS,
     after_steps,
@@ -63,7 +63,7 @@ def test_deepcopy_keeps_ties():
     chains = [m.parametrizations.weight for m in (other.embed, other.head)]
     assert chains[0].original is chains[1].original
     assert chains[0][0] is chains[1][0]
-    assert chains[0].original is not model.embed.parametrizations.weight.original
+    assert chains[0].original is not model.embed.weight
     assert other_quantizer.true_model_size() == quantizer.true_model_size()
 
 
@@ -76,7 +76,7 @@ def test_detaching_the_original_leaves_a_copy_whole(name):
     quantizer.detach()
     assert evaluate_alike(copy.deepcopy(other), fresh, inputs)
     assert evaluate_alike(other, fresh, inputs)
-    assert chains.quantizers_in(other)
+    assert quantizers_in(other)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lstm", "encoder"])
@@ -96,7 +96,7 @@ def test_copies_hold_no_sample():
     model, _, inputs = after_steps()
     model(inputs)
     other = copy.deepcopy(model)
-    for quantizer in chains.quantizers_in(other):
+    for quantizer in quantizers_in(other):
         assert quantizer.current is None
         assert quantizer._cached is None
 

@@ -26,7 +26,7 @@ from tests.models import (
 def test_detach_keeps_trained_values():
     """detach() gives the full-precision weights, as the optimizer left them."""
     model, quantizer, _ = after_steps()
-    trained = [p.detach().clone() for p in (model[0].parametrizations.weight.original,)]
+    trained = [p.detach().clone() for p in (model[0].weight,)]
     quantizer.detach()
     assert same_bits(model[0].weight, trained[0])
 
@@ -67,7 +67,7 @@ def test_detach_quantized_bakes_float16():
 def test_detach_quantized_of_a_bad_weight_changes_nothing():
     """detach(quantized=True) with a NaN raises, and the quantizer stays attached and working."""
     model, quantizer, inputs = after_steps()
-    bad = model[2].parametrizations.weight.original
+    bad = model[2].weight
     good = bad.detach().clone()
     with torch.no_grad():
         bad[0, 0] = float("nan")

@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 
-from diffq.attach import chains
+from diffq.attach.attachment import attachment_of
 from tests.compare import close, same_bits
+from tests.holder import quantizers_in
 from tests.models import (
     MODELS,
     QUANTIZERS,
@@ -27,14 +28,14 @@ from tests.models import (
 def _counted(model):
     """Counts the quantizations of all tensors of a model from here on."""
     calls = []
-    for quantizer in chains.quantizers_in(model):
-        eval_weight = quantizer.eval_weight
+    for quantizer in attachment_of(model).quantizers:
+        quantize = quantizer.quantize
 
-        def _counting(weight, eval_weight=eval_weight, name=quantizer.plan.name):
+        def _counting(*args, quantize=quantize, name=quantizer.plan.name):
             calls.append(name)
-            return eval_weight(weight)
+            return quantize(*args)
 
-        quantizer.eval_weight = _counting
+        quantizer.quantize = _counting
     return calls
 
 
@@ -50,7 +51,7 @@ def test_eval_quantizes_each_weight_once(name, kind):
         model(inputs)
     # The fast path of attention may leave some unread in one mode and not in the other.
     model(inputs)
-    assert len(calls) == len(set(calls)) == len(chains.quantizers_in(model))
+    assert len(calls) == len(set(calls)) == len(quantizers_in(model))
     for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
         with context():
             model(inputs)
@@ -96,7 +97,7 @@ def _by_training(model, quantizer):
 
 def _by_bits(model, quantizer):
     with torch.no_grad():
-        for weight_quantizer in chains.quantizers_in(model):
+        for weight_quantizer in quantizers_in(model):
             for parameter in weight_quantizer.parameters():
                 parameter.sub_(1.0)
 

@@ -7,10 +7,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from diffq.attach.chains import quantizers_in
 from diffq.numerics.grid import BitsLaw
 from tests.compare import close, same_bits
-from tests.holder import Holder, bits_of
+from tests.holder import Holder, bits_of, quantizers_in
 from tests.models import SUMS, gradients
 
 
@@ -56,7 +55,7 @@ def test_a_backward_inside_of_the_forward():
         def forward(self, x):
             self.before = self.layer.weight
             torch.autograd.grad(self.layer(x).sum(), x, create_graph=True)
-            original = self.layer.parametrizations.weight.original
+            original = self.layer.weight
             torch.autograd.grad(self.layer(x).square().sum(), original, create_graph=True)
             self.after = self.layer.weight
             return self.layer(x)

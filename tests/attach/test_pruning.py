@@ -139,7 +139,7 @@ def test_parametrize_pruning_keeps_the_parameter():
     wanted = model(x)
     assert diffq.parametrize_pruning(model) is model
     assert close(model(x), wanted)
-    assert model[0].parametrizations.weight.original is weight
+    assert model[0].weight is weight
     assert is_pruned(model[0], "weight")
     assert is_pruned(model[2], "bias")
     assert not is_pruned(model[2], "weight")

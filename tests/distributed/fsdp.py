@@ -17,11 +17,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from diffq.attach.chains import quantizers_in
 from diffq.quantizers import steps
 from diffq.torch_inside import sharding
 from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
+from tests.holder import quantizers_in
 from tests.models import QUANTIZERS, SUMS, Recurrent, seeded
 
 
@@ -218,7 +218,7 @@ def check_mixed_precision():
     with torch.no_grad():
         model(tokens(None))
     # FSDP has left the whole embedding in place, in the lower precision.
-    assert model.head.parametrizations.weight.original.dtype == torch.bfloat16
+    assert model.head.weight.dtype == torch.bfloat16
     torch.testing.assert_close(quantizer.model_size(), size, rtol=1e-3, atol=0)
     assert_exported_alike(quantizer, alone)
 

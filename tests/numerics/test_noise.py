@@ -28,7 +28,7 @@ def _noisy_layer(bits, **options):
     layer = nn.Linear(40, 25, bias=False)
     quantizer = diffq.DiffQuantizer(layer, min_size=0, bits=bits, **options)
     quantizer.no_optimizer()
-    original = layer.parametrizations.weight.original.detach()
+    original = layer.weight.detach()
     step = float(original.max() - original.min()) / (2**bits - 1)
     return layer, original, step
 
@@ -78,7 +78,7 @@ def test_noise_follows_the_groups_bitwidth():
     quantizer = diffq.DiffQuantizer(model, group_size=200, min_size=0, min_bits=1)
     quantizer.no_optimizer()
     set_bits(weight_quantizers(model)["weight"], range(1, 16))
-    original = model.parametrizations.weight.original.detach()
+    original = model.weight.detach()
     steps = (original.max() - original.min()) / (2.0 ** torch.arange(1, 16) - 1)
     added = _samples(model, original, 50).view(50, 15, 200)
     ratio = added.double().std(dim=(0, 2)) / steps

@@ -136,7 +136,7 @@ def test_eval_is_the_nearest_stored_codeword(centroids):
 
 def weight_of(model):
     """The tensor under the quantizer."""
-    return model.parametrizations.weight.original
+    return model.weight
 
 
 @pytest.mark.parametrize("centroids", ["float32", "float16", "int8"])

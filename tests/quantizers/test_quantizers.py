@@ -75,14 +75,14 @@ def test_diffq_settles_on_the_right_value(kind, seed):
     diffq.DiffQuantizer(model, bits=4, min_size=0, noise=kind)
     quantized = _least_squares(model, 800, _decaying)
     assert (quantized[-400:] - ABOVE).abs().max() < 1e-6
-    assert abs(model.parametrizations.weight.original[1].item() - TARGET) < 0.01
+    assert abs(model.weight[1].item() - TARGET) < 0.01
 
 
 def test_diffq_gradient_is_unbiased():
     """The mean of DiffQ's gradient is w - w*, where STE's is Q(w) - w* (Equations 5 and 7)."""
     model = OneWeight()
     diffq.DiffQuantizer(model, bits=4, min_size=0)
-    original = model.parametrizations.weight.original
+    original = model.weight
     for _ in range(1500):
         (0.5 * (model(torch.ones(())) - 0.2) ** 2).backward()
     # Noise of deviation 1/30 in 1500 samples: the mean is known to 0.0009.
@@ -91,7 +91,7 @@ def test_diffq_gradient_is_unbiased():
     model = OneWeight()
     diffq.QATQuantizer(model, bits=4, min_size=0)
     (0.5 * (model(torch.ones(())) - 0.2) ** 2).backward()
-    gradient = model.parametrizations.weight.original.grad[1].item()
+    gradient = model.weight.grad[1].item()
     assert gradient == pytest.approx(ABOVE - 0.2, abs=1e-6)
 
 
@@ -125,7 +125,7 @@ def _loss(layer, weight, logits, x):
 def test_loss_gradient_to_weights(kind):
     """With the noise fixed, the loss's gradient to every weight is right, range ends included."""
     layer, x = _attached(noise=kind)
-    weight = layer.parametrizations.weight.original.detach().clone().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
     logits = layer.parametrizations.weight[0].logits.detach()
     assert torch.autograd.gradcheck(
         lambda w: _loss(layer, w, logits, x), (weight,), nondet_tol=ROUNDING
@@ -151,7 +151,7 @@ def test_loss_gradient_to_weights(kind):
 def test_loss_gradient_to_logits(kind):
     """With the noise fixed, the loss's gradient to every logit agrees with finite differences."""
     layer, x = _attached(noise=kind)
-    weight = layer.parametrizations.weight.original.detach()
+    weight = layer.weight.detach()
     logits = layer.parametrizations.weight[0].logits.detach().double().requires_grad_()
     # Bitwidths are computed in float32: a wide difference, to a tolerance that fits it.
     assert torch.autograd.gradcheck(
@@ -172,7 +172,7 @@ def test_rounding_gradient_is_that_of_constant_noise():
     The bitwidths in the step are the rounded ones, with the real ones' gradient.
     """
     layer, x = _attached(noise="rounding")
-    weight = layer.parametrizations.weight.original
+    weight = layer.weight
     logits = layer.parametrizations.weight[0].logits
     torch.tanh(layer(x)).pow(2).sum().backward()
 
@@ -206,7 +206,7 @@ def test_qat_gradient_is_the_identity():
     diffq.QATQuantizer(layer, bits=2, min_size=0)
     upstream = torch.randn(6, 5)
     layer.weight.backward(upstream)
-    assert close(layer.parametrizations.weight.original.grad, upstream)
+    assert close(layer.weight.grad, upstream)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -215,7 +215,7 @@ def test_lsq_gradients(bits, sign):
     """LSQ's gradients to scale and weights are those of its paper, with 1 / sqrt(N Qp)."""
     layer = nn.Linear(5, 6, bias=False).double()
     diffq.LSQQuantizer(layer, bits=bits, min_size=0)
-    weight, scale = layer.parametrizations.weight.original, layer.parametrizations.weight[0].scale
+    weight, scale = layer.weight, layer.parametrizations.weight[0].scale
     with torch.no_grad():
         # Small enough that weights leave the range on both sides; its sign has no meaning.
         scale.copy_(sign * weight.abs().mean() / 2 ** (bits - 1))
@@ -371,7 +371,7 @@ def test_size_penalty_lowers_the_bits_that_do_not_matter(kind):
     for _ in range(60):
         optimizer.zero_grad()
         x = torch.randn(32, 16)
-        target = x @ layer.parametrizations.weight.original.detach().t()
+        target = x @ layer.weight.detach().t()
         loss = (layer(x) - target)[:, :8].square().mean()
         (3e3 * loss + 1e5 * quantizer.model_size()).backward()
         optimizer.step()
@@ -420,13 +420,13 @@ def test_frozen_bits_stay(kind, rounding, optimizer):
     model, quantizer, optimizer = _trained(kind, optimizer)
     quantizer.freeze_bits(rounding=rounding)
     before = _bits(quantizer)
-    weights = bits_of(model[0].parametrizations.weight.original)
+    weights = bits_of(model[0].weight)
     size = quantizer.model_size()
     assert not size.requires_grad
     _train(model, quantizer, optimizer)
     assert _bits(quantizer) == before
     assert same_bits(quantizer.model_size(), size)
-    assert bits_of(model[0].parametrizations.weight.original) != weights
+    assert bits_of(model[0].weight) != weights
 
 
 def test_freezing_before_a_backward():

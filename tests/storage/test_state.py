@@ -100,7 +100,7 @@ def test_state_is_independent_of_the_model(packed):
     state = quantizer.get_quantized_state(packed)
     before = [bits_of(leaf) for leaf in _leaves(state) if isinstance(leaf, torch.Tensor)]
     with torch.no_grad():
-        for tensor in (model.bias, model.mean, model.parametrizations.weight.original):
+        for tensor in (model.bias, model.mean, model.weight):
             tensor.add_(1)
     assert [bits_of(leaf) for leaf in _leaves(state) if isinstance(leaf, torch.Tensor)] == before
 
@@ -313,7 +313,7 @@ def test_weights_that_are_not_finite_are_refused(kind, bad):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     quantizer = QUANTIZERS[kind](model)
     with torch.no_grad():
-        model[1].parametrizations.weight.original[2, 1] = bad
+        model[1].weight[2, 1] = bad
     for write in (
         quantizer.get_quantized_state,
         quantizer.snapshot,
@@ -335,7 +335,7 @@ def test_range_that_float32_cannot_hold_is_refused():
     model = Holder({"weight": torch.randn(3)})
     quantizer = diffq.QATQuantizer(model, min_size=0)
     with torch.no_grad():
-        model.parametrizations.weight.original.copy_(too_wide)
+        model.weight.copy_(too_wide)
     with pytest.raises(diffq.WeightError, match="weight"):
         quantizer.get_quantized_state()
 
