@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from itertools import cycle
 
 import pytest
 import torch
@@ -50,8 +51,10 @@ def _by_pickle(model):
 WAYS = [copy.deepcopy, _by_torch, _by_pickle]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("kind", "name"), pairs(QUANTIZERS, MODELS))
+@pytest.mark.parametrize(
+    ("kind", "name", "way"),
+    [(*pair, way) for pair, way in zip(pairs(QUANTIZERS, MODELS), cycle(WAYS), strict=False)],
+)
 def test_whole_models(kind, name, way):
     """A copy has the state, the classes and the quantizer, trains, and detaches to plain."""
     model, quantizer, inputs = after_steps(name, kind)
