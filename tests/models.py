@@ -11,6 +11,7 @@ from torch import nn
 
 import diffq
 from diffq.attach.attachment import attachment_of
+from diffq.attach.classes import cover_of
 from tests.compare import close, same_bits
 
 #: Every public quantizer, with all tensors selected.
@@ -172,7 +173,7 @@ def step(model, optimizer, inputs, quantizer=None, lam=0.1):
 def learned(model):
     """Name and parameter of all that training moves from the start: codebooks wait for a stage."""
     product = isinstance(diffq.quantizer_of(model), diffq.ProductQuantizer)
-    names = [(n, p) for n, p in model.named_parameters() if not product or n != "diffq_learned"]
+    names = [(n, p) for n, p in model.named_parameters() if not product or n != "_diffq.learned"]
     return names
 
 
@@ -195,25 +196,33 @@ def snapshot_of(model):
 
 def computed(model):
     """Name to a copy of each tensor that the modules of a model compute with in their mode."""
-    attachment, found = attachment_of(model), {}
-    with attachment.computing() if attachment is not None else nullcontext():
+    found = {}
+    with computing(model):
         for path, module in model.named_modules(remove_duplicate=False):
             if "parametrizations" in path.split("."):
                 continue
             names = [
-                *module._parameters,
-                *module._buffers,
+                *module._parameters.keys(),  # TorchScript's mappings are no iterables
+                *module._buffers.keys(),
                 *getattr(module, "parametrizations", []),
             ]
             found |= {f"{path}.{name}".strip("."): getattr(module, name) for name in names}
-    found.pop("diffq_learned", None)
+    found.pop("_diffq.learned", None)
     return {n: None if found[n] is None else found[n].detach().clone() for n in sorted(found)}
+
+
+def computing(model):
+    """A block in which reading the tensors of a model, or of a part of one, is as in its forward."""
+    cover, attachment = cover_of(model), attachment_of(model)
+    if cover is not None:
+        return cover.forwards.entered(cover.below)
+    return nullcontext() if attachment is None else attachment.computing()
 
 
 def computed_weight(model, name):
     """The tensor of this name that the model computes with in its mode, in the graph."""
     owner, _, attribute = name.rpartition(".")
-    with attachment_of(model).computing():
+    with computing(model):
         return getattr(model.get_submodule(owner), attribute)
 
 

@@ -15,7 +15,7 @@ from diffq.attach.checkpoints import StateHooks
 from diffq.attach.classes import Cover, cover_of, put_on, take_off
 from diffq.attach.forward import Forwards, Place
 from diffq.attach.learned import Learned
-from diffq.attach.plan import TensorPlan
+from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError
@@ -44,7 +44,7 @@ class Attachment:
         for index, quantizer in enumerate(self.quantizers):
             quantizer.index = index
         weights = [q.plan.sites[0].read(model) for q in self.quantizers]
-        self.learned = Learned(model, self.quantizers, weights)
+        self.learned = Learned(self.quantizers, weights)
         self.forwards = Forwards(self.quantizers, self.learned)
         self._places = self._find_places()
         self.forwards.root = ref(model)
@@ -53,7 +53,7 @@ class Attachment:
         self._links = self._find_links()
         self._states = StateHooks(self.forwards, self._places)
         try:
-            self.learned.register()
+            model.add_module(LEARNED, self.learned)
             for module in self._covered:
                 own = {p.name: p for p in self._places if p.owner is module}
                 cover = Cover(self.forwards, own, self._below(module))
@@ -183,41 +183,6 @@ class Attachment:
         """A block that computes as a forward of the model does."""
         return self.forwards.entered(self._places)
 
-    def state_entries(self) -> dict[str, Tensor]:
-        """The entries of the state dict that are no tensors of the model."""
-        return self._states.added()
-
-    def apply(
-        self, apply: Callable[..., Any], fn: Callable[[Tensor], Tensor], recurse: bool
-    ) -> Any:
-        """Casts and moves the model, of which what is learned keeps its dtype.
-
-        Args:
-            apply: `_apply` of the plain model.
-            fn: what is done to each tensor.
-            recurse: whether to submodules too.
-        """
-        # A cast or move may end at the same address, so that the weight looks unchanged.
-        self.forget()
-        learned = self.learned.parameter
-        ours = [] if learned is None else [learned, learned.grad]
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
-            moved = fn(tensor)
-            if not any(tensor is each for each in ours) or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        was_meta = learned is not None and learned.is_meta
-        model = apply(keep_dtype, recurse)
-        now = self.learned.parameter
-        if was_meta and now is not None and not now.is_meta:
-            self.learned.start_again(
-                lambda: [q.start(self.weight(q).detach()) for q in self.quantizers]
-            )
-        return model
-
     def detach(self) -> None:
         """Takes everything off: same parameters, names, order and classes."""
         self._states.remove()
@@ -225,7 +190,8 @@ class Attachment:
             cover = cover_of(module)
             if cover is not None and cover.forwards is self.forwards:
                 take_off(module)
-        self.learned.unregister()
+        if self.model._modules.get(LEARNED) is self.learned:
+            del self.model._modules[LEARNED]
 
     def _find_places(self) -> tuple[Place, ...]:
         return tuple(
@@ -292,7 +258,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def strip(model: nn.Module) -> None:
     """Makes a copy of a part of an attached model plain."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if cover_of(module) is not None:
             take_off(module)
 

@@ -1,21 +1,17 @@
-"""The state dict of an attached model: the plain one, what is learned, and the settings.
+"""Loading the state dict of an attached model: checked first, then taken.
 
-| key in the root | value |
+| key | value |
 | --- | --- |
 | names of the plain model | its tensors |
-| `diffq_learned` | the flat parameter, if something is learned |
-| `diffq_kept` | int32, what some methods hold besides, such as indices of blocks |
-| `diffq_settings` | float32, the settings as characters |
-
-The settings are numbers of at most 126, of one length from the first step to the last, so that
-averages of state dicts keep them. They are no buffer: averages of models leave them alone.
+| `_diffq.learned` | the flat parameter, if something is learned |
+| `_diffq.kept` | int32, what some methods hold besides, such as indices of blocks |
+| `_diffq._extra_state` | float32, the settings as characters |
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,17 +24,16 @@ from diffq.attach.sample import same_memory
 from diffq.errors import MismatchError, listed
 from diffq.torch_inside.sharding import is_dtensor
 
-SETTINGS = "diffq_settings"
-KEPT = "diffq_kept"
+_FLAT, _KEPT, _SETTINGS = (f"{LEARNED}.{name}" for name in ("learned", "kept", "_extra_state"))
 
 _REMEDY = (
     "Make the quantizer with the settings of the checkpoint; or load its weights alone, without "
-    "the entries whose names begin with 'diffq_'."
+    "the entries whose names begin with '_diffq.'."
 )
 
 
 class StateHooks:
-    """Hooks of the root that add to its state dict, and read it again.
+    """Hooks of the root that check a state dict before anything is loaded, and take the rest.
 
     Args:
         forwards: the model's forwards.
@@ -54,13 +49,9 @@ class StateHooks:
 
     def register(self, root: nn.Module) -> None:
         """Registers the hooks."""
-        module: Any = root
         self._handles += [
-            module.register_state_dict_pre_hook(self._settle),
-            # Not the method itself, on which torch could not leave its mark.
-            module.register_state_dict_post_hook(partial(StateHooks._add, self)),
-            module.register_load_state_dict_pre_hook(self._before_load),
-            module.register_load_state_dict_post_hook(self._after_load),
+            root.register_load_state_dict_pre_hook(self._before_load),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_post_hook(self._after_load),  # type: ignore[no-untyped-call]
         ]
 
     def remove(self) -> None:
@@ -68,34 +59,6 @@ class StateHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def added(self) -> dict[str, Tensor]:
-        """The entries of a state dict that are no tensors of the model."""
-        quantizers = self._forwards.quantizers
-        kept = [each.reshape(-1) for q in quantizers if (each := q.kept()) is not None]
-        text = json.dumps(self._settings(), separators=(",", ":"), ensure_ascii=True)
-        settings = torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
-        found = {KEPT: torch.cat(kept)} if kept else {}
-        return {**found, SETTINGS: settings}
-
-    def _settings(self) -> dict[str, Any]:
-        learned = self._forwards.learned.counts()
-        tensors = {
-            q.plan.name: [q.stage, count, _count(q.kept()), q.meaning()]
-            for q, count in zip(self._forwards.quantizers, learned, strict=True)
-        }
-        return {"methods": self._methods(), "tensors": tensors}
-
-    def _methods(self) -> list[str]:
-        return sorted({type(q).__name__ for q in self._forwards.quantizers})
-
-    def _settle(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self._forwards.learned.settle([q.settled() for q in self._forwards.quantizers])
-
-    def _add(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if prefix + LEARNED in state:  # it follows what the plain model has
-            state[prefix + LEARNED] = state.pop(prefix + LEARNED)
-        state.update((prefix + name, tensor) for name, tensor in self.added().items())
 
     def _before_load(
         self,
@@ -108,13 +71,14 @@ class StateHooks:
     ) -> None:
         self._loaded = None
         self._translate(state, prefix)
-        settings = state.pop(prefix + SETTINGS, None)
-        kept = state.pop(prefix + KEPT, None)
+        settings = state.pop(prefix + _SETTINGS, None)
+        kept = state.pop(prefix + _KEPT, None)
         if settings is not None:
             self._take(state, prefix, _parsed(settings), kept, strict)
-        parameter = self._forwards.learned.parameter
-        if parameter is not None:
-            state.setdefault(prefix + LEARNED, parameter)
+        learned = self._forwards.learned
+        if learned.parameter is not None:
+            state.setdefault(prefix + _FLAT, learned.parameter)
+        state[prefix + _SETTINGS] = learned.get_extra_state()
 
     def _take(
         self,
@@ -125,29 +89,30 @@ class StateHooks:
         strict: bool,
     ) -> None:
         """Checks the settings of a checkpoint, and takes the parts that fit."""
-        if theirs["methods"] != self._methods():
+        ours = self._forwards.learned.settings()
+        if theirs["methods"] != ours["methods"]:
             if not strict:
-                state.pop(prefix + LEARNED, None)
+                state.pop(prefix + _FLAT, None)
                 return
             raise MismatchError(
                 f"The checkpoint was made with {listed(theirs['methods'])}, and the quantizer of "
-                f"this model has {listed(self._methods())}. {_REMEDY}"
+                f"this model has {listed(ours['methods'])}. {_REMEDY}"
             )
         entries: dict[str, list[Any]] = theirs["tensors"]
-        ours = {q.plan.name: q for q in self._forwards.quantizers}
-        if strict and entries.keys() != ours.keys():
+        own: dict[str, list[Any]] = ours["tensors"]
+        if strict and entries.keys() != own.keys():
             raise MismatchError(
                 "The checkpoint and the quantizer of this model must have the same quantized "
-                f"tensors, but only one has {listed(sorted(entries.keys() ^ ours.keys()))}. "
+                f"tensors, but only one has {listed(sorted(entries.keys() ^ own.keys()))}. "
                 f"{_REMEDY}"
             )
         # Without `strict`, a part of a checkpoint may be loaded: the tensors that are there.
-        chosen = [n for n in entries if n in ours and (strict or prefix + n in state)]
+        chosen = [n for n in entries if n in own and (strict or prefix + n in state)]
         for name in chosen:
-            _compare(name, entries[name][3], ours[name].meaning())
+            _compare(name, entries[name][3], own[name][3])
         integers = _cut(kept, {name: entry[2] for name, entry in entries.items()})
         self._loaded = {name: entries[name][0] for name in chosen}, integers
-        if chosen != list(entries) or chosen != list(ours):
+        if chosen != list(entries) or chosen != list(own):
             counts = {name: entry[1] for name, entry in entries.items()}
             self._merge(state, prefix, counts, chosen)
 
@@ -155,7 +120,7 @@ class StateHooks:
         self, state: dict[str, Any], prefix: str, counts: Mapping[str, int], names: Sequence[str]
     ) -> None:
         """Puts what was learned of some tensors into the present learned parameter."""
-        loaded, parameter = state.get(prefix + LEARNED), self._forwards.learned.parameter
+        loaded, parameter = state.get(prefix + _FLAT), self._forwards.learned.parameter
         if loaded is None or parameter is None:
             return
         if is_dtensor(loaded) or is_dtensor(parameter):
@@ -168,7 +133,7 @@ class StateHooks:
         for quantizer, part in zip(self._forwards.quantizers, parts, strict=True):
             if part is not None and quantizer.plan.name in names:
                 part.copy_(theirs[quantizer.plan.name].view_as(part))
-        state[prefix + LEARNED] = merged
+        state[prefix + _FLAT] = merged
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self._tie_again()
@@ -223,11 +188,11 @@ class StateHooks:
                     kept[name] = integers
         self._loaded = stages, kept
         if parameter is not None:
-            state[prefix + LEARNED] = merged
+            state[prefix + _FLAT] = merged
 
 
 def stages(settings: Tensor) -> dict[str, int]:
-    """The stage of each tensor, from the entry `diffq_settings` of a state dict.
+    """The stage of each tensor, from the entry `_diffq._extra_state` of a state dict.
 
     Raises:
         MismatchError: the entry cannot be read.
@@ -243,9 +208,9 @@ def _parsed(settings: Tensor) -> dict[str, Any]:
         return parsed
     except ValueError as error:
         raise MismatchError(
-            f"The entry {SETTINGS!r} of the checkpoint cannot be read: {error}. Load a checkpoint "
+            f"The entry {_SETTINGS!r} of the checkpoint cannot be read: {error}. Load a checkpoint "
             "as it was saved; or its weights alone, without the entries whose names begin with "
-            "'diffq_'."
+            "'_diffq.'."
         ) from error
 
 
@@ -270,10 +235,6 @@ def _cut(flat: Tensor | None, counts: Mapping[str, int]) -> dict[str, Tensor]:
             f"and it holds {len(flat)}. Load a checkpoint as it was saved."
         )
     return dict(zip(counts, torch.split(flat, list(counts.values())), strict=True))
-
-
-def _count(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel()
 
 
 def _earlier(state: dict[str, Any], stem: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.forward import Forwards, Place
-from diffq.torch_inside.graph import in_backward
+from diffq.attach.learned import Learned
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 
 #: The attribute of a module that holds its `Cover`.
-COVER = "_diffq"
+COVER = "_diffq_cover"
 
 _BASE, _KEY = "_diffq_base", "_diffq_key"
 
@@ -98,7 +99,7 @@ class QuantizedTensor(property):
         return tensor  # type: ignore[return-value]
 
     def _read(self, module: Any) -> Any:
-        name, parameters, cover = self.name, module._parameters, module._diffq
+        name, parameters, cover = self.name, module._parameters, module._diffq_cover
         forward = None if cover is None else cover.forwards.current()
         if forward is None:
             return parameters[name] if name in parameters else self.plain(module)
@@ -142,39 +143,71 @@ class _Recurrent(ReadsWeights, _Quiet):
 class _Root:
     """The root of an attached model."""
 
-    _diffq: Any
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """Those of the plain model, then the learned parameter."""
-        named: Any = super()
-        learned, last = self._diffq.forwards.learned.parameter, None
-        for pair in named.named_parameters(*args, **kwargs):
-            if pair[1] is learned:
-                last = pair
-            else:
-                yield pair
-        if last is not None:
-            yield last
-
-    @property
-    def diffq_settings(self) -> Tensor:
-        """What the state dict holds under this name, for code that looks its names up."""
-        return self._diffq.attachment.state_entries()["diffq_settings"]  # type: ignore[no-any-return]
-
-    @property
-    def diffq_kept(self) -> Tensor:
-        """The same for what some methods keep besides."""
-        return self._diffq.attachment.state_entries()["diffq_kept"]  # type: ignore[no-any-return]
+    _diffq_cover: Any
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode, which ends `quantize()`."""
-        self._diffq.forwards.always_quantized = False
+        if self._diffq_cover is not None:
+            self._diffq_cover.forwards.always_quantized = False
         module: Any = super()
         return module.train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A cast or move may end at the same address, so that the weight looks unchanged.
+        if self._diffq_cover is not None:
+            self._diffq_cover.forwards.forget()
         module: Any = super()
-        return self._diffq.attachment.apply(module._apply, fn, recurse)
+        return module._apply(fn, recurse)
+
+
+class _Container:
+    """A `Sequential` or a list that is the root: it holds the plain model's modules only."""
+
+    _modules: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self._visible())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._visible().values())
+
+    def __getitem__(self, index: Any) -> Any:
+        container: Any = super()
+        if not isinstance(index, slice):
+            return container.__getitem__(index)
+        modules = list(self._visible().items())[index]
+        plain: Any = _without(type(self))  # type: ignore[arg-type]
+        if isinstance(self, nn.Sequential):
+            return plain(OrderedDict(modules))
+        return plain([module for _, module in modules])
+
+    def _visible(self) -> dict[str, Any]:
+        return {k: module for k, module in self._modules.items() if not isinstance(module, Learned)}
+
+
+class _Mapping(_Container):
+    """A `ModuleDict` that is the root."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._visible())
+
+    def __getitem__(self, key: str) -> Any:
+        return self._modules[key]
+
+    def keys(self) -> Any:
+        """The names."""
+        return self._visible().keys()
+
+    def items(self) -> Any:
+        """The names and modules."""
+        return self._visible().items()
+
+    def values(self) -> Any:
+        """The modules."""
+        return self._visible().values()
+
+
+_CONTAINERS = {nn.Sequential: _Container, nn.ModuleList: _Container, nn.ModuleDict: _Mapping}
 
 
 def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> type[nn.Module]:
@@ -196,6 +229,7 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
     members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
     if names:
         members["train"] = _watched(base.train)
+        members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
     metaclass: Any = type(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
@@ -205,7 +239,10 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         return metaclass(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
     members["forward"] = _counted(base.forward)
     members.update((n, _counted(method, of_tensors=True)) for n, method in _readers(base, names))
-    mixins: list[type] = [_Root] if is_root else []
+    mixins: list[type] = []
+    if is_root:
+        mixins += [ours for kind, ours in _CONTAINERS.items() if issubclass(base, kind)]
+        mixins.append(_Root)
     mixins.append(_Recurrent if issubclass(base, nn.RNNBase) else _Quiet)
     return metaclass(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
 
@@ -248,7 +285,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
 
     @functools.wraps(method)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cover = self._diffq
+        cover = self._diffq_cover
         if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
         forwards: Forwards = cover.forwards
@@ -256,7 +293,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
             # Checkpoints allow no side effects on what is outside of them.
             if forwards.runs():
                 return method(self, *args, **kwargs)
-            forward = forwards.enter(cover.below)
+            forward = forwards.enter(cover.below, self)
             try:
                 forwards.begin(forward)
                 return method(self, *args, **kwargs)
@@ -268,8 +305,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
         if outermost:
             if cover.attachment is not None:
                 cover.attachment.check_links()
-            forward = forwards.enter(cover.below)
-            forward.entry = self
+            forward = forwards.enter(cover.below, self)
         elif cover.own:
             forwards.enter_part(forward, cover.own.values())
         try:
@@ -295,13 +331,27 @@ def _watched(method: Any) -> Any:
 
     @functools.wraps(method)
     def train(self: Any, mode: bool = True) -> Any:
-        cover = self._diffq
+        cover = self._diffq_cover
         if cover is not None:
             for place in cover.own.values():
                 cover.forwards.switch(place, mode)
         return method(self, mode)
 
     return train
+
+
+def _loaded(method: Any) -> Any:
+    """Loading of a module, alone or in its model, after which its zeros are looked for."""
+
+    @functools.wraps(method)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        cover = self._diffq_cover
+        if cover is not None:
+            for place in cover.own.values():
+                cover.forwards.look(place)
+
+    return load
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -52,6 +52,8 @@ class Place(NamedTuple):
         Raises:
             AttachError: something else was put in its place.
         """
+        if torch.compiler.is_compiling() and self.name in self.owner._parameters:
+            return self.owner._parameters[self.name]  # type: ignore[return-value]
         plain = getattr(getattr(type(self.owner), self.name, None), "plain", None)
         if plain is None:
             raise AttachError(self.changed("was replaced or parametrized"))
@@ -75,9 +77,9 @@ class Forward:
         writes: finds writes to the samples at the end.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, entry: nn.Module | None) -> None:
         self.samples: list[Sample | None] = [None] * count
-        self.entry: nn.Module | None = None
+        self.entry = entry
         self.writes: Writes | None = None
 
 
@@ -135,8 +137,13 @@ class Forwards:
             self.end(forward)
         self.leave(forward, None)
 
-    def enter(self, places: Sequence[Place]) -> Forward:
+    def enter(self, places: Sequence[Place], entry: nn.Module | None = None) -> Forward:
         """Computes what an outermost forward computes with.
+
+        Args:
+            places: the tensors of the module and those below.
+            entry: the module that is called; None in a block that computes, which may train
+                without an optimizer.
 
         Raises:
             AttachError: a tensor is not what it was when the quantizer was attached.
@@ -145,7 +152,10 @@ class Forwards:
         """
         if not in_backward():
             self.replayed = None
-        forward = Forward(len(self.quantizers))
+        parameter = self.learned.parameter
+        if parameter is not None and parameter.is_meta and is_plain():
+            self.learned()  # a hook of offloading brings the numbers
+        forward = Forward(len(self.quantizers), entry)
         training: list[tuple[WeightQuantizer, Tensor]] = []
         evaluated: list[tuple[WeightQuantizer, Tensor]] = []
         seen: set[int] = set()
@@ -161,6 +171,8 @@ class Forwards:
             trains = owner.training and not self.always_quantized
             (training if trains else evaluated).append((quantizer, base))
         if training:
+            if entry is not None and self.expects_optimizer and torch.is_grad_enabled():
+                self._refuse_training()
             self._draw(forward, training)
         if evaluated:
             self._evaluate(forward, evaluated)
@@ -266,8 +278,6 @@ class Forwards:
             raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
 
     def _draw(self, forward: Forward, pairs: Iterable[tuple[WeightQuantizer, Tensor]]) -> None:
-        if self.expects_optimizer and torch.is_grad_enabled():
-            self._refuse_training()
         parts = self.learned.parts()
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
         for quantizer, base in pairs:
@@ -297,7 +307,7 @@ class Forwards:
         parts = self.learned.parts()
         cache = self.cache if is_plain() else None
         if cache is not None:
-            cache.validate(self.learned.parameter, [base for _, base in pairs])
+            cache.validate(self.learned.flat(), [base for _, base in pairs])
         for quantizer, base in pairs:
             value = None if cache is None else cache.get(quantizer.index, base)
             if value is None:

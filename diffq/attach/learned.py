@@ -1,32 +1,38 @@
-"""What all quantizers of a model learn: one flat parameter of the root."""
+"""What all quantizers of a model learn: one flat parameter, in a module of its own.
+
+The module is the last child of the root. So the order of a model's parameters stays that of the
+plain model, followed by what is learned, also in wrappers such as averages: a parameter of the
+root itself would come before those of its children.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.plan import LEARNED
 from diffq.attach.weight import WeightQuantizer
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 
 
-class Learned:
+class Learned(nn.Module):
     """The flat parameter of a model's quantizers, and where each has its part.
 
-    One parameter costs an optimizer one update, whatever the number of tensors. It is found by
-    its name in the root's parameters, because sharding, moves and loading may put others there.
+    One parameter costs an optimizer one update, whatever the number of tensors.
 
     Attributes:
-        home: the parameters of the root.
+        learned: the parameter, float32 [numbers]; None if nothing is learned.
         spans: by index of the quantizers, the first number and the shape of each part.
     """
 
-    def __init__(
-        self, root: nn.Module, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]
-    ) -> None:
-        self.home = root._parameters
+    learned: nn.Parameter | None
+
+    def __init__(self, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.quantizers = quantizers
         self.spans: list[tuple[int, torch.Size] | None] = []
         starts, count = [], 0
         for quantizer, weight in zip(quantizers, weights, strict=True):
@@ -35,24 +41,31 @@ class Learned:
             if start is not None:
                 starts.append(start.reshape(-1))
                 count += start.numel()
-        self._start: nn.Parameter | None = None
-        if starts:
-            device = starts[0].device
-            self._start = nn.Parameter(torch.cat([start.to(device) for start in starts]))
+        device = starts[0].device if starts else None
+        flat = torch.cat([start.to(device) for start in starts]) if starts else None
+        self.register_parameter("learned", None if flat is None else nn.Parameter(flat))
+        # What hooks of offloading have put in place, while a forward of the root runs.
+        self._on_hand: Tensor | None = None
 
-    def register(self) -> None:
-        """Makes the parameter one of the root."""
-        if self._start is not None:
-            self.home[LEARNED], self._start = self._start, None
-
-    def unregister(self) -> None:
-        """Takes the parameter out of the root."""
-        self.home.pop(LEARNED, None)
+    def forward(self, x: Any = None) -> Any:
+        """The input, for code that calls all children; keeps what hooks of offloading brought."""
+        learned = self._parameters["learned"]
+        self._on_hand = None if learned is None else learned.detach().clone()
+        return x
 
     @property
     def parameter(self) -> Tensor | None:
         """The parameter as it is: whole, or this rank's shard; None if nothing is learned."""
-        return self.home.get(LEARNED)
+        return self._parameters["learned"]
+
+    def flat(self) -> Tensor | None:
+        """The whole parameter, to compute with."""
+        parameter = self._parameters["learned"]
+        if parameter is None:
+            return None
+        if parameter.is_meta and self._on_hand is not None:
+            return self._on_hand
+        return whole(parameter)
 
     def parts(self, flat: Tensor | None = None) -> list[Tensor | None]:
         """Each quantizer's part, by index.
@@ -61,30 +74,27 @@ class Learned:
             flat: the whole parameter, or one like it; by default the present one, of which
                 these are differentiable views.
         """
-        if flat is None:
-            parameter = self.parameter
-            flat = None if parameter is None else whole(parameter)
+        flat = self.flat() if flat is None else flat
         if flat is None:
             return [None] * len(self.spans)
         spans = [span for span in self.spans if span is not None]
         pieces = iter(torch.split(flat, [shape.numel() for _, shape in spans]))
-        # Only codebooks have two dimensions, and views cost time.
         return [None if span is None else _shaped(next(pieces), span[1]) for span in self.spans]
 
     def part(self, index: int) -> Tensor | None:
         """One quantizer's part."""
-        span, parameter = self.spans[index], self.parameter
-        if span is None or parameter is None:
+        span, flat = self.spans[index], self.flat()
+        if span is None or flat is None:
             return None
         start, shape = span
-        return _shaped(whole(parameter).narrow(0, start, shape.numel()), shape)
+        return _shaped(flat.narrow(0, start, shape.numel()), shape)
 
     def counts(self) -> list[int]:
         """How many numbers each quantizer's part has, by index."""
         return [0 if span is None else span[1].numel() for span in self.spans]
 
-    def settle(self, values: Sequence[Tensor | None]) -> None:
-        """Writes what some parts are known to be, by index, where optimizers moved them on."""
+    def write(self, values: Sequence[Tensor | None]) -> None:
+        """Sets some parts, by index; None leaves a part as it is."""
         parameter = self.parameter
         if parameter is None or all(value is None for value in values):
             return
@@ -100,14 +110,63 @@ class Learned:
                 part = value.reshape(-1)[start - span[0] : end - span[0]]
                 held[start - first : end - first].copy_(part)
 
-    def start_again(self, make: Callable[[], Sequence[Tensor | None]]) -> None:
-        """Gives the parts their first values, where memory was just given to them."""
-        parts = self.parts()
-        with torch.no_grad():
-            for part, start in zip(parts, make(), strict=True):
-                if part is not None and start is not None:
-                    part.copy_(start)
+    def settings(self) -> dict[str, Any]:
+        """The quantizers, as a state dict describes them.
+
+        Returns:
+            "methods": the names of their classes; "tensors": for each name the stage, how many
+            numbers are the tensor's in `learned` and in `kept`, and its settings.
+        """
+        tensors = {
+            q.plan.name: [q.stage, count, _count(q.kept()), q.meaning()]
+            for q, count in zip(self.quantizers, self.counts(), strict=True)
+        }
+        return {"methods": sorted({type(q).__name__ for q in self.quantizers}), "tensors": tensors}
+
+    @property
+    def kept(self) -> Tensor:
+        """Integers that methods hold besides, such as indices of blocks, int32."""
+        found = [q.kept() for q in self.quantizers]
+        return torch.cat([each.reshape(-1) for each in found if each is not None])
+
+    def get_extra_state(self) -> Tensor:
+        """The settings as characters.
+
+        They are numbers of at most 126, of one length from the first step to the last, so that
+        averages of state dicts keep them.
+        """
+        text = json.dumps(self.settings(), separators=(",", ":"))
+        return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the settings are checked before anything is loaded (`StateHooks`)."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Optimizers may have moved on what training no longer learns.
+        self.write([quantizer.settled() for quantizer in self.quantizers])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if any(quantizer.kept() is not None for quantizer in self.quantizers):
+            destination[prefix + "kept"] = self.kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # Bitwidths and scales in half precision would hardly learn: casts are for weights.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        was_meta = self.learned is not None and self.learned.is_meta
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and self.learned is not None and not self.learned.is_meta:
+            # to_empty() gives memory without numbers; the weights are to be loaded.
+            zero = self.learned.new_zeros(())
+            self.write([q.start(zero.expand(q.plan.shape)) for q in self.quantizers])
+        return self
 
 
 def _shaped(part: Tensor, shape: torch.Size) -> Tensor:
+    # Only codebooks have two dimensions, and views cost time.
     return part if len(shape) == 1 else part.view(shape)
+
+
+def _count(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()

@@ -28,8 +28,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-#: Name of the parameter that a quantizer adds to the root of its model.
-LEARNED = "diffq_learned"
+#: Name of the module that a quantizer adds to the root of its model.
+LEARNED = "_diffq"
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -344,14 +344,13 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
     """The place of every parameter and persistent buffer, with the submodule that holds it."""
     inner: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
-        if f"{path}.".startswith(inner):
+        if f"{path}.".startswith(inner) or path.rpartition(".")[2] == LEARNED:
             continue
         names: list[str] = []
         if parametrize.is_parametrized(module):
             inner += (f"{path}.parametrizations.".lstrip("."),)
             names += module.parametrizations
-        parameters = module._parameters.items()
-        names += (n for n, tensor in parameters if tensor is not None and n != LEARNED)
+        names += (name for name, tensor in module._parameters.items() if tensor is not None)
         skipped = module._non_persistent_buffers_set
         names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)

@@ -16,7 +16,7 @@ _PARAMETRIZED = ".parametrizations."
 _MOST_LISTED = 5
 _CONTAINERS = (Mapping, list, tuple, set)
 # What an attached quantizer adds to the state dict of its model.
-_ADDED = ("diffq_learned", "diffq_kept", "diffq_settings")
+_ADDED = ("_diffq.learned", "_diffq.kept", "_diffq._extra_state")
 # What earlier ones that learn something added to a parametrized tensor.
 _LEARNED = ({"logits", _EXTRA_STATE}, {"codebook", "indices"})
 # Prefixes of wrappers, and what they are.
@@ -83,7 +83,7 @@ def plain_names(path: str, state: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     """
     _check_stages(path, state)
     renamed: dict[str, str] = {}
-    left_out = {name: None for name in state if name.rpartition(".")[2] in _ADDED}
+    left_out: dict[str, None] = {name: None for name in state if name.endswith(_ADDED)}
     kept: list[str] = []
     for stem, parts in _parametrized(state).items():
         owner, _, tensor = f".{stem}".rpartition(_PARAMETRIZED)
@@ -264,11 +264,12 @@ def _check_stages(path: str, state: Mapping[str, Any]) -> None:
     """Checks that no codebook is trained in the place of a tensor."""
     from diffq.attach.checkpoints import stages
 
-    for prefix in (n.removesuffix("diffq_settings") for n in state if n.endswith("diffq_settings")):
-        if prefix + "diffq_kept" in state:
-            for name, stage in stages(state[f"{prefix}diffq_settings"]).items():
-                if stage:
-                    raise _trained(path, prefix + name)
+    _, kept, settings = _ADDED
+    for name in (name for name in state if name.endswith(settings)):
+        prefix = name.removesuffix(settings)
+        found = stages(state[name]) if prefix + kept in state else {}
+        for tensor in (tensor for tensor, stage in found.items() if stage):
+            raise _trained(path, prefix + tensor)
 
 
 def _check_trained(path: str, name: str, stored: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,7 @@ class DiffQWeight(GridQuantizer):
             if learned is not None and self.frozen_bits.device != learned.device:
                 self.frozen_bits = self.frozen_bits.to(learned.device)
             return self.frozen_bits
-        assert learned is not None
-        return self.law.bits(learned).float()
+        return self.law.bits(cast(Tensor, learned)).float()
 
     def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Rounded bitwidths, float32 [groups]."""

@@ -17,6 +17,11 @@ class HalfQuantizer(WeightQuantizer):
     def draw(self, weight: Tensor, learned: Tensor | None) -> None:
         """Training uses the weight itself."""
 
+    @property
+    def learning(self) -> bool:
+        """Nothing is learned: training needs no optimizer for the sake of this tensor."""
+        return False
+
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The weight rounded to float16, in its own dtype."""
         half = weight.half()

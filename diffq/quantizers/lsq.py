@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -154,8 +154,7 @@ class LSQWeight(WeightQuantizer):
 
 def _positive(scale: Tensor | None) -> Tensor:
     """A learned scale without sign or zero, float32 0-dim."""
-    assert scale is not None
-    return scale[0].float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return cast(Tensor, scale)[0].float().abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _mean_magnitude(weight: Tensor) -> Tensor:

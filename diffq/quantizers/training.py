@@ -28,7 +28,7 @@ class OptimizerSetup:
     def learned_parameters(self) -> Iterator[nn.Parameter]:
         """The parameter that the quantizer adds to the model, such as logits of bitwidths.
 
-        One for all tensors, `diffq_learned` of the model, or none if nothing is learned.
+        One for all tensors, `_diffq.learned` of the model, or none if nothing is learned.
 
         For an optimizer of their own, beside one that cannot take them (`LBFGS`, `Muon`):
 

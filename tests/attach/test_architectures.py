@@ -19,7 +19,7 @@ import diffq
 from tests.architectures import architectures
 from tests.compare import close
 from tests.holder import bits_of, reloaded
-from tests.models import fingerprint
+from tests.models import computed, fingerprint
 from tests.processors import repeatable
 
 #: How many examples the long run tries.
@@ -174,12 +174,6 @@ def _fresh(architecture, dtype):
     return architecture.build(dtype, plain=True, seed=9)
 
 
-def _read(model, name):
-    """A tensor as the model's code reads it."""
-    path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute)
-
-
 def _accounted_bits(stored):
     """Equation 12 from what a file says of its tensors, each counted once."""
     total = 0
@@ -198,12 +192,10 @@ def _accounted_bits(stored):
 
 
 def _same_values(model, other):
-    """Whether two models read the same bits under every name of the second's state dict."""
+    """Whether a model computes with the bits that another has in its state dict."""
     with torch.no_grad():
-        for name, tensor in other.state_dict(keep_vars=True).items():
-            if bits_of(_read(model, name)) != bits_of(tensor):
-                return False
-    return True
+        read = computed(model)
+    return all(bits_of(read[name]) == bits_of(each) for name, each in other.state_dict().items())
 
 
 def _check_evaluation(model, restored, architecture, inputs):

@@ -1,22 +1,27 @@
 """Quantizers put on a model: what changes in it, and what does not."""
 
+import inspect
+import sys
+from functools import partial
+from itertools import count
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations
 
 import diffq
 from tests.compare import close, same_bits
-from tests.holder import quantizers_in
+from tests.holder import bits_of, quantizers_in, weight_quantizers
 from tests.models import (
     MODELS,
     QUANTIZERS,
     SUMS,
-    Recurrent,
     TiedHead,
     TiedModules,
     TwoNames,
+    computed,
     evaluate_alike,
     fingerprint,
     gradients,
@@ -59,15 +64,17 @@ def test_trains_evaluates_restores_and_detaches(name, kind):
 
 @pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
 def test_attach_keeps_parameters(kind):
-    """The Parameter objects and their values are the same after attaching."""
+    """Attaching leaves the Parameter objects, their names and their values as they are."""
     model = mlp()
-    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    before = {name: (id(p), bits_of(p)) for name, p in model.named_parameters()}
     QUANTIZERS[kind](model)
-    for name, (identity, value) in before.items():
-        module, _, attribute = name.partition(".")
-        original = model.get_submodule(module).parametrizations[attribute].original
-        assert id(original) == identity
-        assert same_bits(original, value)
+    for training in (True, False):
+        model.train(training)
+        for name, (identity, value) in before.items():
+            module, _, attribute = name.partition(".")
+            parameter = getattr(model.get_submodule(module), attribute)
+            assert id(parameter) == id(model.get_parameter(name)) == identity
+            assert bits_of(parameter) == value
 
 
 def test_optimizer_made_before_trains_the_model():
@@ -76,10 +83,10 @@ def test_optimizer_made_before_trains_the_model():
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     ids = {id(p) for p in model.parameters()}
     quantizer = diffq.QATQuantizer(model, min_size=0)
-    before = snapshot_of(model)
+    before = {name: bits_of(p) for name, p in model.named_parameters()}
     step(model, optimizer, torch.randn(4, 16), quantizer)
     assert {id(p) for p in model.parameters()} == ids
-    assert not any(same_bits(before[name], value) for name, value in model.state_dict().items())
+    assert not any(before[name] == bits_of(p) for name, p in model.named_parameters())
 
 
 def test_attach_draws_no_random_numbers():
@@ -91,60 +98,86 @@ def test_attach_draws_no_random_numbers():
     assert same_bits(torch.get_rng_state(), before)
 
 
-def test_new_modules_take_their_owners_mode():
-    """Attached to a model in eval mode, the quantizer is in eval mode, module by module."""
+def test_quantizers_take_the_mode_of_their_modules():
+    """Where only some modules are in eval mode, those compute with quantized weights at once."""
     model = mlp().eval()
     model[2].train()
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    plain = model[0].weight
-    assert not same_bits(model[0].weight, plain)
-    assert model[2].weight.grad_fn is not None
-    assert same_bits(model[0].weight, restored(mlp, quantizer)[0].weight)
+    quantizer.no_optimizer()
+    plain, quantized = snapshot_of(model), computed(restored(mlp, quantizer))
+    one, two = computed(model), computed(model)
+    assert same_bits(
+        [one[n] for n in ("0.weight", "0.bias")], [quantized[n] for n in ("0.weight", "0.bias")]
+    )
+    for name in ("2.weight", "2.bias"):
+        assert not any(same_bits(one[name], other[name]) for other in (two, plain, quantized))
+    assert not same_bits(one["0.weight"], plain["0.weight"])
 
 
-@pytest.mark.parametrize("position", [0, 1, 3])
-@pytest.mark.parametrize("make", [mlp, Recurrent, TiedModules])
-def test_failure_while_attaching_leaves_no_trace(monkeypatch, make, position):
-    """An error after some tensors were parametrized takes everything back."""
-    model = make()
+#: The modules that change a model when a quantizer is attached to it.
+_ATTACHING = {
+    f"diffq.attach.{name}" for name in ("attachment", "checkpoints", "classes", "learned")
+}
+
+
+class _Raises:
+    """Raises an error at one of the calls of functions and methods that attach.
+
+    Attributes:
+        raised: whether there were as many calls.
+    """
+
+    def __init__(self, error, position):
+        self.error, self.left, self.raised = error, position, False
+
+    def __call__(self, frame, event, arg):
+        # Python drops the errors of generators that it closes.
+        if event != "call" or frame.f_code.co_flags & inspect.CO_GENERATOR:
+            return
+        if frame.f_globals["__name__"] in _ATTACHING:
+            self.left -= 1
+            if self.left < 0:
+                self.raised = True
+                raise self.error("made up")
+
+    def attach(self, make, model):
+        """Attaches a quantizer, as far as it comes."""
+        sys.setprofile(self)
+        try:
+            make(model)
+        except self.error:
+            pass
+        finally:
+            sys.setprofile(None)
+
+
+def _normed():
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2)), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("make", [mlp, partial(nn.LSTM, 2, 2), TiedModules, TwoNames, _normed])
+def test_failure_while_attaching_leaves_no_trace(make, error):
+    """An error or Ctrl-C anywhere while tensors are covered takes everything back."""
+    model, attach = make(), partial(diffq.DiffQuantizer, min_size=0)
     before = fingerprint(model)
-    register, calls = parametrize.register_parametrization, []
-
-    def _failing(*args, **options):
-        calls.append(args)
-        if len(calls) > position:
-            raise MemoryError("made up")
-        return register(*args, **options)
-
-    monkeypatch.setattr(parametrize, "register_parametrization", _failing)
-    with pytest.raises(MemoryError, match="made up"):
-        diffq.DiffQuantizer(model, min_size=0)
-    monkeypatch.undo()
+    for position in count():
+        raises = _Raises(error, position)
+        raises.attach(attach, model)
+        if not raises.raised:
+            break
+        assert fingerprint(model) == before, position
+    assert diffq.quantizer_of(model).detach() is model
     assert fingerprint(model) == before
-    assert diffq.DiffQuantizer(model, min_size=0).detach() is model
 
 
-def test_failure_while_making_a_quantizer_leaves_no_trace(monkeypatch):
+def test_failure_while_making_a_quantizer_leaves_no_trace():
     """An error for a late tensor comes before the first one is touched."""
     model = mlp()
     before = fingerprint(model)
     with torch.no_grad():
         model[2].bias[0] = float("nan")
     with pytest.raises(diffq.WeightError, match=r"2\.bias"):
-        diffq.DiffQuantizer(model, min_size=0)
-    assert fingerprint(model) == before
-
-
-def test_interrupt_while_attaching_leaves_no_trace(monkeypatch):
-    """Ctrl-C while attaching takes everything back too."""
-    model = mlp()
-    before = fingerprint(model)
-
-    def _interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(nn.Module, "register_forward_hook", _interrupted)
         diffq.DiffQuantizer(model, min_size=0)
     assert fingerprint(model) == before
 
@@ -209,6 +242,5 @@ def test_tie_gets_the_sum_of_gradients():
         quantizer = diffq.DiffQuantizer(model, min_size=0, noise="rounding")
         quantizer.no_optimizer()
         model(inputs).square().sum().backward()
-        chain = model.embed.parametrizations.weight
-        grads.append((chain.original.grad, chain[0].logits.grad))
+        grads.append((model.embed.weight.grad, weight_quantizers(model)["embed.weight"].grad))
     assert close(*grads, SUMS)

@@ -97,9 +97,8 @@ def _by_training(model, quantizer):
 
 def _by_bits(model, quantizer):
     with torch.no_grad():
-        for weight_quantizer in quantizers_in(model):
-            for parameter in weight_quantizer.parameters():
-                parameter.sub_(1.0)
+        for parameter in quantizer.learned_parameters():
+            parameter.sub_(1.0)
 
 
 @pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])

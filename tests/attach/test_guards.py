@@ -6,7 +6,7 @@ from torch import nn
 
 import diffq
 from tests.compare import same_bits
-from tests.models import mlp
+from tests.models import computed, mlp, seeded, snapshot_of
 
 
 def _trained_in_eval(make_optimizer):
@@ -22,19 +22,39 @@ def _trained_in_eval(make_optimizer):
 def test_fused_optimizers_in_eval_mode():
     """A fused step, which leaves no trace on a tensor, is seen by the cached weights."""
     model, quantizer = _trained_in_eval(lambda p: torch.optim.AdamW(p, 0.1, fused=True))
-    used = model[0].weight.detach().clone()
     plain = diffq.restore_quantized_state(mlp(), quantizer.get_quantized_state())
-    assert same_bits(used, plain[0].weight)
+    assert same_bits(computed(model), computed(plain))
 
 
-def test_writes_to_the_weight_of_eval_do_not_last():
-    """Writing to the quantized weight that eval hands out changes nothing at the next read."""
-    model = mlp().eval()
-    diffq.QATQuantizer(model, bits=4, min_size=0)
-    with torch.no_grad():
-        before = model[0].weight.clone()
+@pytest.mark.parametrize("training", [True, False])
+def test_writes_to_what_is_computed_with_are_refused(training):
+    """Writing to the tensor that a forward hands out is an error, and does not last."""
+    model = mlp().train(training)
+    quantizer = diffq.QATQuantizer(model, bits=4, min_size=0)
+    before, stored = computed(model), snapshot_of(model)
+    with (
+        torch.no_grad(),
+        pytest.raises(diffq.AttachError, match=r"must not write.*0\.weight.*exclude"),
+        quantizer.computing(),
+    ):
         model[0].weight.zero_()
-        assert same_bits(model[0].weight, before)
+    assert same_bits(computed(model), before)
+    assert same_bits(snapshot_of(model), stored)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writes_between_forwards_last(training):
+    """A write to `module.weight` is one to the Parameter, which the next forward computes with."""
+    model, other = (seeded(mlp).train(training) for _ in range(2))
+    weight = model[0].weight
+    diffq.QATQuantizer(model, bits=4, min_size=0)
+    model(torch.ones(2, 16))
+    for written in (model, other):
+        with torch.no_grad():
+            written[0].weight.mul_(2)
+    assert model[0].weight is weight
+    diffq.QATQuantizer(other, bits=4, min_size=0)
+    assert same_bits(computed(model), computed(other))
 
 
 @pytest.mark.parametrize("add", ["register_buffer", "register_parameter"])

@@ -7,9 +7,11 @@ from torch.nn.utils import parametrizations
 
 import diffq
 from tests.compare import close, same_bits
+from tests.holder import weight_quantizers
 from tests.models import (
     QUANTIZERS,
     computed,
+    computed_weight,
     evaluate_alike,
     fingerprint,
     learned,
@@ -48,8 +50,8 @@ def test_weight_norm_gets_noise(kind):
     """Over weight_norm, training forwards differ from each other and from the plain weight."""
     model = _normed()
     plain = model[0].weight.detach().clone()
-    QUANTIZERS[kind](model)
-    one, two = model[0].weight, model[0].weight
+    QUANTIZERS[kind](model).no_optimizer()
+    one, two = (computed_weight(model, "0.weight").detach() for _ in range(2))
     assert not same_bits(one, two)
     assert not same_bits(one, plain)
 
@@ -69,7 +71,7 @@ def test_weight_norm_baked():
     """detach(quantized=True) replaces the other parametrization by the quantized weight."""
     model, inputs = seeded(_normed).eval(), torch.randn(3, 16)
     quantizer = diffq.QATQuantizer(model, min_size=0, bits=4)
-    expected, weight = model(inputs), model[0].weight.detach().clone()
+    expected, weight = model(inputs), computed(model)["0.weight"]
     quantizer.detach(quantized=True)
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert isinstance(model[0].weight, nn.Parameter)
@@ -100,8 +102,7 @@ def test_weight_norm_checkpoint_resumes():
     """The attached model's own checkpoint loads where weight_norm is present."""
     model, other = seeded(_normed, 1), seeded(_normed, 2)
     first, second = (diffq.DiffQuantizer(m, min_size=0) for m in (model, other))
-    with torch.no_grad():
-        model[0].parametrizations.weight[1].logits.add_(1)
+    weight_quantizers(model)["0.weight"].logits.add_(1)
     other.load_state_dict(model.state_dict())
     assert first.true_model_size() == second.true_model_size()
     assert same_bits(snapshot_of(model), snapshot_of(other))

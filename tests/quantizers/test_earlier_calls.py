@@ -10,12 +10,27 @@ from diffq.quantizers.diffq import DiffQuantizer
 from diffq.quantizers.earlier import LSQ, UniformQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from tests.compare import close, same_bits
-from tests.holder import Holder, quantizers_in, reloaded
-from tests.models import TiedModules, evaluate_alike, mlp, seeded, snapshot_of, step, tokens
+from tests.holder import Holder, reloaded, weight_quantizers
+from tests.models import (
+    TiedModules,
+    computed_weight,
+    evaluate_alike,
+    mlp,
+    seeded,
+    snapshot_of,
+    step,
+    tokens,
+)
 
 
 class Switched(DiffQuantizer, QuantizeSwitch):
     """DiffQuantizer with the three calls, whether or not its base class has them already."""
+
+
+def _is_quantized(model, name):
+    """Whether a model computes with the quantized weight of this name."""
+    computed = computed_weight(model, name).detach()
+    return same_bits(computed, weight_quantizers(model)[name].quantized())
 
 
 QUANTIZERS = {
@@ -60,7 +75,7 @@ def test_positions_of_arguments():
     assert quantizer.bits()["w"].tolist() == [5]
     assert [plan.name for plan in quantizer.plan if plan.quantized] == ["w"]
     assert quantizer.get_quantized_state()["tensors"]["b"]["data"].dtype == torch.float16
-    assert not same_bits(model.w, make["w"])
+    assert not same_bits(computed_weight(model, "w").detach(), make["w"])
     quantizer = LSQ(Holder(make), 5, 0.001, True, ["v"], True)
     assert quantizer.bits()["w"].tolist() == [5]
     assert [plan.name for plan in quantizer.plan if plan.quantized] == ["w"]
@@ -84,8 +99,8 @@ def test_uniform_trains_in_full_precision_by_default():
     weight = torch.randn(40, 40)
     model = Holder({"w": weight.clone()})
     UniformQuantizer(model, bits=3, min_size=0)
-    assert same_bits(model.w, weight)
-    assert not same_bits(model.eval().w, weight)
+    assert same_bits(computed_weight(model, "w").detach(), weight)
+    assert not same_bits(computed_weight(model.eval(), "w").detach(), weight)
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -96,42 +111,45 @@ def test_quantize_and_unquantize(kind):
     quantizer.no_optimizer()
     inputs = tokens()
     with torch.no_grad():
-        weight, outputs = model.eval().head.weight.clone(), model(inputs)
+        weight, outputs = computed_weight(model.eval(), "head.weight").clone(), model(inputs)
         model.train()
         stored = snapshot_of(model)
         quantizer.quantize()
         quantizer.quantize()
         assert model.training
-        assert same_bits(model.embed.weight, weight)
+        assert same_bits(computed_weight(model, "embed.weight"), weight)
         assert close(model(inputs), outputs)
         quantizer.unquantize()
+        trained = computed_weight(model, "embed.weight")
     assert same_bits(stored, snapshot_of(model))
-    assert all(q.training for q in quantizers_in(model))
-    assert (kind in ("diffq", "uniform")) == (not close(model.embed.weight, weight))
+    assert (kind in ("diffq", "uniform")) == (not close(trained, weight))
 
 
 def test_unquantize_follows_each_module():
     """After unquantize(), a part of the model that is in eval mode stays quantized."""
     model = seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     quantizer = QUANTIZERS["diffq"](model)
+    quantizer.no_optimizer()
     model[1].eval()
     quantizer.quantize()
+    assert [_is_quantized(model, name) for name in ("0.weight", "1.weight")] == [True, True]
     quantizer.unquantize()
-    assert [q.training for q in quantizers_in(model)] == [True, False]
+    assert [_is_quantized(model, name) for name in ("0.weight", "1.weight")] == [False, True]
     model.eval()
     with quantizer.enter_quantize():
         pass
-    assert [q.training for q in quantizers_in(model)] == [False, False]
+    assert [_is_quantized(model, name) for name in ("0.weight", "1.weight")] == [True, True]
 
 
 def test_enter_quantize():
     """The block quantizes, may be nested, and ends when it raises, in the model's mode."""
     model = seeded(mlp)
     quantizer = QUANTIZERS["diffq"](model)
+    quantizer.no_optimizer()
     modes = []
 
     def _see():
-        modes.append(quantizers_in(model)[0].training)
+        modes.append(_is_quantized(model, "0.weight"))
 
     with quantizer.enter_quantize():
         _see()
@@ -145,7 +163,18 @@ def test_enter_quantize():
     with quantizer.enter_quantize():
         model.eval()
     _see()
-    assert modes == [False, False, False, True, True, False]
+    assert modes == [True, True, True, False, False, True]
+
+
+def test_weights_can_be_read_in_the_block():
+    """In the block, a weight that code reads is the quantized one, and the Parameter after it."""
+    model = seeded(mlp)
+    quantizer = QUANTIZERS["diffq"](model)
+    parameter, quantized = model[0].weight, weight_quantizers(model)["0.weight"].quantized()
+    with quantizer.enter_quantize():
+        assert same_bits(model[0].weight.detach(), quantized)
+    assert model[0].weight is parameter
+    assert not same_bits(parameter.detach(), quantized)
 
 
 def test_gradients_pass_while_quantized():

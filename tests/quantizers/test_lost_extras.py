@@ -21,11 +21,12 @@ INPUTS = torch.ones(2, 16)
 
 def _weights(model):
     """The parameters of the plain model."""
-    return [p for name, p in model.named_parameters() if "original" in name]
+    extras = {id(extra) for extra in _extras(model)}
+    return [p for p in model.parameters() if id(p) not in extras]
 
 
 def _extras(model):
-    return [p for name, p in model.named_parameters() if "original" not in name]
+    return list(diffq.quantizer_of(model).learned_parameters())
 
 
 def _adam(parameters):
@@ -106,8 +107,8 @@ def test_two_optimizers_of_the_same_bits(whole):
     """Two optimizers that step the same learned parameters in turn are noticed, once."""
     model = seeded(mlp)
     quantizer = QUANTIZERS["diffq"](model)
-    first = _adam(model.parameters() if whole else model[0].parameters())
-    second = _adam(model[2].parameters())
+    first = _adam(model.parameters() if whole else [*model[0].parameters(), *_extras(model)])
+    second = _adam([*model[2].parameters(), *_extras(model)])
     quantizer.setup_optimizer(first)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", diffq.DiffqWarning)
@@ -391,7 +392,7 @@ def test_compiled_training_is_not_slowed():
 
 
 def test_pickles_and_copies():
-    """An optimizer that was set up can be pickled and copied; a copy of the guard has none."""
+    """Optimizers and models can be pickled and copied; the guard of a copy has no optimizer."""
     model, quantizer, optimizer = _prepared()
     guard = quantizer._step_watch
     assert guard.optimizer is optimizer
@@ -399,8 +400,11 @@ def test_pickles_and_copies():
     assert all(len(a["params"]) == len(b["params"]) for a, b in groups)
     assert pickle.dumps(optimizer)
     assert copy.deepcopy(guard).optimizer is None
-    with pytest.raises(RuntimeError, match="parametrized"):
-        pickle.dumps(model)
+    other = pickle.loads(pickle.dumps(model))
+    assert same_bits(snapshot_of(other), snapshot_of(model))
+    assert diffq.quantizer_of(other)._step_watch.optimizer is None
+    assert _keeps_training(other, diffq.quantizer_of(other), _adam(other.parameters()))
+    assert guard.optimizer is optimizer
 
 
 def test_a_model_is_freed():

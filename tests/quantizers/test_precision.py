@@ -13,10 +13,12 @@ from diffq.attach.plan import Rules
 from diffq.ptq.budget import quantize_to_size
 from diffq.ptq.state import Settings, quantize_state
 from tests.compare import same_bits
+from tests.holder import weight_quantizers
 from tests.models import (
     QUANTIZERS,
     attached,
     computed,
+    computed_weight,
     evaluate_alike,
     mlp,
     restored,
@@ -48,7 +50,7 @@ def test_autocast(kind):
         optimizer.step()
     after = snapshot_of(model)
     changed = [name for name in before if not same_bits(before[name], after[name])]
-    assert changed == [name for name in before if not name.endswith("_extra_state")]
+    assert changed == [name for name, _ in model.named_parameters()]
     assert all(p.dtype == torch.float32 for p in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert evaluate_alike(model, restored(mlp, quantizer), inputs)
@@ -147,25 +149,25 @@ def test_extras_stay_in_float32(kind, cast):
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     quantizer = QUANTIZERS[kind](model)
     quantizer.setup_optimizer(optimizer, lr=1e-3)
-    extras = {n: p.detach().clone() for n, p in model.named_parameters() if ".original" not in n}
+    before = {name: q.learned.clone() for name, q in weight_quantizers(model).items()}
     getattr(model, cast)()
-    kept = {n: p for n, p in model.named_parameters() if ".original" not in n}
-    assert all(same_bits(kept[name], before) for name, before in extras.items())
-    assert {p.dtype for p in kept.values()} == {torch.float32}
+    kept = {name: q.learned for name, q in weight_quantizers(model).items()}
+    assert same_bits(kept, before)
+    assert {p.dtype for p in quantizer.learned_parameters()} == {torch.float32}
     inputs = torch.randn(5, 16).to(model[0].weight)
     step(model, optimizer, inputs, quantizer)
     # Steps as small as these are lost on logits or scales in half precision.
-    assert not any(same_bits(kept[name], before) for name, before in extras.items())
+    assert not any(same_bits(kept[name], part) for name, part in before.items())
 
 
 def test_extras_follow_the_device():
     """A move with a cast moves what is learned, and casts the weights alone."""
     model = mlp()
-    diffq.DiffQuantizer(model, min_size=0)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
     model.to("meta", torch.bfloat16)
-    chain = model[0].parametrizations.weight
-    assert (chain.original.device.type, chain.original.dtype) == ("meta", torch.bfloat16)
-    assert (chain[0].logits.device.type, chain[0].logits.dtype) == ("meta", torch.float32)
+    (extras,) = quantizer.learned_parameters()
+    assert (model[0].weight.device.type, model[0].weight.dtype) == ("meta", torch.bfloat16)
+    assert (extras.device.type, extras.dtype) == ("meta", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -179,7 +181,7 @@ def test_cast_keeps_every_bitwidth_exact(make, dtype):
         model.to(dtype).eval()
         try:
             fresh = restored(lambda: nn.Linear(64, 32, dtype=dtype), quantizer)
-            exact = same_bits(model.weight, fresh.weight)
+            exact = same_bits(computed_weight(model, "weight").detach(), fresh.weight.detach())
         except diffq.DiffqError:
             exact = False
         wrong += [] if exact else [bits]
@@ -251,8 +253,8 @@ def test_float16_weights_stay_finite(kind, zeros, tmp_path):
         model = near_the_ends(zeros, seed)
         quantizer = LARGE[kind](model, min_size=0)
         quantizer.no_optimizer()
-        assert model.weight.isfinite().all()
-        weight = model.eval().weight.detach().clone()
+        assert computed_weight(model, "weight").isfinite().all()
+        weight = computed_weight(model.eval(), "weight").detach().clone()
         assert weight.isfinite().all()
         assert (weight[0, 1] == 0) or not zeros
         (record,) = quantizer.snapshot().records.values()
@@ -290,18 +292,19 @@ def test_scales_of_large_weights(dtype, size, bits):
     weight = model.weight.detach().double()
     quantizer = diffq.LSQQuantizer(model, bits=bits, min_size=0)
     quantizer.no_optimizer()
-    scale = model.parametrizations.weight[0].scale.item()
+    scale = weight_quantizers(model)["weight"].scale.item()
     wanted = 2 * weight.abs().mean().item() / (2 ** (bits - 1) - 1) ** 0.5
     most = float(np.finfo(np.float32).max) / 2 ** (bits - 1)
     assert scale == pytest.approx(min(wanted, most), rel=1e-4)
-    for values in (model.weight, model.eval().weight):
+    for training in (True, False):
+        values = computed_weight(model.train(training), "weight").detach()
         assert values.isfinite().all()
         inside = weight.abs() <= scale * (2 ** (bits - 1) - 1)
         rounding = 2 * torch.finfo(dtype).eps * weight.abs()
-        error = (values.detach().double() - weight).abs() - rounding
+        error = (values.double() - weight).abs() - rounding
         assert (error[inside] <= scale * (0.5 + 1e-4)).all()
     (record,) = quantizer.snapshot().records.values()
-    assert same_bits(torch.from_numpy(record.values()).to(dtype), model.weight.detach())
+    assert same_bits(torch.from_numpy(record.values()).to(dtype), values)
 
 
 @pytest.mark.parametrize("kind", ["diffq", "diffq-rounding", "qat", "lsq"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import diffq
+from diffq.attach.attachment import attachment_of
 from diffq.quantizers.product.blocks import layer_kind
 from tests.compare import close, same_bits
 from tests.holder import Holder, all_bits, bits_of, blank, reloaded, weight_quantizers
@@ -17,6 +18,8 @@ from tests.models import (
     ConvNet,
     Recurrent,
     TiedModules,
+    computed,
+    computed_weight,
     mlp,
     restored,
     seeded,
@@ -104,8 +107,9 @@ def test_vectors_stay_as_they_are():
     """Biases and norms have no inputs to cut in blocks: they are stored raw, or as float16."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     attach(model, float16=True)
-    assert list(weight_quantizers(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    kinds = {name: type(q).__name__ for name, q in weight_quantizers(model).items()}
+    quantizers = attachment_of(model).quantizers
+    kinds = {q.plan.name: type(q).__name__ for q in quantizers}
+    assert list(kinds) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert kinds.pop("0.weight") == "ProductWeight"
     assert set(kinds.values()) == {"HalfQuantizer"}
 
@@ -127,16 +131,17 @@ def test_eval_is_the_nearest_stored_codeword(centroids):
     """In eval, each block is the codeword that is nearest among those that are stored."""
     model, _, weight = one(torch.randn(8, 12), centroids=centroids, block_size=3)
     model.eval()
-    words = weight._stored(weight_of(model)).values()
-    distances = torch.cdist(blocks_of(weight_of(model), 3).double(), words.double())
+    words = stored_words(weight)
+    distances = torch.cdist(blocks_of(model.weight, 3).double(), words.double())
     nearest = words[distances.argmin(1)]
-    assert same_bits(blocks_of(model.weight, 3), nearest)
-    assert model.weight.requires_grad
+    evaluated = computed_weight(model, "weight")
+    assert same_bits(blocks_of(evaluated, 3), nearest)
+    assert evaluated.requires_grad
 
 
-def weight_of(model):
-    """The tensor under the quantizer."""
-    return model.weight
+def stored_words(quantized):
+    """The codewords of a tensor as they are stored, [K, d]."""
+    return quantized._stored(quantized.weight.detach(), quantized.learned).values()
 
 
 @pytest.mark.parametrize("centroids", ["float32", "float16", "int8"])
@@ -153,9 +158,8 @@ def test_state_and_file_restore_what_eval_computes(name, packed, centroids, tmp_
     diffq.save(quantizer, tmp_path / "model.diffq", "packed" if packed else "zstd")
     diffq.load(tmp_path / "model.diffq", loaded)
     model.eval()
-    places = {site.name: site.read(model) for plan in quantizer.plan for site in plan.sites}
-    computed = {name: bits_of(tensor) for name, tensor in places.items()}
-    assert {name: bits for name, bits in all_bits(fresh).items() if name in computed} == computed
+    evaluated = {name: bits_of(t) for name, t in computed(model).items() if t is not None}
+    assert all_bits(fresh) == evaluated
     baked = all_bits(quantizer.detach(quantized=True))
     assert all_bits(fresh) == all_bits(loaded) == baked
 
@@ -168,10 +172,10 @@ def test_other_dtypes(dtype, centroids):
     fresh = blank(model)
     quantizer = attach(model, centroids=centroids)
     model.train()
-    assert model.weight.dtype == dtype
+    assert computed_weight(model, "weight").dtype == dtype
     model.eval()
     diffq.restore_quantized_state(fresh, quantizer.get_quantized_state())
-    assert bits_of(fresh.weight) == bits_of(model.weight)
+    assert bits_of(fresh.weight) == bits_of(computed_weight(model, "weight"))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -185,10 +189,10 @@ def test_many_blocks_agree(threads, noise_scale):
         model, quantizer, _ = one(weight, block_size=8, codebook_size=300, iterations=2)
         model.eval()
         with torch.no_grad():
-            computed = bits_of(model.weight)
+            evaluated = bits_of(computed_weight(model, "weight"))
         fresh = nn.Linear(320, 300, bias=False)
         diffq.restore_quantized_state(fresh, quantizer.get_quantized_state())
-        assert bits_of(fresh.weight) == computed
+        assert bits_of(fresh.weight) == evaluated
     finally:
         torch.set_num_threads(before)
 
@@ -201,7 +205,7 @@ def test_layouts_in_memory():
     values = []
     for model in (plain, last):
         attach(model)
-        values.append(model.eval().weight)
+        values.append(computed_weight(model.eval(), "weight"))
     assert same_bits(*values)
 
 
@@ -214,9 +218,9 @@ def test_noise_of_picked_blocks(noise, picked):
     """Picked blocks become codewords, zeros or means; the others are what they were."""
     torch.manual_seed(0)
     model, _, weight = one(torch.randn(20, 24), noise=noise, picked=picked, p=0.4, block_size=4)
-    before = blocks_of(weight_of(model), 4)
-    after = blocks_of(model.weight, 4)
-    words = weight._stored(weight_of(model)).values()
+    before = blocks_of(model.weight, 4)
+    after = blocks_of(computed_weight(model, "weight"), 4)
+    words = stored_words(weight)
     expected = {
         "exact": words[torch.cdist(before, words).argmin(1)],
         "proxy": torch.zeros_like(before),
@@ -235,7 +239,7 @@ def test_noise_of_picked_blocks(noise, picked):
 def test_share_of_picked_blocks():
     """Blocks are picked with probability p, anew in each forward."""
     model, _, _ = one(torch.randn(100, 100) + 10, p=0.15, block_size=5)
-    masks = [(blocks_of(model.weight, 5) == 0).all(1) for _ in range(20)]
+    masks = [(blocks_of(computed_weight(model, "weight"), 5) == 0).all(1) for _ in range(20)]
     share = torch.stack(masks).float().mean()
     assert abs(share - 0.15) < 4 * math.sqrt(0.15 * 0.85 / (20 * 2000))
     assert not same_bits(masks[0], masks[1])
@@ -260,24 +264,19 @@ def test_no_noise_is_plain_training():
     attach(model, p=0)
     state = torch.get_rng_state()
     for network in (plain, model):
-        optimizer = torch.optim.SGD(
-            [p for n, p in network.named_parameters() if "codebook" not in n], 0.05
-        )
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
         for _ in range(3):
             step(network, optimizer, inputs)
     assert same_bits(torch.get_rng_state(), state)
-    trained = dict(plain.named_parameters())
-    for name, parameter in model.named_parameters():
-        if "codebook" not in name:
-            name = name.replace("parametrizations.", "").replace(".original", "")
-            assert close(parameter, trained[name], SUMS), name
+    for name, parameter in plain.named_parameters():
+        assert close(model.get_parameter(name), parameter, SUMS), name
 
 
 def test_full_exact_noise_is_what_eval_computes():
     """At p = 1, exact noise trains with the weights of eval."""
     model, _, _ = one(torch.randn(12, 16), noise="exact", p=1)
-    noisy = model.weight.detach()
-    assert same_bits(noisy, model.eval().weight)
+    noisy = computed_weight(model, "weight")
+    assert same_bits(noisy, computed_weight(model.eval(), "weight"))
 
 
 @pytest.mark.parametrize("noise", ["exact", "proxy", "mean"])
@@ -285,15 +284,16 @@ def test_gradients_are_unmodified(noise):
     """Equation 8: every weight gets the gradient as it comes, noise or not."""
     model, _, _ = one(torch.randn(12, 16), noise=noise, p=0.5)
     coefficients = torch.randn(12, 16)
-    (model.weight * coefficients).sum().backward()
-    assert close(weight_of(model).grad, coefficients)
+    (computed_weight(model, "weight") * coefficients).sum().backward()
+    assert close(model.weight.grad, coefficients)
 
 
 def test_codebook_has_no_gradient_before_its_stage():
     """Until a stage fixes a tensor, training leaves its codebook alone."""
     model, _, weight = one(torch.randn(12, 16), noise="exact", p=1)
-    model.weight.square().sum().backward()
-    assert weight.codebook.grad is None
+    computed_weight(model, "weight").square().sum().backward()
+    assert model.weight.grad.any()
+    assert weight.grad is None
 
 
 # Codebooks
@@ -305,10 +305,11 @@ def test_refresh_follows_the_weights():
 
     def error():
         with torch.no_grad():
-            return float((model.eval().weight - weight_of(model)).square().sum())
+            evaluated = computed_weight(model.eval(), "weight")
+            return float((evaluated - model.weight).square().sum())
 
     with torch.no_grad():
-        weight_of(model).add_(2 * torch.randn(40, 32))
+        model.weight.add_(2 * torch.randn(40, 32))
     before = error()
     quantizer.refresh()
     after = error()
@@ -328,7 +329,7 @@ def test_codebooks_depend_on_the_seed_alone():
         before = torch.get_rng_state()
         _, _, quantizer = one(weight, codebook_size=16, seed=seed)
         assert torch.get_rng_state().shape == before.shape
-        books.append(quantizer.codebook.detach())
+        books.append(quantizer.codebook)
     assert same_bits(books[0], books[1])
     assert not same_bits(books[0], books[2])
 
@@ -338,7 +339,8 @@ def test_ties_share_a_codebook():
     model = seeded(TiedModules)
     quantizer = attach(model)
     assert len(weight_quantizers(model)) == 2
-    assert model.embed.weight is not None
+    with quantizer.computing():
+        assert model.embed.weight is model.head.weight
     state = quantizer.get_quantized_state()
     assert state["aliases"] == {"head.weight": "embed.weight"}
     kind = state["tensors"]["embed.weight"]["kind"]

@@ -11,9 +11,9 @@ from torch import nn
 import diffq
 from diffq.numerics import grid
 from diffq.numerics.grid import BitsLaw
-from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, learned_bits
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, Sized, learned_bits
 from tests.holder import Holder, set_bits, weight_quantizers
-from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, encoder
+from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, computed_weight, encoder
 
 
 def equation_12(bits, group_size, numel, min_bits):
@@ -33,6 +33,7 @@ def _learned(numel, group_size, bits, min_bits=2):
     quantizer = diffq.DiffQuantizer(
         model, min_size=0, group_size=group_size, min_bits=min_bits, init_bits=15
     )
+    quantizer.no_optimizer()
     weight = weight_quantizers(model)["weight"]
     set_bits(weight, bits)
     return quantizer, weight
@@ -40,7 +41,7 @@ def _learned(numel, group_size, bits, min_bits=2):
 
 def _read(quantizer):
     """Reads the weight as a training forward does: only then do bits get a gradient."""
-    return quantizer.model.weight
+    computed_weight(quantizer.model, "weight")
 
 
 @st.composite
@@ -113,7 +114,7 @@ def test_model_size_is_a_scalar():
     _read(quantizer)
     size = quantizer.model_size()
     assert (size.shape, size.dtype) == (torch.Size([]), torch.float32)
-    assert torch.autograd.grad(size, weight.logits)[0].all()
+    assert weight.gradient_of(size).all()
 
 
 def test_gradient_of_the_size_is_that_of_equation_11():
@@ -122,7 +123,7 @@ def test_gradient_of_the_size_is_that_of_equation_11():
     with torch.no_grad():
         weight.logits.copy_(torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0, 4.0]))
     _read(quantizer)
-    (found,) = torch.autograd.grad(quantizer.model_size(), weight.logits)
+    found = weight.gradient_of(quantizer.model_size())
     for logit, gradient, weights in zip(
         weight.logits.tolist(), found.tolist(), [4, 4, 4, 4, 4, 2], strict=True
     ):
@@ -136,14 +137,15 @@ def test_gradient_of_the_size_against_finite_differences(kind):
     """model_size moves with a logit as its gradient says, for each kind of noise."""
     model = Holder({"weight": torch.randn(22)})
     quantizer = diffq.DiffQuantizer(model, min_size=0, group_size=4, noise=kind)
+    quantizer.no_optimizer()
     weight = weight_quantizers(model)["weight"]
     set_bits(weight, [3, 4, 5, 6, 7, 8])
     _read(quantizer)
-    (found,) = torch.autograd.grad(quantizer.model_size(), weight.logits)
+    found = weight.gradient_of(quantizer.model_size())
 
     def real_size(group, change):
         # Of the real bitwidths: rounding is straight through, and so has this gradient.
-        logits = weight.logits.detach().double()
+        logits = weight.logits.double()
         logits[group] += change
         bits = 2 + 13 * torch.sigmoid(logits)
         counts = torch.tensor([4, 4, 4, 4, 4, 2]).double()
@@ -158,23 +160,27 @@ def test_gradient_of_the_size_against_finite_differences(kind):
 def test_gradient_of_equation_8_counts_weights(cases, last_unused):
     """d size / d logit is db/dl times the weights of the group; the bit map adds nothing.
 
-    Together with other tensors it is the same, and a detached one gets none.
+    Together with other tensors it is the same, and one without noise gets zeros.
     """
     law = BitsLaw(1, 15)
     groupings = [Grouping(law, group_size, numel) for numel, group_size, _, _ in cases]
     logits = [torch.linspace(-2, 2, g.groups, dtype=torch.float64) for g in groupings]
-    learned = [part.requires_grad_() for part in (logits[:-1] if last_unused else logits)]
-    size = learned_bits(groupings, logits)
-    if not learned:
-        assert not size.requires_grad
-        return
-    for part, grouping, found in zip(
-        learned, groupings, torch.autograd.grad(size, learned), strict=False
+    flat, tensors, start = torch.cat(logits).requires_grad_(), [], 0
+    for grouping in groupings:
+        tensors.append(Sized(grouping, start, active=True))
+        start += grouping.groups
+    if last_unused:
+        tensors[-1] = tensors[-1]._replace(active=False)
+    (found,) = torch.autograd.grad(learned_bits(flat, tensors), flat)
+    assert found.shape == flat.shape
+    for part, tensor, gradient in zip(
+        logits, tensors, found.split([len(part) for part in logits]), strict=True
     ):
+        grouping = tensor.grouping
         starts = range(0, grouping.numel, grouping.group_size)
         counts = [min(grouping.group_size, grouping.numel - start) for start in starts]
-        (slope,) = grid.slopes_of_all([grouping.law], [part.detach()], [1])
-        torch.testing.assert_close(found, torch.tensor(counts) * slope)
+        (slope,) = grid.slopes_of_all([grouping.law], [part], [1])
+        torch.testing.assert_close(gradient, torch.tensor(counts) * slope * tensor.active)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +189,7 @@ def test_gradient_of_equation_8_counts_weights(cases, last_unused):
 def test_bit_map_is_that_of_rounded_bits(largest, width):
     """The map in the differentiable size is as wide as evaluation's, at real bitwidths too."""
     _, weight = _learned(12, 4, [2.0, largest, 2.0])
-    grouping, logits = weight.learned_size()
-    size = learned_bits([grouping], [logits])
+    size = learned_bits(weight.logits, [Sized(weight.grouping, 0)])
     assert size.item() == pytest.approx(4 * (4 + largest) + 3 * width + 72)
 
 
@@ -375,7 +380,7 @@ def test_size_of_a_large_tensor_keeps_its_digits(group_size):
     weight = weight_quantizers(model)["weight"]
     with torch.no_grad():
         weight.logits.normal_(std=3)
-    bits = weight.bits().detach().double()
+    bits = weight.bits(weight.weight, weight.logits).double()
     last = 3_000_001 - (weight.groups - 1) * group_size
     levels = float(bits[:-1].sum()) * group_size + float(bits[-1]) * last
     wanted = levels + 4 * weight.groups + 72
@@ -391,7 +396,8 @@ def test_second_derivatives(missing):
     def _bits(logits):
         return (law.bits(logits) * torch.tensor([4, 4, 4, 4, 4 - missing])).sum()
 
-    (found,) = torch.autograd.grad(learned_bits([grouping], [logits]), logits, create_graph=True)
+    size = learned_bits(logits, [Sized(grouping, 0)])
+    (found,) = torch.autograd.grad(size, logits, create_graph=True)
     (second,) = torch.autograd.grad(found.sum(), logits)
     wanted = torch.autograd.functional.hessian(_bits, logits).sum(0)
     torch.testing.assert_close(second, wanted)

@@ -200,7 +200,7 @@ class ProductQuantizer(BaseQuantizer):
         for quantizer, clusters in found:
             quantizer.take(clusters)
             codebooks[quantizer.index] = clusters.codebook
-        attachment.learned.settle(codebooks)
+        attachment.learned.write(codebooks)
         attachment.forget()
 
 

@@ -271,8 +271,7 @@ class ProductWeight(WeightQuantizer):
         return torch.where(nonzero(blocks), found, smallest(words))
 
     def _stored(self, weight: Tensor, learned: Tensor | None) -> StoredCodebook:
-        assert learned is not None
-        codebook = learned.detach()
+        codebook = cast(Tensor, learned).detach()
         if self.may_have_zeros and not self.fixed:
             # Blocks may have become zero since the codebook was learned.
             place, none = smallest(codebook), nonzero(self._in_blocks(weight)).all()
