@@ -6,6 +6,9 @@ from torch import nn
 from tests.compare import same_bits
 from tests.models import restored
 
+#: Names of what a quantizer adds to a state dict, in the root's own namespace.
+ADDED, LEARNED, SETTINGS = "_diffq.", "_diffq.learned", "_diffq._extra_state"
+
 #: Options with few enough bits that quantized, noisy and plain weights are far from each other.
 COARSE = {"init_bits": 3}
 
@@ -68,3 +71,8 @@ def computes_with_what_is_stored(make, model, quantizer):
     values = stored(make, quantizer)
     with torch.no_grad(), quantizer.computing():
         return same_bits(read(model, list(values)), {n: p.detach() for n, p in values.items()})
+
+
+def learned_in(model):
+    """The one parameter that the quantizer of a model learns."""
+    return model.get_parameter(LEARNED)

@@ -8,7 +8,17 @@ from torch.func import functional_call, grad, vmap
 
 from tests.compare import close, same_bits
 from tests.models import QUANTIZERS, attached, mlp, restored, seeded
-from tests.readers import COARSE, Reader, readers, reads_parameters, seen_by, stored, x16
+from tests.readers import (
+    COARSE,
+    LEARNED,
+    Reader,
+    learned_in,
+    readers,
+    reads_parameters,
+    seen_by,
+    stored,
+    x16,
+)
 
 #: Kinds that draw noise in each training forward.
 RANDOM = ["diffq", "diffq-uniform", "diffq-fixed", "quant-noise"]
@@ -196,9 +206,9 @@ def test_a_student_and_a_teacher():
     assert not same_bits(*both.student.seen)
     assert same_bits(*both.teacher.seen)
     assert same_bits(both.teacher.seen[0], stored(Reader, teacher)["weight"].detach())
-    assert both.student.diffq_learned.grad.any()
+    assert learned_in(both.student).grad.any()
     assert both.teacher.weight.grad is None
-    names = [f"student.{name}" for name in ("weight", "bias", "diffq_learned")]
+    names = [f"student.{name}" for name in ("weight", "bias", LEARNED)]
     assert list(both.state_dict())[:3] == names
     assert reads_parameters(both)
 

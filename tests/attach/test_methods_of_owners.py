@@ -8,8 +8,10 @@ from tests.compare import close, same_bits
 from tests.models import QUANTIZERS, TiedHead, attached, mlp, restored, tokens
 from tests.readers import (
     COARSE,
+    LEARNED,
     Reader,
     computes_with_what_is_stored,
+    learned_in,
     readers,
     reads_parameters,
     stored,
@@ -71,8 +73,8 @@ def test_methods_train_on_noise(call, kind):
     assert not same_bits(one, two)
     assert not same_bits(one, model.projection.detach())
     assert model.projection.grad.any()
-    if kind != "diffq-fixed" and "diffq_learned" in dict(model.named_parameters()):
-        assert model.diffq_learned.grad.any()
+    if kind != "diffq-fixed" and LEARNED in dict(model.named_parameters()):
+        assert learned_in(model).grad.any()
 
 
 @pytest.mark.parametrize("call", [_text, _image])
@@ -214,7 +216,7 @@ def test_gradients_of_a_block():
         loss = (tokens().float() @ torch.ones(7, 24) @ model.embed.weight).square().sum()
     loss.backward()
     assert model.embed.weight.grad.any()
-    assert model.diffq_learned.grad.any()
+    assert learned_in(model).grad.any()
     assert reads_parameters(model)
 
 

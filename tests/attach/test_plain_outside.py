@@ -10,7 +10,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import diffq
 from tests.compare import close, same_bits
 from tests.models import MODELS, QUANTIZERS, attached, mlp, pairs, restored, seeded
-from tests.readers import COARSE, computes_with_what_is_stored, reads_parameters, x16
+from tests.readers import (
+    COARSE,
+    LEARNED,
+    computes_with_what_is_stored,
+    learned_in,
+    reads_parameters,
+    x16,
+)
 
 #: The quantizers that learn something.
 LEARNING = {"diffq", "diffq-uniform", "diffq-rounding", "lsq", "product"}
@@ -26,25 +33,26 @@ def test_names_and_objects(kind, name):
     children = list(model.named_children())
     QUANTIZERS[kind](model)
     found = list(model.named_parameters(remove_duplicate=False))
-    assert [n for n, _ in found[len(parameters) :]] == ["diffq_learned"] * (kind in LEARNING)
+    assert [n for n, _ in found[len(parameters) :]] == [LEARNED] * (kind in LEARNING)
     plain = zip(parameters, found[: len(parameters)], strict=True)
     assert all(a == b and p is q for (a, p), (b, q) in plain)
     found = list(model.named_modules(remove_duplicate=False))
-    assert [(n, id(m)) for n, m in found] == [(n, id(m)) for n, m in modules]
-    assert [(n, id(m)) for n, m in model.named_children()] == [(n, id(m)) for n, m in children]
+    assert [(n, id(m)) for n, m in found if n != "_diffq"] == [(n, id(m)) for n, m in modules]
+    found = [(n, id(m)) for n, m in model.named_children() if n != "_diffq"]
+    assert found == [(n, id(m)) for n, m in children]
 
 
 @pytest.mark.parametrize("kind", ["diffq", "lsq"])
 def test_what_is_learned_is_one_flat_parameter(kind):
     """All that is learned is one vector in float32, which the root alone has."""
     model, quantizer = attached(mlp, kind)
-    learned = model.diffq_learned
+    learned = learned_in(model)
     assert isinstance(learned, nn.Parameter)
     assert (learned.dim(), learned.dtype) == (1, torch.float32)
     (model(x16()).square().sum() + quantizer.model_size()).backward()
     assert learned.grad.shape == learned.shape
     assert learned.grad.any()
-    assert not hasattr(model[0], "diffq_learned")
+    assert not hasattr(model[0], "_diffq")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -84,7 +92,7 @@ def _merged(model):
 
 
 def _vector(model):
-    parameters = [p for name, p in model.named_parameters() if name != "diffq_learned"]
+    parameters = [p for name, p in model.named_parameters() if name != LEARNED]
     vector_to_parameters(2 * parameters_to_vector(parameters).detach(), parameters)
 
 
@@ -107,7 +115,7 @@ def test_writes_are_those_to_the_plain_model(write, training):
     write(plain)
     torch.manual_seed(7)
     write(model)
-    values = {n: p.detach() for n, p in model.named_parameters() if n != "diffq_learned"}
+    values = {n: p.detach() for n, p in model.named_parameters() if n != LEARNED}
     assert same_bits(values, {n: p.detach() for n, p in plain.named_parameters()})
     model.eval()
     inputs = x16()
@@ -130,7 +138,7 @@ def test_groups_of_an_optimizer_by_name_and_by_module():
             for name, _ in module.named_parameters(recurse=False):
                 chosen = name.endswith("weight") and isinstance(module, nn.Linear)
                 (decay if chosen else rest).add(f"{path}.{name}".lstrip("."))
-        return decay, rest - {"diffq_learned"}
+        return decay, rest - {LEARNED}
 
     assert groups(model) == groups(plain)
     named = dict(model.named_parameters())
@@ -220,11 +228,11 @@ def test_casts(cast):
     model, quantizer = attached(mlp)
     getattr(model, cast)()
     dtype = getattr(torch.empty(0), cast)().dtype
-    assert model.diffq_learned.dtype == torch.float32
+    assert learned_in(model).dtype == torch.float32
     assert next(model.parameters()).dtype == model[0].weight.dtype == dtype
     assert model(x16().to(dtype)).dtype == dtype
     (model(x16().to(dtype)).sum() + quantizer.model_size()).backward()
-    assert model.diffq_learned.grad.any()
+    assert learned_in(model).grad.any()
     assert model.eval()(x16().to(dtype)).dtype == dtype
 
 
@@ -234,7 +242,7 @@ def test_another_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try:
         model, quantizer = attached(mlp)
-        assert model.diffq_learned.dtype == torch.float32
+        assert learned_in(model).dtype == torch.float32
         assert quantizer.model_size().dtype == torch.float32
         assert quantizer.model_size().item() == pytest.approx(quantizer.true_model_size(), rel=0.1)
     finally:

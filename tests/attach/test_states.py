@@ -22,7 +22,15 @@ from tests.models import (
     step,
     tokens,
 )
-from tests.readers import computes_with_what_is_stored, reads_parameters, x16
+from tests.readers import (
+    ADDED,
+    LEARNED,
+    SETTINGS,
+    computes_with_what_is_stored,
+    learned_in,
+    reads_parameters,
+    x16,
+)
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(QUANTIZERS, MODELS))
@@ -36,8 +44,8 @@ def test_entries(kind, name):
     assert list(state)[: len(plain)] == list(plain)
     assert all(state[n].data_ptr() == value.data_ptr() for n, value in plain.items())
     added = list(state)[len(plain) :]
-    assert "diffq_settings" in added
-    assert all(name.startswith("diffq_") for name in added)
+    assert SETTINGS in added
+    assert all(name.startswith(ADDED) for name in added)
     assert [n for n, _ in model.named_buffers()] == buffers
 
 
@@ -59,7 +67,7 @@ def test_entries_keep_their_shapes(kind):
     assert forms() == before
     if kind == "product":
         quantizer.quantize_stage()
-    elif hasattr(quantizer, "freeze_bits") and "diffq_learned" in model.state_dict():
+    elif hasattr(quantizer, "freeze_bits") and LEARNED in model.state_dict():
         quantizer.freeze_bits()
     model.train()
     step(model, optimizer, x16(), quantizer)
@@ -70,7 +78,7 @@ def test_settings_are_a_copy():
     """Writing to the entry of the settings changes nothing in the model."""
     model, _ = attached(mlp)
     before = snapshot_of(model)
-    model.state_dict()["diffq_settings"].zero_()
+    model.state_dict()[SETTINGS].zero_()
     assert same_bits(snapshot_of(model), before)
 
 
@@ -84,7 +92,7 @@ def test_frozen_and_trained_states_load(kind, assign):
     if kind in ("diffq", "diffq-rounding"):
         quantizer.freeze_bits()
         with torch.no_grad():
-            model.diffq_learned.add_(3)  # what momentum makes of frozen bits
+            learned_in(model).add_(3)  # what momentum makes of frozen bits
         states.append(reloaded(model.state_dict()))
         sizes.append(quantizer.true_model_size())
     for state, size in zip(states, sizes, strict=True):
@@ -103,16 +111,16 @@ def test_into_a_plain_model():
     """A plain model takes an attached one's weights, and names the entries that are added."""
     model, _, _ = after_steps("tied-modules")
     plain = seeded(TiedModules, 5)
-    with pytest.raises(RuntimeError, match="diffq_learned"):
+    with pytest.raises(RuntimeError, match=LEARNED):
         plain.load_state_dict(model.state_dict())
     keys = plain.load_state_dict(model.state_dict(), strict=False)
     assert keys.missing_keys == []
-    assert set(keys.unexpected_keys) == {"diffq_learned", "diffq_settings"}
-    wanted = {n: p.detach() for n, p in model.named_parameters() if n != "diffq_learned"}
+    assert set(keys.unexpected_keys) == {LEARNED, SETTINGS}
+    wanted = {n: p.detach() for n, p in model.named_parameters() if n != LEARNED}
     assert same_bits({n: p.detach() for n, p in plain.named_parameters()}, wanted)
 
 
-SETTINGS = {
+OTHER = {
     "group_size": (diffq.DiffQuantizer, {"group_size": 4}, {"group_size": 8}),
     "min_bits": (diffq.DiffQuantizer, {}, {"min_bits": 3}),
     "max_bits": (diffq.DiffQuantizer, {}, {"max_bits": 8, "init_bits": 4}),
@@ -132,10 +140,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", OTHER)
 def test_states_of_other_settings_are_refused(setting, strict):
     """Both ways, strict or not, the error names the setting or the tensor; nothing has changed."""
-    cls, *options = SETTINGS[setting]
+    cls, *options = OTHER[setting]
     word = {"tensors": r"2\.weight", "override": "bits|2"}.get(setting, setting.split()[0])
     for one, two in (options, options[::-1]):
         source, target = seeded(mlp), seeded(mlp, 5)
@@ -164,11 +172,11 @@ def test_settings_that_are_damaged_are_refused():
     """Settings that no quantizer has written are a clear error, whatever they hold."""
     model, _ = attached(mlp)
     state = model.state_dict()
-    length = len(state["diffq_settings"])
+    length = len(state[SETTINGS])
     for damaged in (torch.zeros(length), torch.full((length,), 255), torch.arange(3)):
-        state["diffq_settings"] = damaged.to(state["diffq_settings"].dtype)
+        state[SETTINGS] = damaged.to(state[SETTINGS].dtype)
         before = snapshot_of(model)
-        with pytest.raises(diffq.DiffqError, match="settings"):
+        with pytest.raises(diffq.DiffqError, match=r"settings|_extra_state"):
             model.load_state_dict(state)
         assert same_bits(snapshot_of(model), before)
 
@@ -182,8 +190,8 @@ def test_parts_and_wholes():
     source, target, plain = seeded(make, 1), seeded(make, 2), seeded(make, 3)
     quantizers = [diffq.DiffQuantizer(m["a"], min_size=0) for m in (source, target)]
     with torch.no_grad():
-        source["a"].diffq_learned.normal_()
-    added = ["a.diffq_learned", "a.diffq_settings"]
+        learned_in(source["a"]).normal_()
+    added = [f"a.{LEARNED}", f"a.{SETTINGS}"]
     assert [n for n in source.state_dict() if "diffq" in n] == added
     target.load_state_dict(source.state_dict())
     assert same_bits(snapshot_of(target), snapshot_of(source))
