@@ -21,7 +21,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-integrations test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -36,6 +36,9 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
 
+test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries
+	$(PY) -m pytest tests/integrations $(PYTEST_FLAGS)
+
 test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)
 	@failed=; for settings in $(PROCESSORS); do \
 		printf '\n== %s\n' "$$settings"; \
@@ -43,9 +46,9 @@ test-processors: $(VENV)/.installed-test  ## run the tests as on other processor
 			failed="$$failed $$settings"; \
 	done; test -z "$$failed" || { echo "error: tests fail under$$failed" >&2; exit 1; }
 
-# Without the files that take long, or that multiply no matrices.
+# Without the files that take long, that multiply no matrices, or that need other libraries.
 test-processors-short: PROCESSORS = ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2,PERTURB=1
-test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli \
+test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli integrations \
 	test_distributed.py storage/test_open.py storage/test_load.py $(patsubst %,attach/test_%.py,compile fault_injection attach changed_models))
 test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 

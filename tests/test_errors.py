@@ -11,12 +11,8 @@ from torch.nn.parallel import DataParallel
 
 import diffq
 from diffq import errors
-from tests.models import (
-    QUANTIZERS,
-    mlp,
-    refused,
-    state_of,
-)
+from tests.holder import weight_quantizers
+from tests.models import QUANTIZERS, mlp, refused, state_of
 
 # The tree
 
@@ -190,7 +186,7 @@ def test_bad_bitwidths_in_eval():
     model = mlp()
     QUANTIZERS["diffq"](model)
     with torch.no_grad():
-        model[2].parametrizations.weight[0].logits[0] = math.nan
+        weight_quantizers(model)["2.weight"].logits[0] = math.nan
     with pytest.raises(diffq.WeightError, match=r"2\.weight"):
         model.eval()(torch.ones(1, 16))
 
@@ -200,7 +196,7 @@ def test_bad_scale():
     model = mlp()
     quantizer = QUANTIZERS["lsq"](model)
     with torch.no_grad():
-        model[2].parametrizations.weight[0].scale.fill_(math.nan)
+        weight_quantizers(model)["2.weight"].scale.fill_(math.nan)
     for call in (quantizer.get_quantized_state, lambda: model.eval()(torch.ones(1, 16))):
         with pytest.raises(diffq.WeightError, match=r"2\.weight.*nan"):
             call()
@@ -261,6 +257,6 @@ def test_restore_into_an_attached_model():
         model,
         diffq.MismatchError,
         lambda m: diffq.restore_quantized_state(m, state),
-        "parametrizations",
+        "has a quantizer",
         "detach()",
     )

@@ -115,7 +115,7 @@ class Attachment:
         Raises:
             AttachError: one was removed or replaced.
         """
-        if all(modules.get(key) is child for modules, key, child in self._links):
+        if all(parent._modules.get(key) is child for parent, key, child in self._links):
             return
         present = set(self.model.modules())
         for place in self._places:
@@ -193,6 +193,16 @@ class Attachment:
         if self.model._modules.get(LEARNED) is self.learned:
             del self.model._modules[LEARNED]
 
+    def bake(self, quantizer: WeightQuantizer, value: Tensor) -> None:
+        """Sets a tensor of the detached model at every place; whatever computed it is removed."""
+        places = [place for place in self._places if place.quantizer is quantizer]
+        for _, owner, name in places:
+            if parametrize.is_parametrized(owner, name):
+                # The tensor was computed from others, which cannot give this very value.
+                parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
+        with torch.no_grad():
+            getattr(places[0].owner, places[0].name).copy_(value)
+
     def _find_places(self) -> tuple[Place, ...]:
         return tuple(
             Place(quantizer, site.owner(self.model), site.attribute)
@@ -204,10 +214,10 @@ class Attachment:
         modules = set(module.modules())
         return tuple(place for place in self._places if place.owner in modules)
 
-    def _find_links(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    def _find_links(self) -> list[tuple[nn.Module, str, nn.Module]]:
         covered = set(self._covered)
         return [
-            (parent._modules, key, child)
+            (parent, key, child)
             for parent in self.model.modules()
             for key, child in parent._modules.items()
             if child in covered
@@ -220,14 +230,14 @@ class Attachment:
     def _base(self, place: Place) -> Tensor:
         if place.name in place.owner._parameters:
             return whole(place.base())
-        chains = getattr(place.owner, "parametrizations", ())
+        chains: Any = getattr(place.owner, "parametrizations", ())
         computed = [chains[place.name]] if place.name in chains else []
         with whole_parameters(computed):
             return place.base()
 
     def _raw_tensor(self, plan: TensorPlan) -> Tensor:
         owners = [site.owner(self.model) for site in plan.sites]
-        chains = [o.parametrizations for o in owners if parametrize.is_parametrized(o)]
+        chains: list[Any] = [o.parametrizations for o in owners if parametrize.is_parametrized(o)]
         with whole_parameters(chains):
             read = dict.fromkeys(site.read(self.model) for site in plan.sites)
             tensor, *others = (whole(each.detach()) for each in read)
@@ -261,18 +271,6 @@ def strip(model: nn.Module) -> None:
     for module in list(model.modules()):
         if cover_of(module) is not None:
             take_off(module)
-
-
-def bake(model: nn.Module, plan: TensorPlan, value: Tensor) -> None:
-    """Sets a tensor of a detached model at every place; whatever computed it is removed."""
-    for site in plan.sites:
-        if parametrize.is_parametrized(site.owner(model), site.attribute):
-            # The tensor was computed from others, which cannot give this very value.
-            parametrize.remove_parametrizations(
-                site.owner(model), site.attribute, leave_parametrized=True
-            )
-    with torch.no_grad():
-        plan.sites[0].read(model).copy_(value)
 
 
 def _untied(plan: TensorPlan) -> str:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.forward import Forwards, Place
+from diffq.attach.learned import characters
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
 from diffq.errors import MismatchError, listed
@@ -200,18 +201,57 @@ def stages(settings: Tensor) -> dict[str, int]:
     return {name: entry[0] for name, entry in _parsed(settings)["tensors"].items()}
 
 
+def rename_tensors(state: dict[str, Any], rename: Callable[[str], str | None]) -> None:
+    """Renames the tensors of a model in what its state dict holds of quantizers, in place.
+
+    Args:
+        state: of a model of which a quantizer may be attached to a part.
+        rename: the name of a tensor to its new name, or to None if it is left out.
+
+    Raises:
+        MismatchError: the entries cannot be read.
+    """
+    for key in [key for key in state if key.endswith(_SETTINGS)]:
+        prefix = key.removesuffix(_SETTINGS)
+        settings = _parsed(state[key])
+        entries: dict[str, list[Any]] = settings["tensors"]
+        new = {name: rename(prefix + name) for name in entries}
+        for part, place in ((_FLAT, 1), (_KEPT, 2)):
+            if prefix + part in state:
+                counts = {name: entry[place] for name, entry in entries.items()}
+                cut = _cut(state[prefix + part], counts).items()
+                state[prefix + part] = torch.cat([t for name, t in cut if new[name] is not None])
+        left = {to: entries[name] for name, to in new.items() if to is not None}
+        settings["tensors"] = {name.removeprefix(prefix): entry for name, entry in left.items()}
+        state[key] = characters(settings)
+
+
 def _parsed(settings: Tensor) -> dict[str, Any]:
     try:
         # Averages are near whole numbers.
-        characters = bytes(settings.detach().float().round().to("cpu", torch.uint8).tolist())
-        parsed: dict[str, Any] = json.loads(characters)
+        text = bytes(settings.detach().float().round().to("cpu", torch.uint8).tolist())
+        parsed: dict[str, Any] = json.loads(text)
+        if not _are_settings(parsed):
+            raise ValueError("it does not describe quantizers")
         return parsed
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MismatchError(
             f"The entry {_SETTINGS!r} of the checkpoint cannot be read: {error}. Load a checkpoint "
             "as it was saved; or its weights alone, without the entries whose names begin with "
             "'_diffq.'."
         ) from error
+
+
+def _are_settings(parsed: Any) -> bool:
+    """Whether this is what `Learned.settings` gives."""
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("methods"), list):
+        return False
+    tensors = parsed.get("tensors")
+    kinds = [int, int, int, dict]
+    return isinstance(tensors, dict) and all(
+        isinstance(entry, list) and [type(part) for part in entry] == kinds
+        for entry in tensors.values()
+    )
 
 
 def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -7,17 +7,16 @@ the Parameter, which stays where it is. The methods that compute are wrapped.
 
 from __future__ import annotations
 
-import copyreg
 import functools
-from collections import OrderedDict
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffq.attach import containers
 from diffq.attach.forward import Forwards, Place
-from diffq.attach.learned import Learned
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 
 #: The attribute of a module that holds its `Cover`.
@@ -47,6 +46,30 @@ class Cover:
         self.own = own
         self.below = below
         self.attachment: Any = None
+
+    def call(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a method of the module during which the model computes."""
+        forwards = self.forwards
+        forward = forwards.current()
+        # A checkpoint around an outermost call runs all of it again, its samples too.
+        if forward is not None and (forward.entry is not module or forwards.runs()):
+            if self.own:
+                forwards.enter_part(forward, self.own.values())
+            try:
+                forwards.begin(forward)
+                return method(module, *args, **kwargs)
+            finally:
+                forwards.end(forward)
+        if self.attachment is not None:
+            self.attachment.check_links()
+        forward = forwards.enter(self.below, module)
+        try:
+            forwards.begin(forward)
+            output = method(module, *args, **kwargs)
+        finally:
+            forwards.end(forward)
+        forwards.leave(forward, output)
+        return output
 
 
 def cover_of(module: nn.Module) -> Cover | None:
@@ -160,56 +183,6 @@ class _Root:
         return module._apply(fn, recurse)
 
 
-class _Container:
-    """A `Sequential` or a list that is the root: it holds the plain model's modules only."""
-
-    _modules: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self._visible())
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._visible().values())
-
-    def __getitem__(self, index: Any) -> Any:
-        container: Any = super()
-        if not isinstance(index, slice):
-            return container.__getitem__(index)
-        modules = list(self._visible().items())[index]
-        plain: Any = _without(type(self))  # type: ignore[arg-type]
-        if isinstance(self, nn.Sequential):
-            return plain(OrderedDict(modules))
-        return plain([module for _, module in modules])
-
-    def _visible(self) -> dict[str, Any]:
-        return {k: module for k, module in self._modules.items() if not isinstance(module, Learned)}
-
-
-class _Mapping(_Container):
-    """A `ModuleDict` that is the root."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._visible())
-
-    def __getitem__(self, key: str) -> Any:
-        return self._modules[key]
-
-    def keys(self) -> Any:
-        """The names."""
-        return self._visible().keys()
-
-    def items(self) -> Any:
-        """The names and modules."""
-        return self._visible().items()
-
-    def values(self) -> Any:
-        """The modules."""
-        return self._visible().values()
-
-
-_CONTAINERS = {nn.Sequential: _Container, nn.ModuleList: _Container, nn.ModuleDict: _Mapping}
-
-
 def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> type[nn.Module]:
     """The subclass for a module; modules of one class share it, and it goes when unused."""
     key = base, names, is_root
@@ -230,21 +203,21 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
     if names:
         members["train"] = _watched(base.train)
         members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
-    metaclass: Any = type(base)
+    make: Any = type(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
         own = {k: v for k, v in vars(base).items() if k not in _NOT_COPIED}
         first, *others = base.__bases__
         below = _covered(first, (), is_root)
-        return metaclass(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
+        return make(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
     members["forward"] = _counted(base.forward)
     members.update((n, _counted(method, of_tensors=True)) for n, method in _readers(base, names))
     mixins: list[type] = []
     if is_root:
-        mixins += [ours for kind, ours in _CONTAINERS.items() if issubclass(base, kind)]
-        mixins.append(_Root)
+        members.update(containers.changes(base))
+        mixins += [*containers.mixins(base), _Root]
     mixins.append(_Recurrent if issubclass(base, nn.RNNBase) else _Quiet)
-    return metaclass(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
+    return make(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
 
 
 def _without(cls: type[nn.Module]) -> type[nn.Module]:
@@ -255,7 +228,8 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
-    return type(cls)(cls.__name__, bases, members)
+    make: Any = type(cls)
+    return make(cls.__name__, bases, members)  # type: ignore[no-any-return]
 
 
 def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -285,41 +259,30 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
 
     @functools.wraps(method)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cover = self._diffq_cover
+        # Wrappers that were made while it was attached may outlive a quantizer.
+        cover: Cover | None = getattr(self, COVER, None)
         if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
-        forwards: Forwards = cover.forwards
-        if torch.compiler.is_compiling():
-            # Checkpoints allow no side effects on what is outside of them.
-            if forwards.runs():
-                return method(self, *args, **kwargs)
-            forward = forwards.enter(cover.below, self)
-            try:
-                forwards.begin(forward)
-                return method(self, *args, **kwargs)
-            finally:
-                forwards.end(forward)
-        forward = forwards.current()
-        # A checkpoint around an outermost call runs all of it again, its samples too.
-        outermost = forward is None or (forward.entry is self and not forwards.runs())
-        if outermost:
-            if cover.attachment is not None:
-                cover.attachment.check_links()
-            forward = forwards.enter(cover.below, self)
-        elif cover.own:
-            forwards.enter_part(forward, cover.own.values())
+        forwards = cover.forwards
+        if not torch.compiler.is_compiling():
+            return cover.call(self, method, args, kwargs)
+        # Checkpoints allow no side effects on what is outside of them.
+        if forwards.runs():
+            return method(self, *args, **kwargs)
+        forward = forwards.enter(cover.below, self)
         try:
             forwards.begin(forward)
-            output = method(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
             forwards.end(forward)
-        if outermost:
-            forwards.leave(forward, output)
-        return output
 
     # Compiled code is kept by code object, and only so much of it: each class needs its own.
-    counted.__code__ = counted.__code__.replace(co_name=method.__name__)
-    return counted
+    wrapper: Any = counted
+    # Accelerate unwraps forwards down to the last `__wrapped__`.
+    wrapper.__signature__ = inspect.signature(method)
+    del wrapper.__wrapped__
+    wrapper.__code__ = wrapper.__code__.replace(co_name=method.__name__)
+    return wrapper
 
 
 def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -356,10 +319,10 @@ def _loaded(method: Any) -> Any:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Pickles and copies by the plain class, because ours cannot be found by its name."""
-    ours = next(cls for cls in type(self).__mro__ if _BASE in vars(cls))
+    ours: Any = next(cls for cls in type(self).__mro__ if _BASE in vars(cls))
     reduced = super(ours, self).__reduce_ex__(protocol)
     function, args = reduced[:2]
-    if function is copyreg.__newobj__ and _BASE in vars(args[0]):
+    if function.__name__ == "__newobj__" and _BASE in vars(args[0]):
         return (_rebuild, vars(args[0])[_KEY], *reduced[2:])
     return reduced
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType
 
 import torch
@@ -58,9 +58,11 @@ class Place(NamedTuple):
         if plain is None:
             raise AttachError(self.changed("was replaced or parametrized"))
         try:
-            base: Tensor = plain(self.owner)
+            base: Tensor | None = plain(self.owner)
         except AttributeError:
-            raise AttachError(self.changed("was removed")) from None
+            base = None
+        if base is None:
+            raise AttachError(self.changed("was removed"))
         return base
 
     def changed(self, what: str) -> str:
@@ -180,7 +182,7 @@ class Forwards:
             self._watch_writes(forward, bool(training))
         return forward
 
-    def enter_part(self, forward: Forward, places: Sequence[Place]) -> None:
+    def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
         """Draws for a sharded module that runs in a forward, where its tensors are whole.
 
         Each of its calls draws anew, as a checkpoint expects of what it runs again.
@@ -262,7 +264,7 @@ class Forwards:
             self.look(place)
 
     def look(self, place: Place) -> None:
-        """Looks for zeros that must stay; see `diffq.attach.zeros`."""
+        """Looks for zeros that must stay; see `diffq.attach.weight`."""
         weight = place.owner._parameters.get(place.name)
         parameter = self.learned.parameter
         # What other parametrizations compute may change with each computation.
@@ -285,7 +287,8 @@ class Forwards:
         for kind, alike in kinds.items():
             learned = [_beside(base, parts[q.index]) for q, base in alike]
             with torch.no_grad():
-                samples = kind.draw_all(*zip(*alike, strict=True), learned)
+                quantizers, bases = zip(*alike, strict=True)
+                samples = kind.draw_all(quantizers, bases, learned)
             for (q, base), sample, part in zip(alike, samples, learned, strict=True):
                 if sample is None:
                     sample = Sample(base, base.detach(), is_weight=True)
@@ -349,9 +352,7 @@ class Forwards:
         else:
             value = self._quantize(quantizer, base, self.learned.part(quantizer.index))
             forward.samples[quantizer.index] = Sample(base, value, training=False)
-        sample = forward.samples[quantizer.index]
-        assert sample is not None
-        return sample
+        return cast(Sample, forward.samples[quantizer.index])
 
     def _refuse_training(self) -> None:
         parameter = self.learned.parameter

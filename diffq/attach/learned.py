@@ -135,8 +135,7 @@ class Learned(nn.Module):
         They are numbers of at most 126, of one length from the first step to the last, so that
         averages of state dicts keep them.
         """
-        text = json.dumps(self.settings(), separators=(",", ":"))
-        return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
+        return characters(self.settings())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: the settings are checked before anything is loaded (`StateHooks`)."""
@@ -161,6 +160,12 @@ class Learned(nn.Module):
             zero = self.learned.new_zeros(())
             self.write([q.start(zero.expand(q.plan.shape)) for q in self.quantizers])
         return self
+
+
+def characters(settings: dict[str, Any]) -> Tensor:
+    """Settings as the float32 characters that a state dict holds."""
+    text = json.dumps(settings, separators=(",", ":"))
+    return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
 
 
 def _shaped(part: Tensor, shape: torch.Size) -> Tensor:

@@ -1,4 +1,21 @@
-"""How one tensor is quantized: what each method implements."""
+"""How one tensor is quantized: what each method implements.
+
+A padding row, a pruned weight or a mask is zero by design, and quantization keeps it zero. To see
+zeros takes a pass over the weight, and to act on them waits for the device, which training must
+not. So a quantizer is told (`look`) at these times whether there may be zeros:
+
+| when | whose weights |
+| --- | --- |
+| the quantizer is attached | all |
+| a state dict is loaded | parameters, whole ones |
+| each `eval()`, and `train()` after it | parameters, whole ones |
+| eval, export and sizes, where no compiler traces them | all, as they are computed with |
+| a training forward, a compiled forward | none |
+
+Where there may be zeros, each forward finds out on the device whether there are, so zeros that go
+leave no trace. Zeros that come are seen at the next of these times. Tensors that another
+parametrization computes, and those that FSDP shards, are seen in the first and the fourth row alone.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +73,14 @@ class WeightQuantizer(ABC):
 
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for weights beyond the grids that can be stored."""
+        return None
 
     def look(self, weight: Tensor, learned: Tensor | None) -> None:
         """Looks for weights that are exactly zero and must stay so; waits for the device.
 
         Nothing has to be done where zero is a level of every grid.
         """
+        return None
 
     @abstractmethod
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
@@ -109,7 +128,7 @@ class WeightQuantizer(ABC):
         return {}
 
     def kept(self) -> Tensor | None:
-        """Integers that a state dict holds besides what is learned, int32; None if there are none."""
+        """Integers that a state dict holds besides `learned`, int32; None if there are none."""
         return None
 
     def set_stage(self, stage: int, learned: Tensor | None, kept: Tensor | None) -> None:

@@ -13,8 +13,10 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diffq.attach.checkpoints import rename_tensors
+from diffq.attach.sample import same_memory
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError
 
@@ -150,22 +152,49 @@ def every_other_layer_state(state: Mapping[str, Any], name: str, chunk: int = 1)
     """
     check_whole(chunk, "chunk")
     prefix = f"{name}." if name else ""
-    result: dict[str, Any] = {}
-    found = False
-    for key, value in state.items():
-        number, dot, rest = key.removeprefix(prefix).partition(".")
-        if not key.startswith(prefix) or not number.isdecimal() or not dot:
-            result[key] = value
-            continue
-        found = True
-        if _is_kept(int(number), chunk):
-            result[f"{prefix}{_new_place(int(number), chunk)}.{rest}"] = value
-    if not found:
+    if not any(_place(key, prefix) for key in state):
         raise ConfigError(
             f"The state must have layers named {prefix}0, {prefix}1 and so on, got "
             f"{', '.join(list(state)[:3])} ... Pass the name of the list in the model."
         )
+    renamed = {key: _new_name(key, prefix, chunk) for key in state}
+
+    def rename(key: str) -> str | None:
+        new = _new_name(key, prefix, chunk)
+        # A tied tensor goes by its first name, whose layer may go while others stay.
+        tied = [] if new is not None else _same_tensor(state, key)
+        return next((found for each in tied if (found := renamed[each]) is not None), new)
+
+    result = {new: state[key] for key, new in renamed.items() if new is not None}
+    rename_tensors(result, rename)
     return result
+
+
+def _place(key: str, prefix: str) -> tuple[int, str] | None:
+    """The number of the layer that an entry belongs to, and the name in it; None for others."""
+    number, dot, rest = key.removeprefix(prefix).partition(".")
+    if not key.startswith(prefix) or not number.isdecimal() or not dot:
+        return None
+    return int(number), rest
+
+
+def _new_name(key: str, prefix: str, chunk: int) -> str | None:
+    """The name of an entry in the smaller model; None if its layer goes."""
+    place = _place(key, prefix)
+    if place is None:
+        return key
+    number, rest = place
+    return f"{prefix}{_new_place(number, chunk)}.{rest}" if _is_kept(number, chunk) else None
+
+
+def _same_tensor(state: Mapping[str, Any], key: str) -> list[str]:
+    """The names under which a state dict has one tensor."""
+    tensor = state.get(key)
+    if not isinstance(tensor, Tensor):
+        return []
+    return [
+        n for n, each in state.items() if isinstance(each, Tensor) and same_memory(each, tensor)
+    ]
 
 
 def _is_kept(place: int, chunk: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.attachment import Attachment, attachment_of, bake
+from diffq.attach.attachment import Attachment, attachment_of
 from diffq.attach.guards import check_detachable, check_finite, check_model, check_owners
 from diffq.attach.plan import Rules, TensorPlan, build_plan, named_sites
 from diffq.attach.weight import WeightQuantizer
@@ -232,17 +232,17 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         check_flag(quantized, "quantized")
         attachment = self._attachment
         check_detachable(attachment.model)
-        values: list[tuple[TensorPlan, Tensor]] = []
+        values: list[tuple[WeightQuantizer, Tensor]] = []
         if quantized:
             with torch.no_grad():
                 values = attachment.each_weight(
-                    lambda q, weight, learned: (q.plan, q.quantize(weight, learned))
+                    lambda q, weight, learned: (q, q.quantize(weight, learned))
                 )
         self._forget_optimizer()
         attachment.detach()
         self._attached = None
-        for plan, value in values:
-            bake(attachment.model, plan, value)
+        for quantizer, value in values:
+            attachment.bake(quantizer, value)
         return attachment.model
 
     def __repr__(self) -> str:

@@ -132,8 +132,12 @@ class DiffQWeight(GridQuantizer):
             alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
         found: dict[int, Sample] = {}
         for places in alike.values():
-            batch = [[each[i] for i in places] for each in (quantizers, weights, learned)]
-            found.update(zip(places, _perturbed(*batch), strict=True))
+            samples = _perturbed(
+                [quantizers[i] for i in places],
+                [weights[i] for i in places],
+                [learned[i] for i in places],
+            )
+            found.update(zip(places, samples, strict=True))
         return [found[place] for place in range(len(quantizers))]
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:

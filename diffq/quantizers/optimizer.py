@@ -104,11 +104,6 @@ def _check_optimizer(
             "Make it with model.parameters(), after fully_shard if the model is sharded, "
             "then call setup_optimizer."
         )
-    if not ids <= held:
-        raise OptimizerError(
-            "An optimizer for the learned parameters alone must hold all of them, but this one "
-            f"holds {len(held & ids)} of {len(ids)}. Make it with quantizer.learned_parameters()."
-        )
 
 
 def _defaults(optimizer: Optimizer) -> Mapping[str, Any]:

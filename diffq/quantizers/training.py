@@ -38,8 +38,7 @@ class OptimizerSetup:
         Raises:
             AttachError: the quantizer was detached.
         """
-        parameter = self._attachment.learned.parameter
-        return iter(() if parameter is None else (parameter,))
+        return self._attachment.learned.parameters()
 
     def setup_optimizer(
         self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any

@@ -24,7 +24,8 @@ def is_plain() -> bool:
     Not while `torch.compile`, `torch.export` or `torch.jit` trace, nor in transforms of
     `torch.func`.
     """
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+    tracing: Any = torch.jit
+    return not (torch.compiler.is_compiling() or tracing.is_tracing() or is_transformed())
 
 
 def in_backward() -> bool:

@@ -8,15 +8,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import diffq
-from tests.holder import quantizers_in
+from diffq.attach.attachment import is_attached
+from tests.compare import close, same_bits
 from tests.models import (
     QUANTIZERS,
     Recurrent,
+    TiedModules,
     attached,
+    computed,
     evaluate_alike,
     mlp,
     restored,
     seeded,
+    snapshot_of,
     tokens,
 )
 
@@ -33,31 +37,30 @@ def _remove_module(model):
     del model[2]
 
 
-def _wrap_module(model):
-    model[2] = nn.Sequential(model[2])
-
-
-def _replace_original(model):
-    model[2].weight = nn.Parameter(torch.ones(3, 32))
-
-
 def _replace_parameter(model):
-    parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=False)
     model[2].weight = nn.Parameter(torch.ones(3, 32))
 
 
-def _bake_parametrization(model):
-    parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=True)
+def _delete_parameter(model):
+    del model[2].weight
+
+
+def _set_to_none(model):
+    model[2].weight = None
+
+
+def _parametrize(model):
+    parametrize.register_parametrization(model[2], "weight", nn.Identity())
 
 
 CHANGES = [
     _replace_module,
     _replace_by_another_kind,
     _remove_module,
-    _wrap_module,
-    _replace_original,
     _replace_parameter,
-    _bake_parametrization,
+    _delete_parameter,
+    _set_to_none,
+    _parametrize,
 ]
 
 USES = {
@@ -81,7 +84,7 @@ def test_uses_of_a_changed_model(change, use, kind):
 
 
 @pytest.mark.parametrize("call", ["bits", "mean_bits"])
-@pytest.mark.parametrize("change", [c for c in CHANGES if c is not _replace_original])
+@pytest.mark.parametrize("change", [c for c in CHANGES if c is not _replace_parameter])
 def test_bits_of_a_changed_model(change, call):
     """The bits of a tensor that is no longer there are not told."""
     model, quantizer = attached(mlp)
@@ -98,8 +101,8 @@ def test_detach_from_a_changed_model(change, kind):
     first = model[0].weight
     change(model)
     assert quantizer.detach() is model
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    assert quantizers_in(model) == []
+    assert not is_attached(model)
+    assert type(model[0]) is nn.Linear
     assert model[0].weight is first
     again = QUANTIZERS[kind](model)
     again.get_quantized_state()
@@ -137,8 +140,8 @@ def test_detaching_a_copy_of_a_changed_model():
     other, other_quantizer = copy.deepcopy((model, quantizer))
     other_quantizer.detach()
     assert type(other[0]) is nn.Linear
-    assert parametrize.is_parametrized(model[0])
-    assert parametrize.is_parametrized(head)
+    model[2] = head
+    assert evaluate_alike(model, restored(mlp, quantizer), torch.ones(2, 16))
 
 
 def test_a_changed_model_can_be_changed_back():
@@ -168,14 +171,80 @@ def test_raw_tensors_that_were_removed(change):
     quantizer.detach()
 
 
-def test_assigning_to_a_quantized_tensor():
-    """torch refuses a new Parameter for a parametrized tensor, and the model is as it was."""
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_another_parameter_of_the_same_shape(kind, training):
+    """A new Parameter in the place of a quantized one is what is trained, computed and stored."""
+    (model, quantizer), (other, others) = attached(mlp, kind), attached(mlp, kind)
+    model(torch.ones(2, 16))
+    new = torch.randn(8, 32)
+    model[2].weight = nn.Parameter(new.clone())
+    with torch.no_grad():
+        other[2].weight.copy_(new)
+    found = []
+    for each in (model, other):
+        each.train(training)
+        torch.manual_seed(1)
+        found.append(computed(each))
+    assert same_bits(*found)
+    assert not same_bits(found[0]["2.weight"], new)
+    assert same_bits(snapshot_of(restored(mlp, quantizer)), snapshot_of(restored(mlp, others)))
+    model(torch.ones(2, 16)).sum().backward()
+    assert model[2].weight.grad.any()
+    assert same_bits(quantizer.detach()[2].weight.detach(), new)
+
+
+def test_assigning_what_is_no_parameter():
+    """torch refuses a tensor in the place of a Parameter, and the model is as it was."""
     model, quantizer = attached(mlp)
-    size = quantizer.true_model_size()
-    with pytest.raises(KeyError, match="weight"):
-        model[0].weight = nn.Parameter(torch.zeros(32, 16))
+    weight, size = model[0].weight, quantizer.true_model_size()
+    with pytest.raises(TypeError, match="weight"):
+        model[0].weight = torch.zeros(32, 16)
+    assert model[0].weight is weight
     assert quantizer.true_model_size() == size
     quantizer.detach()
+
+
+@pytest.mark.parametrize("kind", ["diffq", "qat", "lsq"])
+def test_a_tie_that_is_undone(kind):
+    """Where one of two tied modules gets another Parameter, all uses name both and the remedy."""
+    model, quantizer = attached(TiedModules, kind)
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    uses = {**USES, "forward": lambda model, quantizer: model(tokens())}
+    for use in uses.values():
+        with pytest.raises(diffq.AttachError, match=r"(embed|head)\.weight.*detach\(\)"):
+            use(model, quantizer)
+    model.head.weight = model.embed.weight
+    assert evaluate_alike(model, restored(TiedModules, quantizer), tokens())
+
+
+class _Passed(nn.Module):
+    """Wraps a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs):
+        return self.inner(inputs)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, _Passed])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_a_part_under_other_names(kind, wrap):
+    """A part that a wrapper gives other names computes as before; only states are refused."""
+    model, quantizer = attached(mlp, kind)
+    plain, inputs = restored(mlp, quantizer), torch.ones(2, 16)
+    weight = model[2].weight
+    model[2] = wrap(model[2])
+    model(inputs).sum().backward()
+    assert weight.grad.any()
+    with torch.no_grad():
+        assert close(model.eval()(inputs), plain(inputs))
+    with pytest.raises(diffq.AttachError, match=r"2\.weight.*detach\(\)"):
+        quantizer.get_quantized_state()
+    assert quantizer.detach(quantized=True) is model
+    assert same_bits(weight.detach(), plain[2].weight.detach())
 
 
 def test_a_model_inside_of_another():
@@ -219,3 +288,51 @@ def test_parts_may_be_wrapped(kind, wrap):
     assert weight.grad.abs().sum() > 0
     assert quantizer.true_model_size() == size
     torch.compiler.reset()
+
+
+def _modules(kind):
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+    if kind is nn.ModuleDict:
+        return kind(dict(zip("abc", layers, strict=True)))
+    return kind(*layers) if kind is nn.Sequential else kind(layers)
+
+
+_IN_LISTS = {
+    "delete": lambda model: model.__delitem__(1),
+    "delete-slice": lambda model: model.__delitem__(slice(0, 2)),
+    "pop": lambda model: model.pop(1),
+    "set": lambda model: model.__setitem__(-1, nn.Tanh()),
+    "append": lambda model: model.append(nn.Tanh()),
+    "insert": lambda model: model.insert(1, nn.Tanh()),
+    "insert-last": lambda model: model.insert(3, nn.Tanh()),
+    "extend": lambda model: model.extend([nn.Tanh(), nn.ReLU()]),
+    "add": lambda model: model.__iadd__(nn.Sequential(nn.Tanh())),
+    "add-module": lambda model: model.add_module("3", nn.Tanh()),
+}
+_IN_DICTS = {
+    "delete": lambda model: model.__delitem__("b"),
+    "pop": lambda model: model.pop("b"),
+    "set": lambda model: model.__setitem__("d", nn.Tanh()),
+    "update": lambda model: model.update({"d": nn.Tanh()}),
+    "clear": lambda model: model.clear(),
+}
+_IN_CONTAINERS = [
+    *((kind, change) for kind in (nn.Sequential, nn.ModuleList) for change in _IN_LISTS.values()),
+    *((nn.ModuleDict, change) for change in _IN_DICTS.values()),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), _IN_CONTAINERS)
+def test_containers_change_as_plain_ones(kind, change):
+    """A container with a quantizer has the modules that the plain one has, while and after it."""
+    plain, model = _modules(kind), _modules(kind)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    for each in (plain, model):
+        change(each)
+    assert len(model) == len(plain)
+    assert list(map(str, model)) == list(map(str, plain))
+    assert list(model.parameters())[-1] is next(quantizer.learned_parameters())
+    quantizer.detach()
+    assert [(name, str(module)) for name, module in model.named_children()] == [
+        (name, str(module)) for name, module in plain.named_children()
+    ]

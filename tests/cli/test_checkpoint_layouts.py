@@ -236,27 +236,6 @@ def test_an_attached_model_in_safetensors(pack):
     assert main(["diff", "plain.pt", "in.pt"]) == 0
 
 
-@pytest.mark.parametrize(
-    "attach",
-    [
-        lambda net: diffq.QATQuantizer(net, min_size=0),
-        lambda net: diffq.LSQQuantizer(net, min_size=0),
-        lambda net: parametrize.register_parametrization(net[0], "weight", nn.Identity()),
-        lambda net: diffq.DiffQuantizer(parametrizations.weight_norm(net[0]) and net, min_size=0),
-    ],
-)
-def test_attached_models_that_are_refused(attach, pack):
-    """Where the names do not tell that the stored tensor is the weight, nothing is written."""
-    net = nn.Sequential(nn.Linear(16, 16))
-    attach(net)
-    code, err, _ = pack(net.state_dict())
-    assert code == 1
-    assert "diffq.save(quantizer" in err
-    assert "'0.weight'" in err
-    assert err.count("\n") == 1
-    assert not Path("out.diffq").exists()
-
-
 #: Quantizers to the options that `overrides` can give one tensor.
 OPTIONS = {
     "diffq": (diffq.DiffQuantizer, {"group_size": 4}),
@@ -279,30 +258,36 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "shape"),
-    # A ProductQuantizer takes no pruned weights.
-    [case for case in product(OPTIONS, SHAPES) if case != ("product", "pruned")],
-)
-def test_every_attached_model(quantizer, shape, pack):
-    """The plain weights are packed where they are stored; the checkpoint is refused otherwise."""
+#: A ProductQuantizer takes no pruned weights.
+CASES = [case for case in product(OPTIONS, SHAPES) if case != ("product", "pruned")]
+
+
+def _shaped(shape):
+    """A model of this shape, and a copy of its state dict."""
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     SHAPES[shape](net)
-    plain = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    return net, {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def _assert_packed(result, plain):
+    """Checks that the file has the tensors of a plain state dict, and that a note says so."""
+    code, err, names = result
+    assert code == 0, err
+    assert set(names) == set(plain)
+    assert "a quantizer was attached" in err
+    packed = diffq.load("out.diffq")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(packed[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("quantizer", "shape"), CASES)
+def test_every_attached_model(quantizer, shape, pack):
+    """What the plain model has is packed under its names, whatever quantizer is attached."""
+    net, plain = _shaped(shape)
     kind, options = OPTIONS[quantizer]
     given = {"overrides": {"?.weight": options}} if shape == "override" else options
     kind(net, min_size=0, **given)
-    code, err, names = pack(net.state_dict(), "--bits", "15")
-    if quantizer in ("diffq", "diffq-fixed", "product") and shape in ("plain", "override", "tied"):
-        assert code == 0, err
-        assert set(names) == set(plain)
-        assert "a quantizer was attached" in err
-        packed = diffq.load("out.diffq")
-        for name, tensor in plain.items():
-            torch.testing.assert_close(packed[name], tensor, rtol=0, atol=1e-4)
-    else:
-        assert code == 1
-        assert "diffq.save(quantizer" in err
+    _assert_packed(pack(net.state_dict(), "--bits", "15"), plain)
 
 
 def test_fixed_codewords_are_refused(pack):
@@ -311,12 +296,95 @@ def test_fixed_codewords_are_refused(pack):
     quantizer = diffq.ProductQuantizer(net, min_size=0, codebook_size=16)
     quantizer.no_optimizer()
     assert "0.weight" in quantizer.quantize_stage()
-    code, err, _ = pack(net.state_dict())
+    _assert_stale(pack(net.state_dict()))
+    quantizer.detach(quantized=True)
+    assert pack(net.state_dict())[0] == 0
+
+
+def _assert_stale(result):
+    code, err, _ = result
     assert code == 1
     assert "'0.weight' as it was before quantize_stage()" in err
     assert "detach(quantized=True)" in err
-    quantizer.detach(quantized=True)
-    assert pack(net.state_dict())[0] == 0
+
+
+# --- Checkpoints from when quantizers were parametrizations ---
+
+UNSET = torch.zeros(1, dtype=torch.uint8)
+#: Quantizers to what they stored of a tensor besides the tensor.
+EARLIER = {
+    "diffq": lambda tensor: {"logits": torch.zeros(tensor.numel() // 4), "_extra_state": UNSET},
+    "diffq-fixed": lambda tensor: {"_extra_state": torch.tensor([1, 5], dtype=torch.uint8)},
+    "qat": lambda tensor: {},
+    "quant-noise": lambda tensor: {},
+    "lsq": lambda tensor: {"scale": torch.ones(1)},
+    "product": lambda tensor: {
+        "codebook": torch.zeros(16, 8),
+        "indices": torch.zeros(32, dtype=torch.int32),
+        "_extra_state": UNSET,
+    },
+}
+
+
+def _earlier(state, quantizer):
+    """The state dict that a model had when a quantizer was the last of its parametrizations."""
+    found = {}
+    for name, tensor in state.items():
+        owner, _, attribute = name.rpartition(".")
+        if quantizer == "product" and attribute == "bias":
+            found[name] = tensor
+            continue
+        if "parametrizations" in name:
+            stem, place = f"{name.partition('.weight.')[0]}.weight", 1
+            found[name] = tensor
+        else:
+            stem, place = f"{owner}.parametrizations.{attribute}", 0
+            found[f"{stem}.original"] = tensor
+        stored = EARLIER[quantizer](tensor)
+        found.update((f"{stem}.{place}.{ending}", value) for ending, value in stored.items())
+    return found
+
+
+@pytest.mark.parametrize(("quantizer", "shape"), CASES)
+def test_every_earlier_checkpoint(quantizer, shape, pack):
+    """The plain weights are packed where they are stored; the checkpoint is refused otherwise."""
+    _, plain = _shaped(shape)
+    result = pack(_earlier(plain, quantizer), "--bits", "15")
+    if quantizer in ("diffq", "diffq-fixed", "product") and shape in ("plain", "override", "tied"):
+        _assert_packed(result, plain)
+    else:
+        assert result[0] == 1
+        assert "diffq.save(quantizer" in result[1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: _earlier(net.state_dict(), "qat"),
+        lambda net: _earlier(net.state_dict(), "lsq"),
+        lambda net: _earlier((parametrizations.weight_norm(net[0]) and net).state_dict(), "diffq"),
+        lambda net: (
+            parametrize.register_parametrization(net[0], "weight", nn.Identity())
+            and net.state_dict()
+        ),
+    ],
+    ids=["qat", "lsq", "weight_norm", "identity"],
+)
+def test_checkpoints_that_are_refused(make, pack):
+    """Where the names do not tell that the stored tensor is the weight, nothing is written."""
+    code, err, _ = pack(make(nn.Sequential(nn.Linear(16, 16))))
+    assert code == 1
+    assert "diffq.save(quantizer" in err
+    assert "'0.weight'" in err
+    assert err.count("\n") == 1
+    assert not Path("out.diffq").exists()
+
+
+def test_earlier_fixed_codewords_are_refused(pack):
+    """Stale weights of codewords that were trained are not packed from these either."""
+    state = _earlier(_shaped("plain")[1], "product")
+    state["0.parametrizations.weight.0._extra_state"] = UNSET + 1
+    _assert_stale(pack(state))
 
 
 @pytest.mark.parametrize("other", ["weight_norm", "spectral_norm", "orthogonal"])

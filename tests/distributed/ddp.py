@@ -131,7 +131,7 @@ def check_codebooks():
     assert quantizer.quantize_stage() == ("0.weight",)
     optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
     quantizer.setup_optimizer(optimizer, lr=0.3)
-    codebook = wrapped.module[0].parametrizations.weight[0].codebook
+    codebook = wrapped.module._diffq.learned
     before = codebook.detach().clone()
     for x in batches(inputs, dist.get_rank(), 3):
         optimizer.zero_grad()

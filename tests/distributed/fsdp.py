@@ -1,7 +1,7 @@
 """What holds for models that FSDP2 shards, checked on each of two ranks."""
 
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
 
@@ -17,6 +17,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import diffq
+from diffq.attach import attachment
+from diffq.attach import learned as learned_module
+from diffq.attach.attachment import attachment_of
 from diffq.quantizers import steps
 from diffq.torch_inside import sharding
 from tests.compare import close, same_bits
@@ -30,7 +33,7 @@ class Residual(nn.Module):
 
     def __init__(self, checkpointed=False, reentrant=False):
         super().__init__()
-        self.checkpointed, self.reentrant = checkpointed, reentrant
+        self.checkpointed, self.reentrant, self.used = checkpointed, reentrant, 2
         self.embed = nn.Embedding(24, 16)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 16)) for _ in range(2)
@@ -41,7 +44,7 @@ class Residual(nn.Module):
 
     def forward(self, tokens):
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block in self.blocks[: self.used]:
             if self.checkpointed:
                 x = x + checkpoint(block, x, use_reentrant=self.reentrant)
             else:
@@ -165,18 +168,17 @@ def check_codebooks():
     alone, expected = gathered(model, attach=attach)
     quantizer.refresh()
     expected.refresh()
-    indices = [(n, buffer) for n, buffer in alone.named_buffers() if n.endswith("indices")]
-    assert all(same_bits(buffer, model.get_buffer(name)) for name, buffer in indices)
+    assert same_bits(alone._diffq.kept, model._diffq.kept)
     assert len(quantizer.quantize_stage()) == 4
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     quantizer.setup_optimizer(optimizer, lr=0.3)
-    codebook = model.blocks[0][0].parametrizations.weight[0].codebook
+    codebook = model._diffq.learned
     before = codebook.full_tensor().clone()
     for batch in batches(tokens, dist.get_rank(), 2):
         model(batch).square().mean().backward()
         optimizer.step()
     sharding.reshard(model)
-    codebook = model.blocks[0][0].parametrizations.weight[0].codebook
+    codebook = model._diffq.learned
     assert not same_bits(codebook.full_tensor(), before)
     assert_exported_alike(quantizer, gathered(model, attach=attach)[1])
 
@@ -276,13 +278,15 @@ def check_unused_blocks():
     """A block that no forward since the last step ran gets no gradient from the size."""
     model, quantizer = train()
     model.zero_grad()
-    left_out, model.blocks = model.blocks[1], model.blocks[:1]
+    model.used = 1
     model(tokens(None))
-    model.blocks.append(left_out)
     quantizer.model_size().backward()
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad is not None and bool(sharding.whole(parameter.grad).any())
-        assert gradient == ("logits" in name and "blocks.1" not in name)
+    learned = model._diffq
+    parts = learned.parts(sharding.whole(learned.learned.grad))
+    for tensor, gradient in zip(learned.quantizers, parts, strict=True):
+        assert bool(gradient.any()) == ("blocks.1" not in tensor.plan.name)
+    grads = [p.grad for p in model.parameters() if p is not learned.learned]
+    assert not any(grad is not None and bool(sharding.whole(grad).any()) for grad in grads)
 
 
 def check_export_between_forward_and_backward():
@@ -313,7 +317,8 @@ def check_eval_keeps_nothing():
     model, _ = train()
     with torch.no_grad():
         model.eval()(tokens(None))
-    assert all(quantizer._cached is None for quantizer in quantizers_in(model))
+    forwards = attachment_of(model).forwards
+    assert all(forwards.cache.get(q.index, q.weight) is None for q in quantizers_in(model))
 
 
 def check_one_tensor_at_a_time():
@@ -329,13 +334,15 @@ def check_one_tensor_at_a_time():
         return result
 
     original = sharding.whole
-    largest = max(p.numel() for p in model.parameters())
-    with mock.patch.object(sharding, "whole", whole):
+    learned = model._diffq.learned
+    largest = max(p.numel() for p in model.parameters() if p is not learned)
+    with ExitStack() as stack:
+        for module in (sharding, attachment, learned_module):
+            stack.enter_context(mock.patch.object(module, "whole", whole))
         for call in (quantizer.get_quantized_state, quantizer.true_model_size, quantizer.bits):
             call()
             assert not alive
-    # Groups of four weights have one logit.
-    assert 0 < most <= largest + largest // 4
+    assert 0 < most <= largest + learned.numel()
 
 
 def check_frozen_bits():
@@ -364,7 +371,7 @@ def check_optimizer_made_after():
     sharding.reshard(model)
     weights, extras = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in extras["params"]} == {n for n in names.values() if "logits" in n}
+    assert {names[id(p)] for p in extras["params"]} == {"_diffq.learned"}
     assert len(weights["params"]) + len(extras["params"]) == len(names)
     assert (extras["lr"], extras["weight_decay"]) == (0.3, 0.0)
 
@@ -386,7 +393,7 @@ def check_optimizer_made_before():
 def check_optimizer_made_anew():
     """A new optimizer without the extras is noticed; set up, it is fine."""
     model, quantizer = train(steps=1)
-    weights = [p for name, p in model.named_parameters() if "logits" not in name]
+    weights = [p for name, p in model.named_parameters() if name != "_diffq.learned"]
     optimizer = torch.optim.SGD(weights, 0.1)
     for _ in range(steps.PATIENCE - 1):
         optimizer.step()
@@ -445,9 +452,9 @@ def check_restoring():
 
 
 @contextmanager
-def _spoiled(parameter):
-    """NaN in the last element, which one rank holds."""
-    local = parameter.to_local()
+def _spoiled_weight(model):
+    """NaN in the last element of a weight, which one rank holds."""
+    local = model.blocks[1][0].weight.to_local()
     kept = local.detach().clone()
     with torch.no_grad():
         if local.numel() and dist.get_rank() == 1:
@@ -457,13 +464,25 @@ def _spoiled(parameter):
         local.copy_(kept)
 
 
+@contextmanager
+def _spoiled_logits(model):
+    """NaN in the logits of a weight."""
+    learned = model._diffq
+    kept = [None if part is None else part.detach().clone() for part in learned.parts()]
+    (tensor,) = (q for q in learned.quantizers if q.plan.name == "blocks.1.0.weight")
+    spoiled = [None] * len(kept)
+    spoiled[tensor.index] = torch.full_like(kept[tensor.index], torch.nan)
+    learned.write(spoiled)
+    yield
+    learned.write(kept)
+
+
 def check_not_finite():
     """A NaN that one rank holds is an error that names the tensor, on every rank."""
     model, quantizer = train()
     sharding.reshard(model)
-    chain = model.blocks[1][0].parametrizations.weight
-    for parameter in (chain.original, chain[0].logits):
-        with _spoiled(parameter):
+    for spoiled in (_spoiled_weight, _spoiled_logits):
+        with spoiled(model):
             for call in (quantizer.true_model_size, quantizer.get_quantized_state):
                 with pytest.raises(diffq.WeightError, match=r"blocks\.1\.0\.weight"):
                     call()

@@ -10,7 +10,8 @@ from torch import nn
 import diffq
 from diffq.errors import ConfigError
 from tests.compare import close, same_bits
-from tests.models import evaluate_alike
+from tests.holder import quantizers_in, weight_quantizers
+from tests.models import computed_weight, evaluate_alike
 
 
 class Residual(nn.Module):
@@ -168,11 +169,12 @@ def test_dropped_layers_get_no_size_gradient(shared):
         model.zero_grad()
         quantizer.model_size().backward()
         optimizer.step()
-        for layer in model.layers.children():
-            grad = layer.inner.parametrizations.weight[0].logits.grad
-            assert (grad is not None and bool(grad.all())) == (layer in seen)
+        quantizers = weight_quantizers(model)
+        for name, layer in model.layers.named_children():
+            grad = quantizers[f"layers.{name}.inner.weight"].grad
+            assert grad.all() if layer in seen else not grad.any()
         moved += len(seen)
-        assert model.stem.parametrizations.weight[0].logits.grad.all()
+        assert quantizers["stem.weight"].grad.all()
     assert 0 < moved < 20 * len(list(model.layers.children()))
 
 
@@ -249,10 +251,8 @@ def test_learned_bits_survive_pruning(chunk):
     """The pruned model with the pruned state computes, in eval, with the weights of the whole."""
     model = _net(6, rate=0.5)
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("logits"):
-                parameter.uniform_(-2, 2)
+    for weight in quantizers_in(model):
+        weight.logits.uniform_(-2, 2)
     small = _net(6)
     small.layers = diffq.every_other_layer(small.layers, chunk)
     smaller = diffq.DiffQuantizer(small, min_size=0)
@@ -261,9 +261,42 @@ def test_learned_bits_survive_pruning(chunk):
         range(start, min(start + chunk, 6)) for start in range(0, 6, 2 * chunk)
     )
     for new, old in enumerate(kept):
-        weight = model.eval().layers[old].inner.weight
-        assert same_bits(small.eval().layers[new].inner.weight, weight)
+        weight = computed_weight(model.eval(), f"layers.{old}.inner.weight")
+        assert same_bits(computed_weight(small.eval(), f"layers.{new}.inner.weight"), weight)
     assert smaller.true_model_size() < quantizer.true_model_size()
+
+
+@pytest.mark.parametrize("kind", [diffq.QATQuantizer, diffq.LSQQuantizer, diffq.ProductQuantizer])
+def test_other_quantizers_survive_pruning(kind):
+    """What any quantizer learned and keeps of the layers that stay is loaded, also in a part."""
+    model = nn.ModuleDict({"net": _net(4), "head": nn.Linear(8, 8)})
+    options = {"block_size": 4, "codebook_size": 3} if kind is diffq.ProductQuantizer else {}
+    kind(model["net"], min_size=0, **options).no_optimizer()
+    small = nn.ModuleDict({"net": _net(4), "head": nn.Linear(8, 8)})
+    small["net"].layers = diffq.every_other_layer(small["net"].layers)
+    kind(small["net"], min_size=0, **options).no_optimizer()
+    small.load_state_dict(diffq.every_other_layer_state(model.state_dict(), "net.layers"))
+    for new, old in enumerate((0, 2)):
+        weight = computed_weight(model.eval(), f"net.layers.{old}.inner.weight")
+        assert same_bits(computed_weight(small.eval(), f"net.layers.{new}.inner.weight"), weight)
+    wanted, got = (weight_quantizers(each["net"]) for each in (model, small))
+    assert same_bits(got["layers.1.inner.weight"].kept(), wanted["layers.2.inner.weight"].kept())
+
+
+def test_tied_layers_of_which_the_first_goes():
+    """What was learned of shared layers is kept as long as one of them is."""
+    model, small = _net(6), _net(6)
+    for net in (model, small):
+        diffq.share_layers(net.layers, 3)
+    small.layers = diffq.every_other_layer(small.layers)
+    for net in (model, small):
+        diffq.DiffQuantizer(net, min_size=0).no_optimizer()
+    for weight in quantizers_in(model):
+        weight.logits.uniform_(-2, 2)
+    small.load_state_dict(diffq.every_other_layer_state(model.state_dict(), "layers"))
+    for new, old in enumerate((0, 2, 4)):
+        weight = computed_weight(model.eval(), f"layers.{old}.inner.weight")
+        assert same_bits(computed_weight(small.eval(), f"layers.{new}.inner.weight"), weight)
 
 
 def test_state_of_the_layers_alone():

@@ -11,7 +11,7 @@ from diffq.attach.plan import Rules
 from diffq.ptq.budget import quantize_to_size
 from diffq.ptq.state import Settings, quantize_state
 from diffq.storage.state import to_state
-from tests.models import QUANTIZERS, ConvNet, seeded, snapshot_of, step
+from tests.models import QUANTIZERS, ConvNet, computed, seeded, snapshot_of, step
 from tests.processors import repeatable
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
@@ -77,9 +77,7 @@ def _history(kind, model, folder):
         step(model, optimizer, INPUTS, quantizer)
         made["frozen size"] = quantizer.model_size()
     model.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        layers = {name: model.eval().get_submodule(name) for name in ("down", "up", "head")}
-        made["eval"] = {name: layer.weight.clone() for name, layer in layers.items()}
+    made["eval"] = computed(model.eval())
     made["trained"] = snapshot_of(model)
     made["sizes"] = [quantizer.true_model_size(), quantizer.compressed_model_size()]
     made["bits"], made["mean"] = quantizer.bits(), repr(quantizer)

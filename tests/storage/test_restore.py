@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 import diffq
 from tests.compare import same_bits
 from tests.holder import Holder, all_bits, bits_of, blank, reloaded
-from tests.models import ConvNet, TiedModules, TwoNames, evaluate_alike, mlp
+from tests.models import ConvNet, TiedModules, TwoNames, computed_weight, evaluate_alike, mlp
 
 RAW_DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -140,7 +140,7 @@ def test_float16_parameters_are_rounded_once(dtype):
     fresh = blank(model)
     quantizer = diffq.QATQuantizer(model, min_size=0, include=["weight"], float16=True)
     model.eval()
-    assert bits_of(model.bias) == bits_of(wanted)
+    assert bits_of(computed_weight(model, "bias")) == bits_of(wanted)
     state = reloaded(quantizer.get_quantized_state())
     assert state["tensors"]["bias"]["data"].dtype == torch.float16
     diffq.restore_quantized_state(fresh, state)
@@ -305,7 +305,7 @@ def test_quantized_models_are_refused():
     quantizer = diffq.QATQuantizer(model, min_size=0)
     _refused(model, state, "detach()")
     diffq.restore_quantized_state(quantizer.detach(), state)
-    assert not hasattr(model[0], "parametrizations")
+    assert type(model[0]) is nn.Linear
 
 
 def test_parametrized_models_are_refused():

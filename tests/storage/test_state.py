@@ -15,8 +15,17 @@ import diffq
 from diffq.format import bitpack
 from diffq.storage.state import from_state
 from tests.compare import same_bits
-from tests.holder import Holder, all_bits, bits_of, blank, reloaded, set_bits, weight_quantizers
-from tests.models import MODELS, QUANTIZERS
+from tests.holder import (
+    Holder,
+    all_bits,
+    bits_of,
+    blank,
+    quantizers_in,
+    reloaded,
+    set_bits,
+    weight_quantizers,
+)
+from tests.models import MODELS, QUANTIZERS, computed, computed_weight
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -115,20 +124,13 @@ def test_state_of_a_slice_is_small():
     assert data.untyped_storage().nbytes() == 16
 
 
-def _attached_bits(model):
-    """`all_bits` of a model with quantizers: their stage in its state dict is no tensor of it."""
-    return {name: bits_of(tensor) for name, tensor in model.named_parameters()} | {
-        name: bits_of(tensor) for name, tensor in model.named_buffers()
-    }
-
-
 def test_taking_a_state_changes_nothing():
     """get_quantized_state leaves the model, its mode and the random numbers alone."""
     model = MODELS["conv"][0]().train()
     quantizer = diffq.DiffQuantizer(model, min_size=0)
-    before, generator = _attached_bits(model), torch.get_rng_state()
+    before, generator = all_bits(model), torch.get_rng_state()
     quantizer.get_quantized_state()
-    assert _attached_bits(model) == before
+    assert all_bits(model) == before
     assert same_bits(torch.get_rng_state(), generator)
     assert all(module.training for module in model.modules())
 
@@ -208,10 +210,9 @@ def quantizers(draw):
     def attach(model):
         quantizer = diffq.DiffQuantizer(model, group_size=group_size, min_bits=min_bits, **options)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in weight_quantizers(model).values():
-                for logits in weight.parameters():
-                    logits.normal_(std=4, generator=generator)
+        for learned in (q.learned_or_none for q in quantizers_in(model)):
+            if learned is not None:
+                learned.normal_(std=4, generator=generator)
         return quantizer
 
     return attach
@@ -222,11 +223,9 @@ def _round_trip(model, attach, packed):
     fresh = blank(model)
     quantizer = attach(model)
     model.eval()
-    computed = {
-        name: bits_of(getattr(model, name)) for name in [*model._buffers, *fresh._parameters]
-    }
+    evaluated = {name: bits_of(tensor) for name, tensor in computed(model).items()}
     diffq.restore_quantized_state(fresh, reloaded(quantizer.get_quantized_state(packed)))
-    return computed, {name: bits_of(getattr(fresh, name)) for name in computed}
+    return evaluated, {name: bits_of(getattr(fresh, name)) for name in evaluated}
 
 
 @given(tensors(), tensors(), quantizers(), st.booleans())
@@ -236,8 +235,8 @@ def test_restored_weights_are_what_eval_computed(one, other, attach, packed):
     Here PyTorch computes the weights of eval, and NumPy decodes those of the state.
     """
     model = Holder({"one": one, "other": other}, {"buffer": torch.arange(3)})
-    computed, restored = _round_trip(model, attach, packed)
-    assert restored == computed
+    evaluated, restored = _round_trip(model, attach, packed)
+    assert restored == evaluated
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -255,8 +254,8 @@ def test_every_bitwidth_at_once(group_size, dtype, packed):
         assert quantizer.bits()["weight"].tolist() == bits.tolist()
         return quantizer
 
-    computed, restored = _round_trip(model, attach, packed)
-    assert restored == computed
+    evaluated, restored = _round_trip(model, attach, packed)
+    assert restored == evaluated
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -300,7 +299,7 @@ def test_largest_weights_are_exact_or_refused(largest, bits):
     state = quantizer.get_quantized_state()
     diffq.restore_quantized_state(fresh, state)
     assert torch.isfinite(fresh.weight).all()
-    assert bits_of(fresh.weight) == bits_of(model.weight)
+    assert bits_of(fresh.weight) == bits_of(computed_weight(model, "weight"))
 
 
 # --- Weights that cannot be stored ---
