@@ -115,7 +115,7 @@ def level_counts(record: Record) -> dict[int, int]:
 
 def coded_bits(record: Record) -> tuple[int, int]:
     """Bits of all levels or indices of a tensor, and the number of weights they stand for."""
-    from diffq.format.product import ProductRecord
+    from diffq.format.kinds.product import ProductRecord
 
     if isinstance(record, ProductRecord):
         return int(record.bits[0]) * record.indices.size, record.numel

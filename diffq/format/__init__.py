@@ -2,9 +2,14 @@
 
 From the inside out, each module importing only from those above it:
 
-    bitpack      integers of 1 to 15 bits to bytes
+    bitpack      integers of 1 to 16 bits to bytes
     groups       levels sorted by bitwidth
-    product      one tensor as indices into a codebook
+    dtypes       what elements are stored as
+    kinds.raw      one tensor as it is
+    kinds.levels   what grids and scaled tensors share
+    kinds.grid     levels on an even grid
+    kinds.scaled   levels times a scale
+    kinds.product  indices into a codebook
     records      one tensor as integers: what states and files are made of
     wire         bounded reading of numbers
     source       the bytes of a file, in memory or on the disk

@@ -21,10 +21,10 @@ from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, elements, entropy
 from diffq.format.entries import Entry, entry_of
 from diffq.format.index import Storage, write_index
+from diffq.format.kinds.product import ProductRecord
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
-from diffq.format.product import ProductRecord
 from diffq.format.reader import Reader, least_size
 from diffq.format.records import Coded, GridRecord, RawRecord, Record
 from diffq.format.source import Buffer

@@ -18,14 +18,14 @@ from diffq.errors import FormatError
 from diffq.format.entries import Entry
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
-from diffq.format.layout import Piece
-from diffq.format.product import (
+from diffq.format.kinds.product import (
     ProductRecord,
     check_codewords,
     check_indices,
     codeword_values,
     index_bits,
 )
+from diffq.format.layout import Piece
 from diffq.format.records import (
     MAX_BITS,
     GridRecord,

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from diffq.errors import FormatError
 from diffq.format import layout
-from diffq.format.layout import Part
-from diffq.format.product import (
+from diffq.format.kinds.product import (
     CODEBOOK_DTYPES,
     ProductRecord,
     check_codebook_shape,
     check_scale_and_zero,
 )
+from diffq.format.layout import Part
 from diffq.format.records import (
     FLOAT_DTYPES,
     ITEM_SIZES,

@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def group_count(numel: int, group_size: int) -> int:
+    """Number of groups of `group_size` consecutive weights; the last may be short."""
+    return -(-numel // group_size)
+
+
 def stream_counts(bits: NDArray[np.uint8], group_size: int, numel: int) -> dict[int, int]:
     """Number of weights at each bitwidth in use, by rising bitwidth.
 

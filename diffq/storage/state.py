@@ -23,7 +23,7 @@ from torch import Tensor
 from diffq.attach.plan import dtype_name
 from diffq.errors import FormatError, StateError
 from diffq.format import bitpack
-from diffq.format.product import ProductRecord
+from diffq.format.kinds.product import ProductRecord
 from diffq.format.records import (
     MAX_BITS,
     GridRecord,

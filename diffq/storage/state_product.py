@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from diffq.errors import StateError
 from diffq.format import bitpack
-from diffq.format.product import CODEBOOK_DTYPES, ProductRecord, check_codebook_shape, index_bits
+from diffq.format.kinds.product import (
+    CODEBOOK_DTYPES,
+    ProductRecord,
+    check_codebook_shape,
+    index_bits,
+)
 from diffq.storage.state_entry import (
     as_tensor,
     describe,

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq.format.product import CODEBOOK_DTYPES, ProductRecord
+from diffq.format.kinds.product import CODEBOOK_DTYPES, ProductRecord
 from diffq.format.records import (
     FLOAT_DTYPES,
     ITEM_SIZES,

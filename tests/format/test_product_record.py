@@ -11,7 +11,7 @@ from diffq.errors import FormatError
 from diffq.format import layout
 from diffq.format.container import encode
 from diffq.format.entropy import entropy_bits, entropy_bound_bits
-from diffq.format.product import ProductRecord, index_bits
+from diffq.format.kinds.product import ProductRecord, index_bits
 from diffq.format.reader import Reader
 from tests.format.craft import Elements, File, Levels, floats, frame
 from tests.format.craft import product as crafted

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffq
-from diffq.format.product import ProductRecord
+from diffq.format.kinds.product import ProductRecord
 from diffq.storage.state import Snapshot, from_state, to_state
 from tests.format.samples import assert_same, product, product_records
 from tests.holder import Holder, all_bits, bits_of, reloaded
