@@ -56,6 +56,19 @@ def split_groups(
     return {width: flat[starts[width] : starts[width] + count] for width, count in counts.items()}
 
 
+def merge_levels(
+    streams: Mapping[int, NDArray[np.uint16]], bits: NDArray[np.uint8], group_size: int, numel: int
+) -> NDArray[np.uint16]:
+    """Inverse of `split_groups`; zeros where there are no streams."""
+    levels = np.zeros(numel, np.uint16)
+    if streams:
+        counts = stream_counts(bits, group_size, numel)
+        merge_groups(
+            bits, counts, group_size, levels, lambda width, part: np.copyto(part, streams[width])
+        )
+    return levels
+
+
 def merge_groups(
     bits: NDArray[np.uint8],
     counts: Mapping[int, int],

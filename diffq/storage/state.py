@@ -23,20 +23,13 @@ from torch import Tensor
 from diffq.attach.plan import dtype_name
 from diffq.errors import FormatError, StateError
 from diffq.format import bitpack
+from diffq.format.groups import group_count, merge_levels, stream_counts
+from diffq.format.kinds.base import Record
+from diffq.format.kinds.grid import GridRecord
+from diffq.format.kinds.levels import MAX_BITS, LevelRecord, map_width
 from diffq.format.kinds.product import ProductRecord
-from diffq.format.records import (
-    MAX_BITS,
-    GridRecord,
-    LevelRecord,
-    RawRecord,
-    Record,
-    ScaledRecord,
-    group_count,
-    map_width,
-    merge_levels,
-    split_levels,
-    stream_counts,
-)
+from diffq.format.kinds.raw import RawRecord
+from diffq.format.kinds.scaled import ScaledRecord
 from diffq.storage.state_entry import (
     as_tensor,
     describe,
@@ -93,10 +86,8 @@ def raw_record(tensor: Tensor, stored: torch.dtype | None = None) -> RawRecord:
 def record_tensor(record: Record) -> Tensor:
     """The tensor that a record decodes to, on the CPU."""
     dtype: torch.dtype = getattr(torch, record.dtype)
-    if isinstance(record, RawRecord):
-        stored: torch.dtype = getattr(torch, record.stored_dtype)
-        return _typed_view(record.data.copy(), stored, record.shape).to(dtype)
-    return torch.from_numpy(record.values()).to(dtype)
+    decoded = record.decoded()
+    return _typed_view(decoded.data, getattr(torch, decoded.dtype), record.shape).to(dtype)
 
 
 def to_state(snapshot: Snapshot, packed: bool = True) -> dict[str, Any]:
@@ -166,6 +157,8 @@ def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
         return {**entry, "kind": "raw", "data": _typed_view(record.data, stored, record.shape)}
     if isinstance(record, ProductRecord):
         return {**entry, "kind": "product", "packed": packed, **product_entry(record, packed)}
+    if not isinstance(record, GridRecord | ScaledRecord):
+        raise TypeError
     entry |= {"group_size": record.group_size, "min_bits": record.min_bits, "packed": packed}
     entry |= _pack_levels(record) if packed else _spell_levels(record)
     if isinstance(record, GridRecord):
@@ -226,7 +219,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Record]] = {
 
 
 def _pack_levels(record: LevelRecord) -> dict[str, Any]:
-    streams = [bitpack.pack(levels, width) for width, levels in split_levels(record).items()]
+    coded = record.coded.streams() if record.coded else {}
+    streams = [bitpack.pack(levels, width) for width, levels in coded.items()]
     width = 0 if record.constant else map_width(record.bits, record.min_bits)
     offsets = record.bits - np.uint8(record.min_bits)
     return {

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq.errors import StateError
-from diffq.format.records import FLOAT_DTYPES
+from diffq.format.dtypes import FLOAT_DTYPES
 
 
 def read_typed(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:

@@ -15,7 +15,7 @@ from diffq.format import bitpack
 from diffq.format.kinds.product import (
     CODEBOOK_DTYPES,
     ProductRecord,
-    check_codebook_shape,
+    check_codebook_head,
     index_bits,
 )
 from diffq.storage.state_entry import (
@@ -52,7 +52,7 @@ def read_product(entry: Mapping[str, Any], where: str) -> ProductRecord:
     shape = read_shape(entry, where)
     codebook = _read_codebook(entry, where)
     codewords, block_size = codebook.shape
-    check_codebook_shape(math.prod(shape), block_size, codewords)
+    check_codebook_head(codebook.dtype.name, math.prod(shape), block_size, codewords)
     read = _unpack_indices if read_typed(entry, "packed", bool, where) else _unspell_indices
     indices = read(entry, where, math.prod(shape) // block_size, codewords)
     dtype = read_floating(entry, where)

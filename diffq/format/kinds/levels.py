@@ -1,16 +1,28 @@
-"""Records of integer levels: what grids and scaled tensors share."""
+"""Integer levels with one bitwidth per group: what grids and scaled tensors share."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diffq.errors import FormatError
+from diffq.format.dtypes import little_endian
+from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import group_count, stream_counts
+from diffq.format.kinds.base import (
+    Bytes,
+    Coded,
+    Floats,
+    Levels,
+    QuantizedEntry,
+    QuantizedRecord,
+    check_quantized_dtype,
+)
+from diffq.format.layout import LEVELS, Part
+from diffq.format.wire import Cursor, varint
 
 #: Largest magnitude of a grid's low, high and high - low. Below the largest float32 by
 #: more than the roundings of `level * step + low`, so that no level decodes to infinity.
@@ -23,7 +35,7 @@ WIDTH_BITS = 8
 MAX_BITS = 15
 
 
-def map_width(bits: NDArray[np.uint8], min_bits: int) -> int:
+def map_width(bits: Bytes, min_bits: int) -> int:
     """Bits per group of the bit map: max(C) of Equation 12, in whole bits.
 
     C = log2(1 + b - b_min); the width is rounded up so that `b - b_min` fits.
@@ -31,7 +43,7 @@ def map_width(bits: NDArray[np.uint8], min_bits: int) -> int:
     return int(bits.max() - min_bits).bit_length() if bits.size else 0
 
 
-def level_bits(bits: NDArray[np.uint8], group_size: int, numel: int, min_bits: int) -> int:
+def level_bits(bits: Bytes, group_size: int, numel: int, min_bits: int) -> int:
     """Bits of a tensor's levels and bit map: Equation 12 without its constants.
 
     Args:
@@ -45,8 +57,21 @@ def level_bits(bits: NDArray[np.uint8], group_size: int, numel: int, min_bits: i
     return bits.size * map_width(bits, min_bits) + levels
 
 
+def check_level_head(numel: int, dtype: str, group_size: int, min_bits: int) -> None:
+    """Checks what a tensor of levels says before any of them is there.
+
+    Raises:
+        FormatError: it has no such dtype, groups or bitwidths.
+    """
+    check_quantized_dtype(dtype)
+    if not 1 <= group_size <= max(numel, 1):
+        raise FormatError(f"The group size is from 1 to {max(numel, 1)} weights, got {group_size}.")
+    if not 1 <= min_bits <= MAX_BITS:
+        raise FormatError(f"min_bits is from 1 to {MAX_BITS}, got {min_bits}.")
+
+
 @dataclass(frozen=True, eq=False)
-class LevelRecord(ABC):
+class LevelRecord(QuantizedRecord):
     """Integer levels with one bitwidth per group of consecutive weights.
 
     Attributes:
@@ -61,21 +86,13 @@ class LevelRecord(ABC):
         FormatError: the sizes, bitwidths or values contradict each other.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
     group_size: int
     min_bits: int
-    bits: NDArray[np.uint8]
-    levels: NDArray[np.uint16]
+    bits: Bytes
+    levels: Levels
 
     def __post_init__(self) -> None:
-        if not 1 <= self.group_size <= max(self.numel, 1):
-            raise FormatError(
-                f"The group size must be from 1 to the tensor's {self.numel} weights, "
-                f"got {self.group_size}."
-            )
-        if not 1 <= self.min_bits <= MAX_BITS:
-            raise FormatError(f"min_bits must be from 1 to 15, got {self.min_bits}.")
+        check_level_head(self.numel, self.dtype, self.group_size, self.min_bits)
         groups = group_count(self.numel, self.group_size)
         if self.bits.shape != (groups,) or self.levels.shape != (self.numel,):
             raise FormatError(
@@ -89,9 +106,9 @@ class LevelRecord(ABC):
             )
 
     @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+    @abstractmethod
+    def parameters(self) -> Floats:
+        """What the levels are decoded with."""
 
     @property
     def constant(self) -> bool:
@@ -99,13 +116,14 @@ class LevelRecord(ABC):
         return False
 
     @property
-    @abstractmethod
-    def parameter_bits(self) -> int:
-        """Bits of the float parameters of the grid."""
+    def elements(self) -> Bytes:
+        """The bytes of the parameters."""
+        return little_endian(self.parameters)
 
-    @abstractmethod
-    def values(self) -> NDArray[np.float32]:
-        """The decoded weights: float32, in the tensor's shape."""
+    @property
+    def coded(self) -> Coded | None:
+        """The levels; None for a constant."""
+        return None if self.constant else Coded(self.levels, self.bits, self.group_size)
 
     def stored_bits(self) -> int:
         """Equation 12 of the DiffQ paper for this tensor, in bits."""
@@ -114,8 +132,91 @@ class LevelRecord(ABC):
             return overhead
         return overhead + level_bits(self.bits, self.group_size, self.numel, self.min_bits)
 
-    def per_weight(self, per_group: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Repeats one value per group (or one for all) for each of its weights."""
-        if per_group.size == 1:
-            return per_group
-        return np.repeat(per_group, self.group_size)[: self.numel]
+
+@dataclass(frozen=True)
+class LevelEntry(QuantizedEntry):
+    """What the index says about a tensor of levels.
+
+    Attributes:
+        group_size: weights per group.
+        min_bits: the bitwidth that the bit map counts from.
+        constant: the parameters alone give the values; no level is stored.
+    """
+
+    group_size: int
+    min_bits: int
+    constant: bool = False
+
+    @classmethod
+    def read(cls, cursor: Cursor, where: str) -> dict[str, Any]:
+        """Reads group size and lowest bitwidth."""
+        group_size, min_bits = cursor.varint("a group size"), cursor.fixed(1, "min_bits")
+        return {"group_size": group_size, "min_bits": min_bits}
+
+    def write(self) -> bytes:
+        """Inverse of `read`."""
+        return varint(self.group_size) + bytes([self.min_bits])
+
+    def check(self) -> None:
+        """Raises FormatError if a rule is broken that needs no data to see."""
+        super().check()
+        check_level_head(self.numel, self.dtype, self.group_size, self.min_bits)
+
+    @property
+    def groups(self) -> int:
+        """Groups that have a bitwidth."""
+        return group_count(self.numel, self.group_size)
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Number of float32 parameters."""
+
+    @property
+    def arrays(self) -> list[Part]:
+        """The parameters and, unless constant, the levels."""
+        levels = Part(LEVELS, self.numel, self.group_size)
+        return [Part(4, self.parameters), *([] if self.constant else [levels])]
+
+    @property
+    def integers(self) -> int:
+        """One level for each weight."""
+        return self.numel
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded tensor needs (section 11)."""
+        return super().decoded_bytes + self.groups
+
+    def check_piece(self, decoded: DecodedPiece, elements: Bytes) -> None:
+        """Raises FormatError for a bitwidth below the tensor's minimum or above 15."""
+        if min(decoded.streams) < self.min_bits:
+            raise FormatError(
+                f"bitwidths are at least {self.min_bits}, got {min(decoded.streams)}."
+            )
+        if max(decoded.streams) > MAX_BITS:
+            raise FormatError(
+                f"bitwidths of levels are at most {MAX_BITS}, got {max(decoded.streams)}."
+            )
+
+    def head(self, levels: Levels, bits: Bytes) -> dict[str, Any]:
+        """What the records of all kinds of levels have; `min_bits` where no level is stored."""
+        return {
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "group_size": self.group_size,
+            "min_bits": self.min_bits,
+            "bits": bits if bits.size else np.full(self.groups, self.min_bits, np.uint8),
+            "levels": levels,
+        }
+
+
+def float_parameters(elements: Bytes) -> Floats:
+    """The float32 parameters whose bytes are stored."""
+    parameters: Floats = elements.view("<f4").astype(np.float32, copy=False)
+    return parameters
+
+
+def repeat(per_group: Floats, group_size: int, numel: int) -> Floats:
+    """One value per group, or one for all, for each weight."""
+    return per_group if per_group.size == 1 else np.repeat(per_group, group_size)[:numel]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import FormatError
+from diffq.format.dtypes import DTYPES, ITEM_SIZES, little_endian
+from diffq.format.entropy import DecodedPiece
+from diffq.format.kinds.base import (
+    Bytes,
+    Coded,
+    Floats,
+    Levels,
+    QuantizedEntry,
+    QuantizedRecord,
+    check_quantized_dtype,
+)
+from diffq.format.layout import LEVELS, Part, Piece
+from diffq.format.wire import Cursor, varint
 
 #: Most codewords: an index has at most 16 bits.
 MAX_CODEWORDS = 1 << 16
@@ -21,7 +35,7 @@ SCALE_BITS = 32 + 8
 
 
 @dataclass(frozen=True, eq=False)
-class ProductRecord:
+class ProductRecord(QuantizedRecord):
     """Blocks of consecutive weights, in C order, each the codeword that its index names.
 
     weight block = codebook[index], in float32; uint8 codewords stand for
@@ -39,23 +53,19 @@ class ProductRecord:
         FormatError: the sizes or values contradict each other, or a weight would not be finite.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
     codebook: NDArray[np.generic]
-    indices: NDArray[np.uint16]
+    indices: Levels
     scale: float = 1.0
     zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.codebook.ndim != 2 or self.codebook.dtype.name not in CODEBOOK_DTYPES:
-            raise FormatError(
-                f"A codebook has two dimensions and dtype {', '.join(CODEBOOK_DTYPES)}, "
-                f"got {self.codebook.dtype} {self.codebook.shape}."
-            )
+        check_quantized_dtype(self.dtype)
+        if self.codebook.ndim != 2:
+            raise FormatError(f"A codebook has two dimensions, got {self.codebook.shape}.")
         codewords, block_size = self.codebook.shape
-        check_codebook_shape(math.prod(self.shape), block_size, codewords)
+        check_codebook_head(self.stored_dtype, self.numel, block_size, codewords)
         check_scale_and_zero(self.stored_dtype, self.scale, self.zero)
-        if self.indices.shape != (math.prod(self.shape) // block_size,):
+        if self.indices.shape != (self.numel // block_size,):
             raise FormatError(
                 f"A tensor of shape {self.shape} in blocks of {block_size} has one index for "
                 f"each block, got {self.indices.shape}."
@@ -64,41 +74,27 @@ class ProductRecord:
         check_codewords(self.codebook)
 
     @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
     def stored_dtype(self) -> str:
         """Dtype of the codebook."""
         name: str = self.codebook.dtype.name
         return name
 
     @property
-    def levels(self) -> NDArray[np.uint16]:
-        """The indices, under the name that levels of other tensors have."""
-        return self.indices
+    def coded(self) -> Coded:
+        """The indices, which share one bitwidth."""
+        bits = np.full(1, index_bits(len(self.codebook)), np.uint8)
+        return Coded(self.indices, bits, self.indices.size)
 
     @property
-    def group_size(self) -> int:
-        """Indices per group: all share one bitwidth."""
-        return self.indices.size
-
-    @property
-    def bits(self) -> NDArray[np.uint8]:
-        """Bits of an index, uint8 [1]."""
-        return np.full(1, index_bits(len(self.codebook)), np.uint8)
-
-    @property
-    def constant(self) -> bool:
-        """Whether there is one codeword only, so that no index is stored."""
-        return len(self.codebook) == 1
+    def elements(self) -> Bytes:
+        """The bytes of the codebook."""
+        return little_endian(self.codebook)
 
     @property
     def parameter_bits(self) -> int:
         """Bits of the codebook, and of its scale and zero point if it has them."""
         scale = SCALE_BITS if self.stored_dtype == "uint8" else 0
-        return 8 * self.codebook.nbytes + scale
+        return super().parameter_bits + scale
 
     def stored_bits(self) -> int:
         """Equation 5 of arXiv:2004.07320 for the weights of this tensor, in bits.
@@ -108,10 +104,120 @@ class ProductRecord:
         """
         return self.parameter_bits + index_bits(len(self.codebook)) * self.indices.size
 
-    def values(self) -> NDArray[np.float32]:
+    def values(self) -> Floats:
         """The decoded weights: float32, in the tensor's shape."""
         words = codeword_values(self.codebook, self.scale, self.zero)
         return words[self.indices].reshape(self.shape)
+
+    def entry(self, name: str) -> ProductEntry:
+        """Describes the record for the index; raises FormatError if a file cannot hold it."""
+        codewords, block_size = self.codebook.shape
+        head = name, self.shape, self.dtype, self.stored_dtype
+        return ProductEntry(*head, block_size, codewords, self.scale, self.zero)
+
+
+@dataclass(frozen=True)
+class ProductEntry(QuantizedEntry):
+    """What the index says about a tensor of indices into a codebook.
+
+    Attributes:
+        stored_dtype: the dtype of the codebook.
+        block_size: weights per codeword.
+        codewords: number of codewords.
+        scale: of uint8 codewords.
+        zero: the uint8 codeword that stands for 0.
+    """
+
+    kind = "product"
+
+    stored_dtype: str
+    block_size: int
+    codewords: int
+    scale: float = 1.0
+    zero: int = 0
+
+    @classmethod
+    def read(cls, cursor: Cursor, where: str) -> dict[str, Any]:
+        """Reads dtype, block size, codewords and, of uint8 codewords, scale and zero point."""
+        fields: dict[str, Any] = {
+            "stored_dtype": DTYPES[cursor.code(len(DTYPES), "stored dtype", where)],
+            "block_size": cursor.varint("the block size"),
+            "codewords": cursor.varint("the codewords"),
+        }
+        if fields["stored_dtype"] == "uint8":
+            scale = struct.unpack("<fB", cursor.take(5, "a scale and a zero point"))
+            fields |= dict(zip(("scale", "zero"), scale, strict=True))
+        return fields
+
+    def write(self) -> bytes:
+        """Inverse of `read`."""
+        scale = struct.pack("<fB", self.scale, self.zero) if self.stored_dtype == "uint8" else b""
+        head = bytes([DTYPES.index(self.stored_dtype)])
+        return head + varint(self.block_size) + varint(self.codewords) + scale
+
+    def check(self) -> None:
+        """Raises FormatError if a rule is broken that needs no data to see."""
+        super().check()
+        check_codebook_head(self.stored_dtype, self.numel, self.block_size, self.codewords)
+        check_scale_and_zero(self.stored_dtype, self.scale, self.zero)
+
+    @property
+    def integers(self) -> int:
+        """One index for each block of weights."""
+        return self.numel // self.block_size
+
+    @property
+    def arrays(self) -> list[Part]:
+        """The codebook and, of more than one codeword, the indices."""
+        words = Part(ITEM_SIZES[self.stored_dtype], self.codewords * self.block_size)
+        indices = Part(LEVELS, self.integers, self.integers)
+        return [words, *([indices] if self.codewords > 1 else [])]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded tensor needs (section 11)."""
+        words = self.codewords * self.block_size
+        return super().decoded_bytes + 4 * words + 2 * self.integers
+
+    def check_elements(self, elements: Bytes) -> None:
+        """Raises FormatError for codewords that are not finite."""
+        check_codewords(self._codebook(elements))
+
+    def check_piece(self, decoded: DecodedPiece, elements: Bytes) -> None:
+        """Raises FormatError for indices of another bitwidth, or that name no codeword."""
+        width = index_bits(self.codewords)
+        if list(decoded.streams) != [width]:
+            raise FormatError(
+                f"indices of {self.codewords} codewords have {width} bits, "
+                f"got {max(decoded.streams)}."
+            )
+        check_indices(decoded.streams[width], self.codewords)
+
+    def decode(self, elements: Bytes, piece: Piece, decoded: DecodedPiece, out: Floats) -> None:
+        """Writes the codewords that the indices name."""
+        (indices,) = decoded.streams.values()
+        blocks = out.reshape(-1, self.block_size)
+        # With a mode other than "raise", NumPy writes to `out` without a copy.
+        np.take(self._words(elements), indices, axis=0, out=blocks, mode="clip")
+
+    def fill(self, elements: Bytes, out: Floats) -> None:
+        """Writes the only codeword to every block."""
+        out.reshape(-1, self.block_size)[:] = self._words(elements)
+
+    def record(self, elements: Bytes, levels: Levels, bits: Bytes) -> ProductRecord:
+        """The record."""
+        codebook = self._codebook(elements)
+        return ProductRecord(self.shape, self.dtype, codebook, levels, self.scale, self.zero)
+
+    def _codebook(self, elements: Bytes) -> NDArray[Any]:
+        """The codewords as they are stored, [codewords, block_size]."""
+        stored = np.dtype(self.stored_dtype)
+        words: NDArray[Any] = elements.view(stored.newbyteorder("<")).astype(stored, copy=False)
+        return words.reshape(-1, self.block_size)
+
+    def _words(self, elements: Bytes) -> Floats:
+        """The codewords that the stored ones stand for."""
+        return codeword_values(self._codebook(elements), self.scale, self.zero)
 
 
 def index_bits(codewords: int) -> int:
@@ -119,7 +225,7 @@ def index_bits(codewords: int) -> int:
     return (codewords - 1).bit_length()
 
 
-def codeword_values(codebook: NDArray[np.generic], scale: float, zero: int) -> NDArray[np.float32]:
+def codeword_values(codebook: NDArray[np.generic], scale: float, zero: int) -> Floats:
     """The codewords that a stored codebook stands for, float32 of the same shape."""
     words = codebook.astype(np.float32)
     if codebook.dtype == np.uint8:
@@ -128,12 +234,14 @@ def codeword_values(codebook: NDArray[np.generic], scale: float, zero: int) -> N
     return words
 
 
-def check_codebook_shape(numel: int, block_size: int, codewords: int) -> None:
+def check_codebook_head(stored_dtype: str, numel: int, block_size: int, codewords: int) -> None:
     """Checks that blocks fill a tensor, and that it has as many as codewords.
 
     Raises:
         FormatError: a rule of docs/format.md, section 4, is broken.
     """
+    if stored_dtype not in CODEBOOK_DTYPES:
+        raise FormatError(f"Stored codewords are {', '.join(CODEBOOK_DTYPES)}, got {stored_dtype}.")
     if block_size < 1 or numel % block_size:
         raise FormatError(
             f"Blocks must divide a tensor's {numel} weights, got blocks of {block_size}."

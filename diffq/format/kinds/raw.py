@@ -1,19 +1,20 @@
-"""A tensor kept as it is."""
+"""A tensor kept as it is, bit for bit, or as float16."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from diffq.errors import FormatError
-from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
+from diffq.format.dtypes import DTYPES, FLOAT_DTYPES, ITEM_SIZES, TypedBytes
+from diffq.format.kinds.base import Bytes, Entry, Levels, Record
+from diffq.format.layout import Part
+from diffq.format.wire import Cursor
 
 
 @dataclass(frozen=True, eq=False)
-class RawRecord:
+class RawRecord(Record):
     """A tensor kept as it is, bit for bit, or as float16.
 
     Attributes:
@@ -27,15 +28,11 @@ class RawRecord:
             bool that is neither 0 nor 1.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
     stored_dtype: str
-    data: NDArray[np.uint8]
+    data: Bytes
 
     def __post_init__(self) -> None:
-        halved = self.stored_dtype == "float16" and self.dtype in FLOAT_DTYPES
-        if self.dtype not in ITEM_SIZES or not (self.stored_dtype == self.dtype or halved):
-            raise FormatError(f"Cannot store dtype {self.dtype} as {self.stored_dtype}.")
+        check_stored_dtype(self.dtype, self.stored_dtype)
         needed = math.prod(self.shape) * ITEM_SIZES[self.stored_dtype]
         if self.data.shape != (needed,):
             raise FormatError(
@@ -45,6 +42,61 @@ class RawRecord:
         if self.dtype == "bool" and self.data.max(initial=0) > 1:
             raise FormatError(f"A bool is stored as 0 or 1, got {self.data.max()}.")
 
-    def stored_bits(self) -> int:
-        """Bits of the stored elements."""
-        return 8 * self.data.size
+    @property
+    def elements(self) -> Bytes:
+        """The tensor's bytes."""
+        return self.data
+
+    def decoded(self) -> TypedBytes:
+        """The stored elements."""
+        return TypedBytes(self.shape, self.stored_dtype, self.data.copy())
+
+    def entry(self, name: str) -> RawEntry:
+        """Describes the record for the index; raises FormatError if a file cannot hold it."""
+        return RawEntry(name, self.shape, self.dtype, self.stored_dtype)
+
+
+@dataclass(frozen=True)
+class RawEntry(Entry):
+    """What the index says about a raw tensor.
+
+    Attributes:
+        stored_dtype: the dtype of the bytes: `dtype`, or "float16".
+    """
+
+    kind = "raw"
+
+    stored_dtype: str
+
+    @classmethod
+    def read(cls, cursor: Cursor, where: str) -> dict[str, Any]:
+        """Reads the dtype of the bytes."""
+        return {"stored_dtype": DTYPES[cursor.code(len(DTYPES), "stored dtype", where)]}
+
+    def write(self) -> bytes:
+        """Inverse of `read`."""
+        return bytes([DTYPES.index(self.stored_dtype)])
+
+    def check(self) -> None:
+        """Raises FormatError if a rule is broken that needs no data to see."""
+        super().check()
+        check_stored_dtype(self.dtype, self.stored_dtype)
+
+    @property
+    def arrays(self) -> list[Part]:
+        """The elements."""
+        return [Part(ITEM_SIZES[self.stored_dtype], self.numel)]
+
+    def record(self, elements: Bytes, levels: Levels, bits: Bytes) -> RawRecord:
+        """The record, which has no integers."""
+        return RawRecord(self.shape, self.dtype, self.stored_dtype, elements)
+
+
+def check_stored_dtype(dtype: str, stored: str) -> None:
+    """Raises FormatError for an unknown dtype, or one that is not stored as `stored`."""
+    halved = stored == "float16" and dtype in FLOAT_DTYPES
+    if dtype not in ITEM_SIZES or not (stored == dtype or halved):
+        raise FormatError(
+            f"Cannot store dtype {dtype} as {stored}: known dtypes are stored as they are, and "
+            "only floats may be stored as float16."
+        )

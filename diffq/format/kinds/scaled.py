@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diffq.errors import FormatError
-from diffq.format.kinds.levels import MAX_RANGE, LevelRecord
+from diffq.format.entropy import DecodedPiece
+from diffq.format.groups import merge_groups
+from diffq.format.kinds.base import Bytes, Floats, Levels
+from diffq.format.kinds.levels import MAX_RANGE, LevelEntry, LevelRecord, float_parameters, repeat
+from diffq.format.layout import Piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,27 +24,69 @@ class ScaledRecord(LevelRecord):
         scale: float32 [1].
     """
 
-    scale: NDArray[np.float32]
+    scale: Floats
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scale(self.scale, int(self.bits.max(initial=1)))
 
     @property
-    def parameter_bits(self) -> int:
-        """One float32."""
-        return 32
+    def parameters(self) -> Floats:
+        """The scale."""
+        return self.scale
 
-    def values(self) -> NDArray[np.float32]:
+    def values(self) -> Floats:
         """The decoded weights: float32, in the tensor's shape."""
         zero = (np.uint32(1) << (self.bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
         values = self.levels.astype(np.float32)
-        values -= self.per_weight(zero)
+        values -= repeat(zero, self.group_size, self.numel)
         values *= self.scale
         return values.reshape(self.shape)
 
+    def entry(self, name: str) -> ScaledEntry:
+        """Describes the record for the index; raises FormatError if a file cannot hold it."""
+        return ScaledEntry(name, self.shape, self.dtype, self.group_size, self.min_bits)
 
-def check_scale(scale: NDArray[np.float32], bits: int) -> None:
+
+@dataclass(frozen=True)
+class ScaledEntry(LevelEntry):
+    """What the index says about a scaled tensor."""
+
+    kind = "scaled"
+
+    @property
+    def parameters(self) -> int:
+        """The scale alone."""
+        return 1
+
+    def check_elements(self, elements: Bytes) -> None:
+        """Raises FormatError for a scale that is not finite."""
+        check_scale(float_parameters(elements), bits=1)
+
+    def check_piece(self, decoded: DecodedPiece, elements: Bytes) -> None:
+        """Raises FormatError for a bitwidth out of range, or too high for the scale."""
+        super().check_piece(decoded, elements)
+        check_scale(float_parameters(elements), max(decoded.streams))
+
+    def decode(self, elements: Bytes, piece: Piece, decoded: DecodedPiece, out: Floats) -> None:
+        """Writes what `ScaledRecord.values` computes, with the levels of a bitwidth at a time."""
+        scale = float_parameters(elements)
+
+        def fill(width: int, part: Floats) -> None:
+            np.subtract(decoded.streams[width], 1 << (width - 1), out=part, dtype=np.float32)
+            part *= scale
+
+        merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
+
+    def fill(self, elements: Bytes, out: Floats) -> None:
+        """Writes nothing: only a tensor without weights has no levels."""
+
+    def record(self, elements: Bytes, levels: Levels, bits: Bytes) -> ScaledRecord:
+        """The record."""
+        return ScaledRecord(**self.head(levels, bits), scale=float_parameters(elements))
+
+
+def check_scale(scale: Floats, bits: int) -> None:
     """Checks that every level of up to `bits` bits decodes to a finite number.
 
     Raises:
