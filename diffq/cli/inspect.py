@@ -88,6 +88,8 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         decode: decode the levels for bitwidths and entropy.
         report: told about the progress.
     """
+    from diffq.format.kinds.base import QuantizedEntry
+
     tied: dict[str, list[str]] = {name: [] for name in stored.entries}
     for alias, name in stored.aliases.items():
         tied[name].append(alias)
@@ -108,7 +110,9 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         "float32_bytes": in_float32,
         "times_smaller": in_float32 / stored.size,
         "entropy_bound_bytes": sum(t["entropy_bound_bytes"] for t in tensors) if decode else None,
-        "quantized_weights": sum(e.numel for e in stored.entries.values() if e.quantized),
+        "quantized_weights": sum(
+            e.numel for e in stored.entries.values() if isinstance(e, QuantizedEntry)
+        ),
         "mean_bits": mean_bits(coded),
         "metadata": dict(stored.metadata),
         "tensors": tensors,

@@ -146,7 +146,9 @@ class Reader:
         Takes arrays to write to by name; raises what `values` does.
         """
         if names is None:
-            names = [name for name, entry in self.entries.items() if entry.quantized]
+            names = [
+                name for name, entry in self.entries.items() if isinstance(entry, QuantizedEntry)
+            ]
         numbers = {name: self._number(name) for name in names}
         targets = {number: self._values_target(number) for number in set(numbers.values())}
         for name, array in (out or {}).items():
@@ -199,7 +201,7 @@ class Reader:
         for target in targets.values():
             target.check_bits()
         for name, entry in self.entries.items():
-            if not entry.quantized:
+            if not isinstance(entry, QuantizedEntry):
                 self.record(name)
 
     def close(self) -> None:

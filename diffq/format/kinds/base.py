@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,34 @@ class Coded:
         return entropy_bits(np.bincount(self.bits)) + levels
 
 
+class Fields(Protocol):
+    """A tensor of a quantized state, which may come from anywhere, read within bounds.
+
+    All methods raise StateError where the value of a key is missing or another.
+
+    Attributes:
+        kind: the kind of the tensor in states.
+        shape: the tensor's shape.
+        dtype: the dtype to restore, by its torch name.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def number(self, key: str) -> int:
+        """A whole number of any size."""
+
+    def flag(self, key: str) -> bool:
+        """True or False."""
+
+    def array(self, key: str, dims: int, *dtypes: str) -> NDArray[Any]:
+        """An array of so many dimensions and one of these dtypes."""
+
+    def typed(self, key: str) -> TypedBytes:
+        """An array of any shape and dtype; a copy."""
+
+
 @dataclass(frozen=True, eq=False)
 class Record(ABC):
     """One tensor as integers and elements, frozen, without the module that made it.
@@ -71,6 +99,9 @@ class Record(ABC):
     Raises:
         FormatError: the parts contradict each other.
     """
+
+    #: The kind in states; more than one if some tensors must not be read by earlier versions.
+    state_kinds: ClassVar[tuple[str, ...]]
 
     shape: tuple[int, ...]
     dtype: str
@@ -107,6 +138,24 @@ class Record(ABC):
     def entry(self, name: str) -> Entry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
 
+    @abstractmethod
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """What a state holds beside shape and dtype: numbers, arrays and `TypedBytes`.
+
+        Args:
+            packed: integers at their own width; otherwise one an element, easier to look into.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_fields(cls, fields: Fields) -> Record:
+        """Inverse of `fields`.
+
+        Raises:
+            StateError: a field is missing or of another type.
+            FormatError: the fields contradict each other.
+        """
+
     def entropy_bound_bits(self) -> float:
         """Bits that no coder of single symbols can go below for this tensor.
 
@@ -134,6 +183,7 @@ class Entry(ABC):
 
     Attributes:
         kind: the name of the kind.
+        record_type: its record.
         name: the tensor's name.
         shape: the tensor's shape.
         dtype: the dtype to restore, by its torch name.
@@ -143,6 +193,7 @@ class Entry(ABC):
     """
 
     kind: ClassVar[str]
+    record_type: ClassVar[type[Record]]
 
     name: str
     shape: tuple[int, ...]
@@ -155,7 +206,7 @@ class Entry(ABC):
             raise FormatError(f"{self.where}: {error}") from error
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         if len(self.shape) > MAX_RANK:
             raise FormatError(f"A tensor has at most {MAX_RANK} dimensions, got {len(self.shape)}.")
         if math.prod(size for size in self.shape if size) > MAX_ELEMENTS:
@@ -206,11 +257,6 @@ class Entry(ABC):
         return [part for part in self.arrays if part.count]
 
     @property
-    def quantized(self) -> bool:
-        """Whether weights are computed from integers."""
-        return isinstance(self, QuantizedEntry)
-
-    @property
     def element_bytes(self) -> int:
         """Bytes of the elements: a raw tensor, float parameters or a codebook."""
         return sum(part.item * part.count for part in self.arrays)
@@ -226,7 +272,7 @@ class QuantizedEntry(Entry):
     """What the index says about a tensor whose weights are computed from integers."""
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         super().check()
         check_quantized_dtype(self.dtype)
 

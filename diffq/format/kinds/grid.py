@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
-from diffq.format.kinds.base import Bytes, Floats, Levels
-from diffq.format.kinds.levels import MAX_RANGE, LevelEntry, LevelRecord, float_parameters, repeat
+from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
+from diffq.format.kinds.levels import (
+    MAX_RANGE,
+    LevelEntry,
+    LevelRecord,
+    float_parameters,
+    read_levels,
+    repeat,
+)
 from diffq.format.layout import Piece
 from diffq.format.wire import Cursor, unknown
 
@@ -35,16 +42,15 @@ class GridRecord(LevelRecord):
         zero_point: some level stands for exactly 0.0, wherever low <= 0 <= high.
     """
 
+    # Readers that do not know zero points must not decode such a grid without one.
+    state_kinds = ("grid", "grid with zero point")
+
     ranges: Floats
     zero_point: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            self.ranges.ndim != 2
-            or self.ranges.shape[1] != 2
-            or len(self.ranges) not in (1, self.bits.size)
-        ):
+        if self.ranges.ndim != 2 or len(self.ranges) not in (1, self.bits.size):
             raise FormatError(
                 f"A grid has 1 or {self.bits.size} ranges of low and high, "
                 f"got shape {self.ranges.shape}."
@@ -82,6 +88,19 @@ class GridRecord(LevelRecord):
             zero_point=self.zero_point,
         )
 
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """Levels and ranges."""
+        kind = self.state_kinds[self.zero_point]
+        return {**super().fields(packed), "kind": kind, "ranges": self.ranges}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> GridRecord:
+        """Inverse of `fields`."""
+        ranges = fields.array("ranges", 2, "float32")
+        check_ranges(ranges)
+        levels = read_levels(fields, is_constant(ranges))
+        return cls(**levels, ranges=ranges, zero_point=fields.kind == cls.state_kinds[True])
+
 
 @dataclass(frozen=True)
 class GridEntry(LevelEntry):
@@ -93,6 +112,7 @@ class GridEntry(LevelEntry):
     """
 
     kind = "grid"
+    record_type = GridRecord
 
     per_group: bool = False
     zero_point: bool = False
@@ -111,7 +131,7 @@ class GridEntry(LevelEntry):
         return super().write() + bytes([flags])
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         super().check()
         if self.per_group and self.groups == 1:
             raise FormatError("One group has one range and no flag 1, got flag 1.")
@@ -212,11 +232,13 @@ def check_ranges(ranges: Floats) -> None:
     """Checks that every level of a grid decodes to a finite number.
 
     Args:
-        ranges: low and high, [..., 2].
+        ranges: low and high, [ranges, 2].
 
     Raises:
-        FormatError: low above high, or a number that is not finite or too large.
+        FormatError: another shape, low above high, or a number that is not finite or too large.
     """
+    if ranges.shape[1:] != (2,):
+        raise FormatError(f"A grid's ranges are pairs of low and high, got shape {ranges.shape}.")
     # Before any arithmetic: NumPy warns when it converts a signaling NaN.
     if not np.isfinite(ranges).all() or (ranges[..., 0] > ranges[..., 1]).any():
         raise FormatError("A grid's ranges must be finite, with low at most high.")

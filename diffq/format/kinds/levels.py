@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffq.errors import FormatError
+from diffq.format import bitpack
 from diffq.format.dtypes import little_endian
 from diffq.format.entropy import DecodedPiece
-from diffq.format.groups import group_count, stream_counts
+from diffq.format.groups import (
+    check_streams,
+    group_count,
+    merge_levels,
+    split_groups,
+    stream_counts,
+)
 from diffq.format.kinds.base import (
     Bytes,
     Coded,
+    Fields,
     Floats,
     Levels,
     QuantizedEntry,
@@ -33,6 +43,9 @@ WIDTH_BITS = 8
 
 #: Largest bitwidth of a level.
 MAX_BITS = 15
+
+#: A bit map tells the bitwidths 1 to 15 apart.
+MAX_MAP_WIDTH = 4
 
 
 def map_width(bits: Bytes, min_bits: int) -> int:
@@ -70,6 +83,16 @@ def check_level_head(numel: int, dtype: str, group_size: int, min_bits: int) -> 
         raise FormatError(f"min_bits is from 1 to {MAX_BITS}, got {min_bits}.")
 
 
+def check_level_sizes(numel: int, group_size: int, bits: Bytes, levels: Levels) -> None:
+    """Raises FormatError unless each group has a bitwidth and each weight a level."""
+    groups = group_count(numel, group_size)
+    if bits.shape != (groups,) or levels.shape != (numel,):
+        raise FormatError(
+            f"{numel} weights in groups of {group_size} have {groups} bitwidths and {numel} "
+            f"levels, got {bits.shape} and {levels.shape}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class LevelRecord(QuantizedRecord):
     """Integer levels with one bitwidth per group of consecutive weights.
@@ -93,13 +116,8 @@ class LevelRecord(QuantizedRecord):
 
     def __post_init__(self) -> None:
         check_level_head(self.numel, self.dtype, self.group_size, self.min_bits)
-        groups = group_count(self.numel, self.group_size)
-        if self.bits.shape != (groups,) or self.levels.shape != (self.numel,):
-            raise FormatError(
-                f"A tensor of shape {self.shape} in groups of {self.group_size} has {groups} "
-                f"bitwidths and {self.numel} levels, got {self.bits.shape} and {self.levels.shape}."
-            )
-        if groups and not self.min_bits <= self.bits.min() <= self.bits.max() <= MAX_BITS:
+        check_level_sizes(self.numel, self.group_size, self.bits, self.levels)
+        if self.bits.size and not self.min_bits <= self.bits.min() <= self.bits.max() <= MAX_BITS:
             raise FormatError(
                 f"Bitwidths must be from {self.min_bits} to {MAX_BITS}, "
                 f"got {self.bits.min()} to {self.bits.max()}."
@@ -132,6 +150,81 @@ class LevelRecord(QuantizedRecord):
             return overhead
         return overhead + level_bits(self.bits, self.group_size, self.numel, self.min_bits)
 
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """Group size, bitwidths and levels."""
+        head = {"group_size": self.group_size, "min_bits": self.min_bits, "packed": packed}
+        return head | (self._packed() if packed else self._spelled())
+
+    def _packed(self) -> dict[str, Any]:
+        streams = self.coded.streams() if self.coded else {}
+        packed = [bitpack.pack(levels, width) for width, levels in streams.items()]
+        width = 0 if self.constant else map_width(self.bits, self.min_bits)
+        offsets = self.bits - np.uint8(self.min_bits)
+        return {
+            "map_width": width,
+            "bit_map": bitpack.pack(offsets, width) if width else offsets[:0],
+            # Without a map, all groups share one bitwidth.
+            "bits": int(self.bits[0]) if self.bits.size else self.min_bits,
+            "levels": np.concatenate([*packed, np.empty(0, np.uint8)]),
+        }
+
+    def _spelled(self) -> dict[str, Any]:
+        return {"bit_map": self.bits, "levels": self.levels.astype(np.int16)}
+
+
+def read_levels(fields: Fields, constant: bool) -> dict[str, Any]:
+    """Inverse of `LevelRecord.fields`: the arguments of the record.
+
+    Args:
+        fields: the fields of the state.
+        constant: the parameters alone give the values.
+
+    Raises:
+        StateError: a field is missing or of another type.
+        FormatError: the fields contradict each other.
+    """
+    group_size, min_bits = fields.number("group_size"), fields.number("min_bits")
+    numel = math.prod(fields.shape)
+    check_level_head(numel, fields.dtype, group_size, min_bits)
+    if fields.flag("packed"):
+        packed = fields.array("levels", 1, "uint8")
+        if not constant and 8 * packed.size < numel:
+            raise FormatError(f"{numel} weights need more bytes of levels, got {packed.size}.")
+        bits = _unpack_bits(fields, group_count(numel, group_size), min_bits)
+        counts = {} if constant else stream_counts(bits, group_size, numel)
+        levels = merge_levels(_unpack_levels(packed, counts), bits, group_size, numel)
+    else:
+        bits = fields.array("bit_map", 1, "uint8")
+        levels = fields.array("levels", 1, "int16").view(np.uint16)
+        check_level_sizes(numel, group_size, bits, levels)
+        check_streams(split_groups(levels, bits, group_size))
+    head = {"group_size": group_size, "min_bits": min_bits}
+    return {"shape": fields.shape, "dtype": fields.dtype, **head, "bits": bits, "levels": levels}
+
+
+def _unpack_bits(fields: Fields, groups: int, min_bits: int) -> Bytes:
+    width, shared = fields.number("map_width"), fields.number("bits")
+    bit_map = fields.array("bit_map", 1, "uint8")
+    if not (0 <= width <= MAX_MAP_WIDTH and 1 <= shared <= MAX_BITS):
+        raise FormatError(
+            f"A map_width is from 0 to {MAX_MAP_WIDTH} and bits from 1 to {MAX_BITS}, "
+            f"got {width} and {shared}."
+        )
+    if not width:
+        return np.full(groups, shared, np.uint8)
+    return (bitpack.unpack(bit_map, groups, width) + min_bits).astype(np.uint8)
+
+
+def _unpack_levels(packed: Bytes, counts: Mapping[int, int]) -> dict[int, Levels]:
+    streams, offset = {}, 0
+    for width, count in counts.items():
+        size = bitpack.packed_size(count, width)
+        streams[width] = bitpack.unpack(packed[offset : offset + size], count, width)
+        offset += size
+    if offset != packed.size:
+        raise FormatError(f"The levels need {offset} bytes, got {packed.size}.")
+    return streams
+
 
 @dataclass(frozen=True)
 class LevelEntry(QuantizedEntry):
@@ -158,7 +251,7 @@ class LevelEntry(QuantizedEntry):
         return varint(self.group_size) + bytes([self.min_bits])
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         super().check()
         check_level_head(self.numel, self.dtype, self.group_size, self.min_bits)
 

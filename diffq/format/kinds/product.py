@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import FormatError
+from diffq.format import bitpack
 from diffq.format.dtypes import DTYPES, ITEM_SIZES, little_endian
 from diffq.format.entropy import DecodedPiece
 from diffq.format.kinds.base import (
     Bytes,
     Coded,
+    Fields,
     Floats,
     Levels,
     QuantizedEntry,
@@ -52,6 +55,8 @@ class ProductRecord(QuantizedRecord):
     Raises:
         FormatError: the sizes or values contradict each other, or a weight would not be finite.
     """
+
+    state_kinds = ("product",)
 
     codebook: NDArray[np.generic]
     indices: Levels
@@ -115,6 +120,33 @@ class ProductRecord(QuantizedRecord):
         head = name, self.shape, self.dtype, self.stored_dtype
         return ProductEntry(*head, block_size, codewords, self.scale, self.zero)
 
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """Codebook and indices."""
+        width = index_bits(len(self.codebook))
+        if packed:
+            indices = bitpack.pack(self.indices, width) if width else np.empty(0, np.uint8)
+        else:
+            indices = self.indices.astype(np.int32)
+        head = {"kind": "product", "packed": packed, "codebook": self.codebook, "indices": indices}
+        if self.stored_dtype != "uint8":
+            return head
+        return {**head, "scale": np.array([self.scale], np.float32), "zero": self.zero}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> ProductRecord:
+        """Inverse of `fields`."""
+        codebook, numel = fields.array("codebook", 2, *CODEBOOK_DTYPES), math.prod(fields.shape)
+        codewords, block_size = codebook.shape
+        check_codebook_head(codebook.dtype.name, numel, block_size, codewords)
+        indices = _read_indices(fields, numel // block_size, codewords)
+        if codebook.dtype != np.uint8:
+            return cls(fields.shape, fields.dtype, codebook, indices)
+        scale = fields.array("scale", 1, "float32")
+        if scale.size != 1:
+            raise FormatError(f"uint8 codewords have one scale, got {scale.size}.")
+        zero = fields.number("zero")
+        return cls(fields.shape, fields.dtype, codebook, indices, float(scale[0]), zero)
+
 
 @dataclass(frozen=True)
 class ProductEntry(QuantizedEntry):
@@ -129,6 +161,7 @@ class ProductEntry(QuantizedEntry):
     """
 
     kind = "product"
+    record_type = ProductRecord
 
     stored_dtype: str
     block_size: int
@@ -156,7 +189,7 @@ class ProductEntry(QuantizedEntry):
         return head + varint(self.block_size) + varint(self.codewords) + scale
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         super().check()
         check_codebook_head(self.stored_dtype, self.numel, self.block_size, self.codewords)
         check_scale_and_zero(self.stored_dtype, self.scale, self.zero)
@@ -218,6 +251,20 @@ class ProductEntry(QuantizedEntry):
     def _words(self, elements: Bytes) -> Floats:
         """The codewords that the stored ones stand for."""
         return codeword_values(self._codebook(elements), self.scale, self.zero)
+
+
+def _read_indices(fields: Fields, blocks: int, codewords: int) -> Levels:
+    if not fields.flag("packed"):
+        # As unsigned numbers, those below zero are too large.
+        spelled = fields.array("indices", 1, "int32").view(np.uint32)
+        check_indices(spelled, codewords)
+        return spelled.astype(np.uint16)
+    packed, width = fields.array("indices", 1, "uint8"), index_bits(codewords)
+    if width:
+        return bitpack.unpack(packed, blocks, width)
+    if packed.size:
+        raise FormatError(f"A single codeword needs no indices, got {packed.size} bytes.")
+    return np.zeros(blocks, np.uint16)
 
 
 def index_bits(codewords: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffq.errors import FormatError
 from diffq.format.dtypes import DTYPES, FLOAT_DTYPES, ITEM_SIZES, TypedBytes
-from diffq.format.kinds.base import Bytes, Entry, Levels, Record
+from diffq.format.kinds.base import Bytes, Entry, Fields, Levels, Record
 from diffq.format.layout import Part
 from diffq.format.wire import Cursor
 
@@ -27,6 +27,8 @@ class RawRecord(Record):
         FormatError: an unknown dtype, another number of bytes than the shape needs, or a
             bool that is neither 0 nor 1.
     """
+
+    state_kinds = ("raw",)
 
     stored_dtype: str
     data: Bytes
@@ -55,6 +57,18 @@ class RawRecord(Record):
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
         return RawEntry(name, self.shape, self.dtype, self.stored_dtype)
 
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """The elements."""
+        return {"kind": "raw", "data": TypedBytes(self.shape, self.stored_dtype, self.data)}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> RawRecord:
+        """Inverse of `fields`."""
+        data = fields.typed("data")
+        if data.shape != fields.shape:
+            raise FormatError(f"The data has shape {list(fields.shape)}, got {list(data.shape)}.")
+        return cls(fields.shape, fields.dtype, data.dtype, data.data)
+
 
 @dataclass(frozen=True)
 class RawEntry(Entry):
@@ -65,6 +79,7 @@ class RawEntry(Entry):
     """
 
     kind = "raw"
+    record_type = RawRecord
 
     stored_dtype: str
 
@@ -78,7 +93,7 @@ class RawEntry(Entry):
         return bytes([DTYPES.index(self.stored_dtype)])
 
     def check(self) -> None:
-        """Raises FormatError if a rule is broken that needs no data to see."""
+        """Raises FormatError if the description alone breaks a rule."""
         super().check()
         check_stored_dtype(self.dtype, self.stored_dtype)
 

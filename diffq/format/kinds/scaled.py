@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
-from diffq.format.kinds.base import Bytes, Floats, Levels
-from diffq.format.kinds.levels import MAX_RANGE, LevelEntry, LevelRecord, float_parameters, repeat
+from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
+from diffq.format.kinds.levels import (
+    MAX_RANGE,
+    LevelEntry,
+    LevelRecord,
+    float_parameters,
+    read_levels,
+    repeat,
+)
 from diffq.format.layout import Piece
 
 
@@ -23,6 +31,8 @@ class ScaledRecord(LevelRecord):
     Attributes:
         scale: float32 [1].
     """
+
+    state_kinds = ("scaled",)
 
     scale: Floats
 
@@ -47,12 +57,23 @@ class ScaledRecord(LevelRecord):
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
         return ScaledEntry(name, self.shape, self.dtype, self.group_size, self.min_bits)
 
+    def fields(self, packed: bool) -> dict[str, Any]:
+        """Levels and scale."""
+        return {**super().fields(packed), "kind": "scaled", "scale": self.scale}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> ScaledRecord:
+        """Inverse of `fields`."""
+        scale = fields.array("scale", 1, "float32")
+        return cls(**read_levels(fields, constant=False), scale=scale)
+
 
 @dataclass(frozen=True)
 class ScaledEntry(LevelEntry):
     """What the index says about a scaled tensor."""
 
     kind = "scaled"
+    record_type = ScaledRecord
 
     @property
     def parameters(self) -> int:
