@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffq.errors import FormatError
 from diffq.format import bitpack, frames
-from diffq.format.groups import check_streams, merge_groups, split_groups, stream_counts
+from diffq.format.groups import merge_groups, split_groups, stream_counts
 from diffq.format.layout import Piece
 from diffq.format.wire import Cursor, damaged
 
@@ -64,10 +64,10 @@ class LevelPiece:
             FormatError: a level does not fit its bitwidth.
         """
         streams = split_groups(self.levels, self.bits, self.group_size)
-        try:
-            check_streams(streams)
-        except FormatError as error:
-            raise FormatError(f"{self.where}: {error}") from error
+        for width, levels in streams.items():
+            if int(levels.max()) >> width:
+                rule = f"{self.where}: levels of {width} bits must be below {1 << width}"
+                raise FormatError(f"{rule}, got {levels.max()}.")
         return streams
 
 

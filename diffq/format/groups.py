@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffq.errors import FormatError
-
 
 def group_count(numel: int, group_size: int) -> int:
     """Number of groups of `group_size` consecutive weights; the last may be short."""
@@ -56,15 +54,6 @@ def split_groups(
     # Only the last group can be padded, and it is the last of its bitwidth.
     starts = _starts(counts, group_size)
     return {width: flat[starts[width] : starts[width] + count] for width, count in counts.items()}
-
-
-def check_streams(streams: Mapping[int, NDArray[np.uint16]]) -> None:
-    """Raises FormatError for a level that does not fit its bitwidth."""
-    for width, levels in streams.items():
-        if int(levels.max()) >> width:
-            raise FormatError(
-                f"levels of {width} bits must be below {1 << width}, got {levels.max()}."
-            )
 
 
 def merge_levels(

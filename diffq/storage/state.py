@@ -91,6 +91,21 @@ def read_header(state: Any) -> Header:
     Raises:
         StateError: it is no state dict, of another version, or an entry is malformed.
     """
+    entries, aliases = _read_entries(state)
+    return Header({name: (entry.shape, entry.dtype) for name, entry in entries.items()}, aliases)
+
+
+def from_state(state: Any) -> Snapshot:
+    """Decodes a state dict, which may come from anywhere, to records.
+
+    Raises:
+        StateError: an entry is missing, damaged or of an unknown kind or version.
+    """
+    entries, aliases = _read_entries(state)
+    return Snapshot({name: _read_record(entry) for name, entry in entries.items()}, aliases)
+
+
+def _read_entries(state: Any) -> tuple[dict[str, StateEntry], Mapping[str, str]]:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise StateError(
             "A quantized state is what get_quantized_state() returns, a dict whose 'format' is "
@@ -115,19 +130,18 @@ def read_header(state: Any) -> Header:
                 "An alias must be a new name for a stored tensor, "
                 f"got {describe(name)} for {describe(target)}."
             )
-    tensors = {name: StateEntry(name, entry) for name, entry in entries.items()}
-    return Header({name: (entry.shape, entry.dtype) for name, entry in tensors.items()}, aliases)
+    return {name: StateEntry(name, entry) for name, entry in entries.items()}, aliases
 
 
-def from_state(state: Any) -> Snapshot:
-    """Decodes a state dict, which may come from anywhere, to records.
-
-    Raises:
-        StateError: an entry is missing, damaged or of an unknown kind or version.
-    """
-    aliases = read_header(state).aliases
-    records = {name: _from_entry(name, entry) for name, entry in state["tensors"].items()}
-    return Snapshot(records, aliases)
+def _read_record(entry: StateEntry) -> Record:
+    if entry.kind not in _KINDS:
+        raise StateError(
+            f"{entry.where} has kind {entry.kind!r}; known kinds are {', '.join(_KINDS)}."
+        )
+    try:
+        return _KINDS[entry.kind].from_fields(entry)
+    except FormatError as error:
+        raise StateError(f"{entry.where} is damaged: {error}") from error
 
 
 def _to_entry(record: Record, packed: bool) -> dict[str, Any]:
@@ -139,15 +153,3 @@ def _to_stored(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
     return typed_tensor(value) if isinstance(value, TypedBytes) else value
-
-
-def _from_entry(name: str, entry: Mapping[str, Any]) -> Record:
-    fields = StateEntry(name, entry)
-    if fields.kind not in _KINDS:
-        raise StateError(
-            f"{fields.where} has kind {fields.kind!r}; known kinds are {', '.join(_KINDS)}."
-        )
-    try:
-        return _KINDS[fields.kind].from_fields(fields)
-    except FormatError as error:
-        raise StateError(f"{fields.where} is damaged: {error}") from error

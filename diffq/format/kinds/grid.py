@@ -97,8 +97,9 @@ class GridRecord(LevelRecord):
     def from_fields(cls, fields: Fields) -> GridRecord:
         """Inverse of `fields`."""
         ranges = fields.array("ranges", 2, "float32")
-        check_ranges(ranges)
-        levels = read_levels(fields, is_constant(ranges))
+        # The record refuses ranges of another shape.
+        constant = ranges.shape[1] == 2 and is_constant(ranges)
+        levels = read_levels(fields, constant)
         return cls(**levels, ranges=ranges, zero_point=fields.kind == cls.state_kinds[True])
 
 

@@ -15,10 +15,8 @@ from diffq.format import bitpack
 from diffq.format.dtypes import little_endian
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import (
-    check_streams,
     group_count,
     merge_levels,
-    split_groups,
     stream_counts,
 )
 from diffq.format.kinds.base import (
@@ -197,7 +195,9 @@ def read_levels(fields: Fields, constant: bool) -> dict[str, Any]:
         bits = fields.array("bit_map", 1, "uint8")
         levels = fields.array("levels", 1, "int16").view(np.uint16)
         check_level_sizes(numel, group_size, bits, levels)
-        check_streams(split_groups(levels, bits, group_size))
+        limits = np.repeat(np.uint32(1) << bits.astype(np.uint32), group_size)[:numel]
+        if (levels >= limits).any():
+            raise FormatError(f"Each level is below 2**bits of its group, got {levels.max()}.")
     head = {"group_size": group_size, "min_bits": min_bits}
     return {"shape": fields.shape, "dtype": fields.dtype, **head, "bits": bits, "levels": levels}
 
