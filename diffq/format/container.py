@@ -38,10 +38,6 @@ class _Source(NamedTuple):
     elements: NDArray[np.uint8]
     coded: Coded | None
 
-    @classmethod
-    def of(cls, entry: Entry, record: Record) -> _Source:
-        return cls(entry, record.elements, record.coded)
-
 
 def encode(
     records: Mapping[str, Record],
@@ -81,11 +77,12 @@ def encode_parts(
         raise ConfigError(f"The codec is 'zstd' or 'packed', got {codec!r}.")
     compress = codec == "zstd"
     _check_aliases(records, aliases or {})
-    entries = [record.entry(name) for name, record in records.items()]
+    sources = [_Source(r.entry(name), r.elements, r.coded) for name, r in records.items()]
+    entries = [source.entry for source in sources]
     texts = {}
     if metadata is not None and metadata != {}:
         texts[chunks.METADATA] = write_metadata(metadata)
-    pooling, sources = Pooling(compress), list(map(_Source.of, entries, records.values()))
+    pooling = Pooling(compress)
     backs = [pooling.add(source.entry, source.coded) for source in sources]
     work = partial(_encode_segment, sources=sources, compress=compress)
     segments = in_threads(work, pooling.layout.segments, threads)

@@ -90,6 +90,7 @@ class QuantizedTarget(Target):
         if self.out.dtype == np.uint16:
             decoded.merge(piece.group_size, self.out[piece.start : piece.stop])
         elif self.out.size:
+            # Weights that an integer stands for: one, or a block.
             step = self.out.size // self.entry.integers
             out = self.out[piece.start * step : piece.stop * step]
             self.entry.decode(self.elements, piece, decoded, out)

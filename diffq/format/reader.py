@@ -146,9 +146,7 @@ class Reader:
         Takes arrays to write to by name; raises what `values` does.
         """
         if names is None:
-            names = [
-                name for name, entry in self.entries.items() if isinstance(entry, QuantizedEntry)
-            ]
+            names = [n for n, entry in self.entries.items() if isinstance(entry, QuantizedEntry)]
         numbers = {name: self._number(name) for name in names}
         targets = {number: self._values_target(number) for number in set(numbers.values())}
         for name, array in (out or {}).items():
