@@ -19,6 +19,12 @@ from tests.format.samples import (
     small_model,
 )
 
+GRID = grid(30, 4, (2, 6))
+SHARED = grid(30, 30, (4, 4))
+WORDS = product(15, 6, 2, "uint8")
+ONE = product(15, 1, 2)
+RAW = small_model()["norm.weight"]
+
 
 class Given:
     """Fields of the right types, which reading of states has seen to."""
@@ -54,19 +60,21 @@ def test_records_come_back(record, packed):
     assert_same(as_stored(read(Given(record, packed))), record)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("records", [small_model(), codebook_model()])
+def test_models_come_back(records, packed):
+    """Records of each kind come back from their fields, constants and zero points included."""
+    zeros = type(GRID)(**vars(GRID) | {"zero_point": True})
+    for record in (*records.values(), GRID, zeros):
+        assert_same(as_stored(read(Given(record, packed))), record)
+
+
 def test_kinds_are_told_apart():
     """No two kinds of records share a name, in files or in states."""
     in_files = [kind.kind for kind in KINDS]
     in_states = [name for kind in KINDS for name in kind.record_type.state_kinds]
     assert in_files == ["raw", "grid", "scaled", "product"]
     assert in_states == ["raw", "grid", "grid with zero point", "scaled", "product"]
-
-
-GRID = grid(30, 4, (2, 6))
-SHARED = grid(30, 30, (4, 4))
-WORDS = product(15, 6, 2, "uint8")
-ONE = product(15, 1, 2)
-RAW = small_model()["norm.weight"]
 
 
 @pytest.mark.parametrize(
