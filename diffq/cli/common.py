@@ -18,7 +18,7 @@ from diffq.storage.writing import check_target
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from diffq.format.records import Record
+    from diffq.format.kinds.base import Record
 
 MEGABYTE = 2**20
 
@@ -106,21 +106,18 @@ def check_output(out: str, source: str) -> None:
 
 def level_counts(record: Record) -> dict[int, int]:
     """Weights at each bitwidth, by rising bitwidth; none where no levels are stored."""
-    from diffq.format.records import LevelRecord, stream_counts
+    from diffq.format.kinds.levels import LevelRecord
 
-    if not isinstance(record, LevelRecord) or record.constant:
-        return {}
-    return stream_counts(record.bits, record.group_size, record.numel)
+    levels = record.coded if isinstance(record, LevelRecord) else None
+    return levels.counts() if levels else {}
 
 
 def coded_bits(record: Record) -> tuple[int, int]:
     """Bits of all levels or indices of a tensor, and the number of weights they stand for."""
-    from diffq.format.product import ProductRecord
-
-    if isinstance(record, ProductRecord):
-        return int(record.bits[0]) * record.indices.size, record.numel
-    counts = level_counts(record)
-    return sum(width * count for width, count in counts.items()), sum(counts.values())
+    if record.coded is None:
+        return 0, 0
+    counts = record.coded.counts()
+    return sum(width * count for width, count in counts.items()), record.numel
 
 
 def mean_bits(coded: Iterable[tuple[int, int]]) -> float | None:

@@ -146,19 +146,19 @@ def convert(
         OSError: a file cannot be read or written.
     """
     from diffq.format.container import encode_parts
-    from diffq.format.records import RawRecord
+    from diffq.format.kinds.base import QuantizedRecord
     from diffq.storage.legacy.load import legacy_snapshot
     from diffq.storage.writing import write_file
 
     snapshot = legacy_snapshot(source, model, key=key, settings=settings, stand_ins=stand_ins)
     parts = encode_parts(snapshot.records, snapshot.aliases, codec=codec)
     size = write_file(target, parts)
-    levels = [r for r in snapshot.records.values() if not isinstance(r, RawRecord)]
+    quantized = [r for r in snapshot.records.values() if isinstance(r, QuantizedRecord)]
     return {
         "file": os.fspath(target),
         "bytes": size,
         "tensors": len(snapshot.records),
-        "quantized": len(levels),
+        "quantized": len(quantized),
         "buffers": [name for name, _ in model.named_buffers() if name in snapshot.records],
     }
 

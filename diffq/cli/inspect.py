@@ -27,9 +27,18 @@ from diffq.cli.common import (
 from diffq.cli.kinds import check_diffq
 
 if TYPE_CHECKING:
-    from diffq.format.entries import Entry
-    from diffq.format.records import Record
+    from diffq.format.kinds.base import Entry, Record
     from diffq.storage.open import StoredModel
+
+# What some kinds of tensors have, and what is told of others.
+_DETAILS = {
+    "stored_dtype": None,
+    "group_size": None,
+    "groups": 0,
+    "zero_point": False,
+    "block_size": None,
+    "codewords": None,
+}
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -79,6 +88,8 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         decode: decode the levels for bitwidths and entropy.
         report: told about the progress.
     """
+    from diffq.format.kinds.base import QuantizedEntry
+
     tied: dict[str, list[str]] = {name: [] for name in stored.entries}
     for alias, name in stored.aliases.items():
         tied[name].append(alias)
@@ -99,7 +110,9 @@ def describe(stored: StoredModel, decode: bool, report: Report) -> dict[str, Any
         "float32_bytes": in_float32,
         "times_smaller": in_float32 / stored.size,
         "entropy_bound_bytes": sum(t["entropy_bound_bytes"] for t in tensors) if decode else None,
-        "quantized_weights": sum(t["weights"] for t in tensors if t["kind"] != "raw"),
+        "quantized_weights": sum(
+            e.numel for e in stored.entries.values() if isinstance(e, QuantizedEntry)
+        ),
         "mean_bits": mean_bits(coded),
         "metadata": dict(stored.metadata),
         "tensors": tensors,
@@ -118,12 +131,7 @@ def _describe_tensor(
         "weights": entry.numel,
         "dtype": entry.dtype,
         "kind": entry.kind,
-        "stored_dtype": entry.stored_dtype or None,
-        "group_size": entry.group_size or None,
-        "groups": entry.groups,
-        "zero_point": entry.zero_point,
-        "block_size": entry.block_size or None,
-        "codewords": entry.codewords or None,
+        **{key: getattr(entry, key, absent) for key, absent in _DETAILS.items()},
         "bits": None,
         "mean_bits": None,
         "bytes": size,
@@ -134,19 +142,17 @@ def _describe_tensor(
 
 def _describe_record(record: Record) -> dict[str, Any]:
     """What only the decoded levels or indices tell."""
-    from diffq.format.entropy import entropy_bound_bits
-
     counts = level_counts(record)
     return {
         "bits": {str(width): count for width, count in counts.items()} or None,
         "mean_bits": mean_bits([coded_bits(record)]),
-        "entropy_bound_bytes": entropy_bound_bits(record) / 8,
+        "entropy_bound_bytes": record.entropy_bound_bits() / 8,
     }
 
 
 def _float32_bytes(entry: Entry) -> int:
     """Bytes of the tensor in a float32 checkpoint; integers and the like as they are."""
-    from diffq.format.records import ITEM_SIZES
+    from diffq.format.dtypes import ITEM_SIZES
 
     return entry.numel * (4 if "float" in entry.dtype else ITEM_SIZES[entry.dtype])
 
@@ -197,13 +203,15 @@ def _row(tensor: dict[str, Any]) -> list[str]:
 
 def _kind(tensor: dict[str, Any]) -> str:
     """The kind, with what is special: a zero point, a codebook, what elements are stored as."""
-    kind, stored = tensor["kind"], tensor["stored_dtype"]
-    if kind == "product":
-        return f"product {tensor['codewords']}x{tensor['block_size']} {stored}"
+    words, stored = [tensor["kind"]], tensor["stored_dtype"]
+    if tensor["codewords"]:
+        words.append(f"{tensor['codewords']}x{tensor['block_size']}")
     if tensor["zero_point"]:
-        return f"{kind} zero-point"
+        words.append("zero-point")
     # A raw tensor can be stored in another dtype than it is restored to.
-    return kind if stored in (None, tensor["dtype"]) else f"{kind} {stored}"
+    if tensor["codewords"] or stored not in (None, tensor["dtype"]):
+        words.append(stored)
+    return " ".join(words)
 
 
 def _share(described: dict[str, Any]) -> str:

@@ -193,7 +193,7 @@ def _quantize(
 def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
-    from diffq.format.records import RawRecord
+    from diffq.format.kinds.base import QuantizedRecord
     from diffq.storage.state import record_tensor
 
     coded = []
@@ -202,7 +202,7 @@ def _summary(
     for name, record in snapshot.records.items():
         tensor = state[name].detach()
         in_float32 += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-        if not isinstance(record, RawRecord):
+        if isinstance(record, QuantizedRecord):
             weights += record.numel
             coded.append(coded_bits(record))
             error += float((record_tensor(record).double() - tensor.double()).square().sum())

@@ -2,25 +2,30 @@
 
 From the inside out, each module importing only from those above it:
 
-    bitpack      integers of 1 to 15 bits to bytes
-    groups       levels sorted by bitwidth
-    product      one tensor as indices into a codebook
-    records      one tensor as integers: what states and files are made of
-    wire         bounded reading of numbers
-    source       the bytes of a file, in memory or on the disk
-    frames       one zstd frame
-    layout       which segment holds which part of which tensor
-    entropy      segments of levels
-    elements     segments of whole elements
-    entries      one tensor as the index describes it
-    index        names, tensors, segments
-    metadata     the user's JSON
-    chunks       signature, version, chunks
-    pooling      which short tensors share a segment
-    threads      work on several cores
-    decoding     segments to tensors
-    reader       `Reader`: a file from the outside in
-    container    `encode` and `decode`
+    bitpack        integers of 1 to 16 bits to bytes
+    groups         levels sorted by bitwidth
+    dtypes         what elements are stored as
+    wire           bounded reading of numbers
+    source         the bytes of a file, in memory or on the disk
+    frames         one zstd frame
+    layout         which segment holds which part of which tensor
+    entropy        segments of levels
+    elements       segments of whole elements
+    kinds.base     what a kind of record is
+    kinds.raw      one tensor as it is
+    kinds.levels   what grids and scaled tensors share
+    kinds.grid     levels on an even grid
+    kinds.scaled   levels times a scale
+    kinds.product  indices into a codebook
+    records        the kinds in the order of their codes
+    index          names, tensors, segments
+    metadata       the user's JSON
+    chunks         signature, version, chunks
+    pooling        which short tensors share a segment
+    threads        work on several cores
+    decoding       segments to tensors
+    reader         `Reader`: a file from the outside in
+    container      `encode` and `decode`
 
 docs/format.md specifies the bytes.
 """

@@ -12,25 +12,31 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, elements, entropy
-from diffq.format.entries import Entry, entry_of
 from diffq.format.index import Storage, write_index
+from diffq.format.kinds.base import Coded, Entry, Record
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
-from diffq.format.product import ProductRecord
 from diffq.format.reader import Reader, least_size
-from diffq.format.records import Coded, GridRecord, RawRecord, Record
 from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
 Codec = Literal["zstd", "packed"]
+
+
+class _Source(NamedTuple):
+    """What segments are made of."""
+
+    entry: Entry
+    elements: NDArray[np.uint8]
+    coded: Coded | None
 
 
 def encode(
@@ -71,12 +77,13 @@ def encode_parts(
         raise ConfigError(f"The codec is 'zstd' or 'packed', got {codec!r}.")
     compress = codec == "zstd"
     _check_aliases(records, aliases or {})
-    entries = [entry_of(name, record) for name, record in records.items()]
+    sources = [_Source(r.entry(name), r.elements, r.coded) for name, r in records.items()]
+    entries = [source.entry for source in sources]
     texts = {}
     if metadata is not None and metadata != {}:
         texts[chunks.METADATA] = write_metadata(metadata)
-    pooling, sources = Pooling(compress), list(zip(entries, records.values(), strict=True))
-    backs = [pooling.add(entry, record) for entry, record in sources]
+    pooling = Pooling(compress)
+    backs = [pooling.add(source.entry, source.coded) for source in sources]
     work = partial(_encode_segment, sources=sources, compress=compress)
     segments = in_threads(work, pooling.layout.segments, threads)
     index = write_index(entries, aliases or {}, backs, [storage for storage, _ in segments])
@@ -130,35 +137,25 @@ def _fill_up(parts: list[bytes], decoded: int) -> list[bytes]:
 
 
 def _encode_segment(
-    segment: Segment, sources: Sequence[tuple[Entry, Record]], compress: bool
+    segment: Segment, sources: Sequence[_Source], compress: bool
 ) -> tuple[Storage, bytes]:
     if segment.item == LEVELS:
-        pieces = [_levels(piece, *sources[piece.record]) for piece in segment.pieces]
+        pieces = [_levels(piece, sources[piece.record]) for piece in segment.pieces]
         coding, payload, stored = entropy.encode(pieces, compress)
         return Storage(len(stored), zlib.crc32(stored), payload, coding), stored
-    parts = [_elements(piece, sources[piece.record][1]) for piece in segment.pieces]
+    parts = [_elements(piece, sources[piece.record]) for piece in segment.pieces]
     data = np.concatenate(parts)
     stored = elements.encode(data, segment.item, compress)
     return Storage(len(stored), zlib.crc32(stored), data.size), stored
 
 
-def _levels(piece: Piece, entry: Entry, record: Record) -> entropy.LevelPiece:
-    # Raw tensors have no parts that are not whole bytes.
-    source = cast(Coded, record)
-    levels = source.levels[piece.start : piece.stop]
-    where = f"tensor {entry.name!r}"
-    return entropy.LevelPiece(where, source.bits[piece.groups], levels, piece.group_size)
+def _levels(piece: Piece, source: _Source) -> entropy.LevelPiece:
+    # Only tensors of integers have parts of them.
+    coded = cast(Coded, source.coded)
+    levels, bits = coded.levels[piece.start : piece.stop], coded.bits[piece.groups]
+    return entropy.LevelPiece(source.entry.where, bits, levels, piece.group_size)
 
 
-def _elements(piece: Piece, record: Record) -> NDArray[np.uint8]:
-    """The bytes of a raw tensor, a codebook or the float parameters, little-endian."""
-    if isinstance(record, RawRecord):
-        data = record.data
-    elif isinstance(record, ProductRecord):
-        little = record.codebook.dtype.newbyteorder("<")
-        data = np.ascontiguousarray(record.codebook, little).reshape(-1).view(np.uint8)
-    else:
-        parameters = record.ranges if isinstance(record, GridRecord) else record.scale
-        data = np.ascontiguousarray(parameters, "<f4").reshape(-1).view(np.uint8)
+def _elements(piece: Piece, source: _Source) -> NDArray[np.uint8]:
     item = piece.part.item
-    return data[piece.start * item : piece.stop * item]
+    return source.elements[piece.start * item : piece.stop * item]

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from diffq.errors import FormatError
 from diffq.format import bitpack, frames
-from diffq.format.groups import split_groups, stream_counts
+from diffq.format.groups import merge_groups, split_groups, stream_counts
 from diffq.format.layout import Piece
-from diffq.format.records import RawRecord, Record, split_levels
 from diffq.format.wire import Cursor, damaged
 
 #: Widths at which narrower symbols can be packed, so that bytes hold whole symbols.
@@ -77,22 +76,6 @@ def entropy_bits(counts: NDArray[np.integer]) -> float:
     used = counts[counts > 0].astype(np.float64)
     total = used.sum()
     return float(total * np.log2(total) - (used * np.log2(used)).sum()) if used.size else 0.0
-
-
-def entropy_bound_bits(record: Record) -> float:
-    """Bits that no coder of single symbols can go below for this tensor.
-
-    The zeroth-order entropy of the levels of each bitwidth and of the bit map, or of the
-    indices, plus what a raw tensor, float parameters or a codebook take as they are.
-    Coders that look at several symbols at once, as ours can, may end up a little below.
-    """
-    if isinstance(record, RawRecord):
-        return float(record.stored_bits())
-    if record.constant:
-        return float(record.parameter_bits)
-    streams = split_levels(record).values()
-    levels = sum(entropy_bits(np.bincount(stream)) for stream in streams)
-    return record.parameter_bits + entropy_bits(np.bincount(record.bits)) + levels
 
 
 def encode(pieces: Sequence[LevelPiece], compress: bool) -> tuple[Coding, int, bytes]:
@@ -184,6 +167,14 @@ class DecodedPiece:
     def counts(self) -> dict[int, int]:
         """Number of weights at each bitwidth in use."""
         return {width: stream.size for width, stream in self.streams.items()}
+
+    def merge(self, group_size: int, out: NDArray[Any]) -> None:
+        """Writes the levels to `out`, of any dtype, in the order of the weights."""
+
+        def fill(width: int, part: NDArray[Any]) -> None:
+            part[:] = self.streams[width]
+
+        merge_groups(self.bits, self.counts, group_size, out, fill)
 
 
 def decode(

@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def group_count(numel: int, group_size: int) -> int:
+    """Number of groups of `group_size` consecutive weights; the last may be short."""
+    return -(-numel // group_size)
+
+
 def stream_counts(bits: NDArray[np.uint8], group_size: int, numel: int) -> dict[int, int]:
     """Number of weights at each bitwidth in use, by rising bitwidth.
 
@@ -49,6 +54,19 @@ def split_groups(
     # Only the last group can be padded, and it is the last of its bitwidth.
     starts = _starts(counts, group_size)
     return {width: flat[starts[width] : starts[width] + count] for width, count in counts.items()}
+
+
+def merge_levels(
+    streams: Mapping[int, NDArray[np.uint16]], bits: NDArray[np.uint8], group_size: int, numel: int
+) -> NDArray[np.uint16]:
+    """Inverse of `split_groups`; zeros where there are no streams."""
+    levels = np.zeros(numel, np.uint16)
+    if streams:
+        counts = stream_counts(bits, group_size, numel)
+        merge_groups(
+            bits, counts, group_size, levels, lambda width, part: np.copyto(part, streams[width])
+        )
+    return levels
 
 
 def merge_groups(

@@ -6,19 +6,21 @@ before it touches the data.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from diffq.errors import FormatError
 from diffq.format import bitpack
-from diffq.format.entries import DTYPES, KINDS, Entry, check_name
+from diffq.format.dtypes import DTYPES
 from diffq.format.entropy import WIDER, Coding
+from diffq.format.kinds.base import Entry
 from diffq.format.layout import LEVELS, Layout, Segment
+from diffq.format.records import KINDS
 from diffq.format.wire import REMEDY, Cursor, damaged, varint
 
+MAX_NAME_BYTES = 1024
+
 _WHERE = "The index"
-_PER_GROUP, _CONSTANT, _ZERO_POINT = 1, 2, 4
 # Bytes that the description of a segment takes at least.
 _LEAST_STORAGE = 5
 # The streams of a segment end on whole bytes: at most 1 + 16 of them, of at most 4 fields.
@@ -85,27 +87,8 @@ def write_index(
 
 
 def _write_entry(entry: Entry) -> bytes:
-    head = [KINDS.index(entry.kind), DTYPES.index(entry.dtype), len(entry.shape)]
-    out = [bytes(head), *(varint(size) for size in entry.shape)]
-    if entry.stored_dtype:
-        out.append(bytes([DTYPES.index(entry.stored_dtype)]))
-    if entry.kind == "product":
-        out += [varint(entry.block_size), varint(entry.codewords), _write_scale(entry)]
-    elif entry.kind != "raw":
-        out += [varint(entry.group_size), bytes([entry.min_bits])]
-    if entry.kind == "grid":
-        out.append(bytes([_flags(entry)]))
-    return b"".join(out)
-
-
-def _flags(entry: Entry) -> int:
-    flags = (entry.ranges != 1) * _PER_GROUP | entry.constant * _CONSTANT
-    return flags | entry.zero_point * _ZERO_POINT
-
-
-def _write_scale(entry: Entry) -> bytes:
-    scaled = entry.stored_dtype == "uint8"
-    return struct.pack("<fB", entry.scale, entry.zero) if scaled else b""
+    head = [KINDS.index(type(entry)), DTYPES.index(entry.dtype), len(entry.shape)]
+    return b"".join([bytes(head), *(varint(size) for size in entry.shape), entry.write()])
 
 
 def _write_storage(storage: Storage) -> bytes:
@@ -155,6 +138,27 @@ def read_index(data: bytes | memoryview, budget: int) -> Index:
     return Index(tuple(entries), aliases, layout, tuple(storages))
 
 
+def check_name(name: str) -> bytes:
+    """The UTF-8 bytes of a name that a file can hold (section 4).
+
+    Control characters are refused because names end up on terminals and in paths.
+
+    Raises:
+        FormatError: the name is empty, too long, no valid text or has control characters.
+    """
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"A name must be valid Unicode, got {name!r}.") from error
+    if not 1 <= len(encoded) <= MAX_NAME_BYTES:
+        raise FormatError(
+            f"A name has from 1 to {MAX_NAME_BYTES} bytes in UTF-8, got {len(encoded)}."
+        )
+    if any(character < " " or character == "\x7f" for character in name):
+        raise FormatError(f"A name has no control characters, got {name!r}.")
+    return encoded
+
+
 def _read_names(cursor: Cursor, count: int) -> list[str]:
     names: dict[str, None] = {}
     for _ in range(count):
@@ -179,71 +183,27 @@ def _read_target(cursor: Cursor, name: str, count: int) -> int:
 
 def _read_entry(cursor: Cursor, name: str) -> Entry:
     where = f"tensor {name!r}"
-    kind = _choose(KINDS, cursor, "kind", where)
-    dtype = _choose(DTYPES, cursor, "dtype", where)
+    kind = KINDS[cursor.code(len(KINDS), "kind", where)]
+    dtype = DTYPES[cursor.code(len(DTYPES), "dtype", where)]
     rank = cursor.fixed(1, "a rank")
     shape = tuple(cursor.varint("a size") for _ in range(rank))
-    entry = Entry(name, kind, shape, dtype)
-    if kind in ("raw", "product"):
-        entry = replace(entry, stored_dtype=_choose(DTYPES, cursor, "stored dtype", where))
-    if kind == "product":
-        entry = _read_codebook(cursor, entry)
-    elif kind != "raw":
-        group_size, min_bits = cursor.varint("a group size"), cursor.fixed(1, "min_bits")
-        entry = replace(entry, group_size=group_size, min_bits=min_bits)
-    flags = cursor.fixed(1, "the flags") if kind == "grid" else 0
+    own = kind.read(cursor, where)
     try:
-        entry.check()
+        return kind(name, shape, dtype, **own)
     except FormatError as error:
         raise FormatError(f"{error} {REMEDY}") from error
-    return _read_flags(entry, flags) if kind == "grid" else entry
-
-
-def _read_codebook(cursor: Cursor, entry: Entry) -> Entry:
-    block_size, codewords = (cursor.varint(f"the {what}") for what in ("block size", "codewords"))
-    scale, zero = 1.0, 0
-    if entry.stored_dtype == "uint8":
-        scale, zero = struct.unpack("<fB", cursor.take(5, "a scale and a zero point"))
-    return replace(entry, block_size=block_size, codewords=codewords, scale=scale, zero=zero)
-
-
-def _read_flags(entry: Entry, flags: int) -> Entry:
-    where = f"tensor {entry.name!r}"
-    if flags > _PER_GROUP | _CONSTANT | _ZERO_POINT:
-        raise FormatError(
-            f"{where}: this diffq knows the flags 1, 2 and 4, got {flags}. "
-            "A newer diffq may have written this file; upgrade to read it."
-        )
-    ranges = entry.groups if flags & _PER_GROUP else 1
-    if flags & _PER_GROUP and ranges == 1:
-        raise damaged(where, "one group has one range and no flag 1", flags)
-    if flags & _CONSTANT and flags & _ZERO_POINT:
-        raise damaged(where, "a constant tensor has no flag 4", flags)
-    constant, zero_point = bool(flags & _CONSTANT), bool(flags & _ZERO_POINT)
-    return replace(entry, ranges=ranges, constant=constant, zero_point=zero_point)
-
-
-def _choose(known: tuple[str, ...], cursor: Cursor, what: str, where: str) -> str:
-    code = cursor.fixed(1, what)
-    if code >= len(known):
-        raise FormatError(
-            f"{where}: this diffq knows the {what}s 0 to {len(known) - 1}, got {code}. "
-            "A newer diffq may have written this file; upgrade to read it."
-        )
-    return known[code]
 
 
 def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
     """Reads where the parts of a tensor are (section 5)."""
-    where = f"tensor {entry.name!r}"
-    parts = list(entry.parts.values())
+    parts = entry.parts
     backs = [cursor.varint("a place") for _ in parts]
     for part, back in zip(parts, backs, strict=True):
         most = cursor.remaining // _LEAST_STORAGE
         if not back and part.cut_count() > most:
             rule = f"the rest of the index describes at most {most} segments"
-            raise damaged(where, rule, part.cut_count())
-    layout.place(parts, backs, where)
+            raise damaged(entry.where, rule, part.cut_count())
+    layout.place(parts, backs, entry.where)
 
 
 def _read_storage(cursor: Cursor, segment: Segment, where: str) -> Storage:

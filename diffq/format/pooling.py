@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from diffq.format import layout
 from diffq.format.bitpack import MAX_BITS
-from diffq.format.entries import Entry
+from diffq.format.kinds.base import Coded, Entry
 from diffq.format.layout import Layout, Part
-from diffq.format.records import Coded, RawRecord, Record, split_levels
 
 # Longer parts gain nothing from company.
 _LONGEST = 1 << 18
@@ -57,31 +56,38 @@ class Pooling:
     _elements: dict[int, int] = field(default_factory=dict)
     _levels: list[_Pool] = field(default_factory=list)
 
-    def add(self, entry: Entry, record: Record) -> list[int]:
-        """Places a record; returns for each part what `Layout.place` takes."""
-        where = f"tensor {entry.name!r}"
+    def add(self, entry: Entry, coded: Coded | None) -> list[int]:
+        """Places a record.
+
+        Args:
+            entry: what the index says about it.
+            coded: its integers.
+
+        Returns:
+            For each part what `Layout.place` takes.
+        """
         backs, opened = [], len(self.layout.segments)
-        for part in entry.parts.values():
-            number = self._choose(part, record, opened)
+        for part in entry.parts:
+            number = self._choose(part, coded, opened)
             backs.append(opened - number if number < opened else 0)
             opened += 0 if number < opened else part.cut_count()
-        self.layout.place(list(entry.parts.values()), backs, where)
+        self.layout.place(entry.parts, backs, entry.where)
         return backs
 
-    def _choose(self, part: Part, record: Record, opened: int) -> int:
+    def _choose(self, part: Part, coded: Coded | None, opened: int) -> int:
         """The segment to join, or `opened` for a new one."""
         if part.count * max(part.item, 1) > _LONGEST:
             return opened
-        if part.item == layout.LEVELS and not isinstance(record, RawRecord):
-            return self._choose_pool(part, record, opened)
+        if part.item == layout.LEVELS and coded is not None:
+            return self._choose_pool(part, coded, opened)
         number = self._elements.get(part.item, opened)
         if not self._fits(part, number):
             number = opened
         self._elements[part.item] = number
         return number
 
-    def _choose_pool(self, part: Part, record: Coded, opened: int) -> int:
-        counts = _counts(record) if self.compress else _count_bits(record)
+    def _choose_pool(self, part: Part, coded: Coded, opened: int) -> int:
+        counts = _counts(coded) if self.compress else _count_bits(coded)
         cost = _compressed_cost if self.compress else _packed_cost
         pools = [pool for pool in self._levels if self._fits(part, pool.number)]
         if pools:
@@ -98,21 +104,21 @@ class Pooling:
         return number < len(segments) and segments[number].count + part.count <= part.limit
 
 
-def _counts(record: Coded) -> _Counts:
+def _counts(coded: Coded) -> _Counts:
     """How often each symbol occurs: row 0 for the bit map, row b for levels of b bits.
 
     Of levels above 8 bits only the highest 8 are counted: the rest is packed as it is.
     """
     counts = np.zeros((MAX_BITS + 1, 256), np.int64)
-    counts[0] = np.bincount(record.bits, minlength=256)
-    for width, levels in split_levels(record).items():
+    counts[0] = np.bincount(coded.bits, minlength=256)
+    for width, levels in coded.streams().items():
         symbols = levels >> max(width - 8, 0)
         counts[width] = np.bincount(symbols, minlength=256)
     return counts
 
 
-def _count_bits(record: Coded) -> _Counts:
-    return np.bincount(record.bits, minlength=MAX_BITS + 1)[None]
+def _count_bits(coded: Coded) -> _Counts:
+    return np.bincount(coded.bits, minlength=MAX_BITS + 1)[None]
 
 
 def _added_costs(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from diffq.errors import ConfigError
 from diffq.format import chunks, elements, entropy, frames
-from diffq.format.decoding import ProductTarget, Target
-from diffq.format.entries import Entry
+from diffq.format.decoding import QuantizedTarget, Target, quantized_target
 from diffq.format.index import read_index
+from diffq.format.kinds.base import Entry, QuantizedEntry, Record
+from diffq.format.kinds.levels import LevelRecord
 from diffq.format.metadata import read_metadata
-from diffq.format.records import LevelRecord, Record
 from diffq.format.source import Buffer, MemorySource, Source
 from diffq.format.threads import in_threads
 from diffq.format.wire import damaged
@@ -119,7 +119,7 @@ class Reader:
         """
         chosen = self.entries if names is None else names
         numbers = {name: self._number(name) for name in chosen}
-        targets = {number: self._target(number, np.uint16) for number in set(numbers.values())}
+        targets = {number: self._target(number) for number in set(numbers.values())}
         self._decode(targets)
         return {name: targets[number].record() for name, number in numbers.items()}
 
@@ -127,7 +127,7 @@ class Reader:
         """What `record(name).values()` gives, bit for bit, without the record in between.
 
         Args:
-            name: a tensor stored as levels, or an alias of one.
+            name: a quantized tensor, or an alias of one.
             out: C-contiguous float32 array of the tensor's shape to write to.
 
         Raises:
@@ -146,9 +146,9 @@ class Reader:
         Takes arrays to write to by name; raises what `values` does.
         """
         if names is None:
-            names = [name for name, entry in self.entries.items() if entry.kind != "raw"]
+            names = [n for n, entry in self.entries.items() if isinstance(entry, QuantizedEntry)]
         numbers = {name: self._number(name) for name in names}
-        targets = {number: self._target(number, np.float32) for number in set(numbers.values())}
+        targets = {number: self._values_target(number) for number in set(numbers.values())}
         for name, array in (out or {}).items():
             target = targets[numbers[name]]
             target.out = _flat(array, target.entry)
@@ -191,15 +191,15 @@ class Reader:
             FormatError: something is damaged.
         """
         targets = {
-            number: _make_target(entry, np.empty(0))
+            number: quantized_target(entry, None)
             for number, entry in enumerate(self._entries)
-            if entry.kind != "raw"
+            if isinstance(entry, QuantizedEntry)
         }
         self._decode(targets)
         for target in targets.values():
             target.check_bits()
         for name, entry in self.entries.items():
-            if entry.kind == "raw":
+            if not isinstance(entry, QuantizedEntry):
                 self.record(name)
 
     def close(self) -> None:
@@ -213,18 +213,20 @@ class Reader:
             raise ConfigError(f"A tensor or alias of the file must be named, got {name!r}.")
         return self._numbers[name]
 
-    def _target(self, number: int, dtype: type[np.generic]) -> Target:
-        """Memory for one tensor. The index has been checked against the budget."""
+    def _target(self, number: int) -> Target:
+        """Memory for the record of a tensor. The index has been checked against the budget."""
         entry = self._entries[number]
-        if entry.kind == "raw":
-            if dtype == np.float32:
-                rule = "Only tensors stored as levels have values"
-                raise ConfigError(f"{rule}; read the record of {entry.name!r} instead.")
-            return _make_target(entry, np.empty(0, dtype))
-        count = entry.blocks if entry.kind == "product" and dtype == np.uint16 else entry.numel
-        # What is not stored is zero: the levels of a constant, the indices of one codeword.
-        stored = "levels" in entry.parts or "indices" in entry.parts
-        return _make_target(entry, np.empty(count, dtype) if stored else np.zeros(count, dtype))
+        if isinstance(entry, QuantizedEntry):
+            return quantized_target(entry, np.uint16)
+        return Target(entry, np.empty(entry.element_bytes, np.uint8))
+
+    def _values_target(self, number: int) -> QuantizedTarget:
+        """Memory for the values of a tensor, if it has any."""
+        entry = self._entries[number]
+        if isinstance(entry, QuantizedEntry):
+            return quantized_target(entry, np.float32)
+        rule = "Only tensors stored as levels have values"
+        raise ConfigError(f"{rule}; read the record of {entry.name!r} instead.")
 
     def _decode(self, targets: Mapping[int, Target]) -> None:
         """Fills the targets: parameters and raw elements first, then levels."""
@@ -233,7 +235,8 @@ class Reader:
         work = partial(self._decode_segment, targets=targets)
         in_threads(work, sorted(homes - levels), self._threads)
         for target in targets.values():
-            target.check_parameters()
+            if isinstance(target, QuantizedTarget):
+                target.check_elements()
         in_threads(work, sorted(levels), self._threads)
 
     def _homes(self, number: int) -> list[int]:
@@ -246,8 +249,9 @@ class Reader:
         if coding:
             parts = entropy.decode(payload.data, coding, segment.pieces, self._where(number))
             for piece, part in zip(segment.pieces, parts, strict=True):
-                if piece.record in targets:
-                    targets[piece.record].add_levels(piece, part)
+                target = targets.get(piece.record)
+                if isinstance(target, QuantizedTarget):
+                    target.add_levels(piece, part)
             return
         start = 0
         for piece in segment.pieces:
@@ -283,11 +287,6 @@ class Reader:
         first = self._entries[pieces[0].record].name
         others = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
         return f"Segment {number} (tensor {first!r}{others})"
-
-
-def _make_target(entry: Entry, out: NDArray[Any]) -> Target:
-    kind = ProductTarget if entry.kind == "product" else Target
-    return kind(entry, np.empty(entry.element_bytes, np.uint8), out)
 
 
 def _flat(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:

@@ -19,6 +19,14 @@ def damaged(where: str, rule: str, got: Any) -> FormatError:
     return FormatError(f"{where}: {rule}, got {got}. {REMEDY}")
 
 
+def unknown(where: str, known: str, got: Any) -> FormatError:
+    """The error for bytes that later versions may have a meaning for."""
+    return FormatError(
+        f"{where}: this diffq knows {known}, got {got}. "
+        "A newer diffq may have written this file; upgrade to read it."
+    )
+
+
 def varint(number: int) -> bytes:
     """A number from 0 to 2**63 - 1 as docs/format.md, section 2 writes it."""
     if number.bit_length() > 7 * MAX_VARINT_BYTES or number < 0:
@@ -77,6 +85,17 @@ class Cursor:
                     raise damaged(self.where, rule, "a longer one")
                 return number
         raise damaged(self.where, f"{what} must be below 2**63", "a larger number")
+
+    def code(self, count: int, what: str, where: str) -> int:
+        """One of `count` codes, in a byte.
+
+        Raises:
+            FormatError: it is another one.
+        """
+        code = self.fixed(1, what)
+        if code >= count:
+            raise unknown(where, f"the {what}s 0 to {count - 1}", code)
+        return code
 
     def end(self) -> None:
         """Checks that every byte was read."""

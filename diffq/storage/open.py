@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, FormatError
-from diffq.format.entries import Entry
+from diffq.format.kinds.base import Entry
 from diffq.format.reader import Reader
 from diffq.format.source import FileSource, MemorySource, Source
 from diffq.storage.writing import PathLike
@@ -61,7 +61,7 @@ class StoredModel(Mapping[str, "Tensor"]):
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Name to what the index says: kind, shape, dtype, group size."""
+        """Name to what the index says: kind, shape, dtype, and what only its kind has."""
         return self.reader.entries
 
     @property

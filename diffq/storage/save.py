@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from diffq.attach.plan import named_tensors
 from diffq.errors import ConfigError
 from diffq.format.container import Codec, encode_parts
+from diffq.format.kinds.base import QuantizedEntry
 from diffq.format.reader import default_budget
 from diffq.storage.open import Readable, StoredModel, read_whole
 from diffq.storage.restore import match, unique_targets
@@ -204,9 +205,9 @@ def _fill(model: nn.Module, stored: StoredModel, strict: bool) -> nn.Module:
 
 
 def _decodes_into(stored: StoredModel, name: str, target: Tensor) -> bool:
-    levels = stored.entries[name].kind != "raw"
+    quantized = isinstance(stored.entries[name], QuantizedEntry)
     plain = target.device.type == "cpu" and target.dtype == torch.float32
-    return levels and plain and target.is_contiguous()
+    return quantized and plain and target.is_contiguous()
 
 
 def _decode(
@@ -214,8 +215,8 @@ def _decode(
 ) -> dict[str, Tensor]:
     """Tensors of a file; those in `out` are written there."""
     chosen = list(names)
-    levels = [name for name in chosen if stored.entries[name].kind != "raw"]
-    values = stored.reader.values_of(levels, out)
-    dtypes = {name: getattr(torch, stored.entries[name].dtype) for name in levels}
-    tensors = {name: torch.from_numpy(values[name]).to(dtypes[name]) for name in levels}
+    quantized = [name for name in chosen if isinstance(stored.entries[name], QuantizedEntry)]
+    values = stored.reader.values_of(quantized, out)
+    dtypes = {name: getattr(torch, stored.entries[name].dtype) for name in quantized}
+    tensors = {name: torch.from_numpy(values[name]).to(dtypes[name]) for name in quantized}
     return {name: tensors[name] if name in tensors else stored[name] for name in chosen}

@@ -13,8 +13,9 @@ import numpy as np
 
 from diffq.format import layout
 from diffq.format.container import encode
-from diffq.format.product import ProductRecord
-from diffq.format.records import FLOAT_DTYPES, ITEM_SIZES, GridRecord, RawRecord, ScaledRecord
+from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
+from diffq.format.kinds.product import ProductRecord
+from diffq.format.records import GridRecord, RawRecord, ScaledRecord
 from tests.format.craft import File, chunk
 from tests.format.samples import expected_array, grid, product, random_levels, raw, small_model
 

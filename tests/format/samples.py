@@ -6,15 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq.format.product import CODEBOOK_DTYPES, ProductRecord
-from diffq.format.records import (
-    FLOAT_DTYPES,
-    ITEM_SIZES,
-    GridRecord,
-    RawRecord,
-    ScaledRecord,
-    group_count,
-)
+from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
+from diffq.format.kinds.product import CODEBOOK_DTYPES, ProductRecord
+from diffq.format.records import GridRecord, RawRecord, ScaledRecord, group_count
 
 SHAPES = st.one_of(
     st.just(()),

@@ -13,7 +13,7 @@ from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, layout
 from diffq.format import reader as reader_module
 from diffq.format.container import decode, encode, encode_parts
-from diffq.format.product import ProductRecord
+from diffq.format.kinds.product import ProductRecord
 from diffq.format.reader import Reader, default_budget, least_size
 from diffq.format.records import ITEM_SIZES, GridRecord, RawRecord, ScaledRecord, group_count
 from tests.format import craft

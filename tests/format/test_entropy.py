@@ -8,8 +8,8 @@ from hypothesis.extra import numpy as hnp
 
 from diffq.format import entropy, layout, pooling
 from diffq.format.container import encode
-from diffq.format.entropy import entropy_bits, entropy_bound_bits
-from diffq.format.records import GridRecord, ScaledRecord
+from diffq.format.entropy import entropy_bits
+from diffq.format.records import GridRecord, RawRecord, ScaledRecord
 from tests.format.samples import RECORDS, grid, raw
 
 
@@ -39,8 +39,9 @@ def bound(records):
     """Bytes of levels, bit maps and raw tensors at zeroth-order entropy, without parameters."""
     total = 0.0
     for record in records.values():
-        total += entropy_bound_bits(record)
-        total -= getattr(record, "parameter_bits", 0)
+        total += record.entropy_bound_bits()
+        if not isinstance(record, RawRecord):
+            total -= record.parameter_bits
     return total / 8
 
 
@@ -94,25 +95,25 @@ def test_bound_of_a_grid():
     record = GridRecord((8,), "float32", 2, 2, bits, levels, np.float32([[0, 1]]))
     bit_map = 4 * (0.25 * 2 + 0.75 * np.log2(4 / 3))
     two_bits = 6 * (2 / 3 * np.log2(3) + 1 / 3 * np.log2(6))
-    assert entropy_bound_bits(record) == pytest.approx(64 + bit_map + two_bits)
+    assert record.entropy_bound_bits() == pytest.approx(64 + bit_map + two_bits)
 
 
 @given(RECORDS)
 def test_bound_is_at_most_what_is_stored(record):
     """Entropy never exceeds what Equation 12 counts."""
-    assert 0 <= entropy_bound_bits(record) <= record.stored_bits()
+    assert 0 <= record.entropy_bound_bits() <= record.stored_bits()
 
 
 def test_bound_of_other_kinds():
     """A raw tensor counts its bytes, a constant its range, a scaled tensor its scale and levels."""
-    assert entropy_bound_bits(raw(np.zeros(5, np.float32))) == 160
+    assert raw(np.zeros(5, np.float32)).entropy_bound_bits() == 160
     zeros = np.zeros(4, np.uint16)
     constant = GridRecord((4,), "float32", 4, 2, np.uint8([2]), zeros, np.float32([[1, 1]]))
-    assert entropy_bound_bits(constant) == 64
+    assert constant.entropy_bound_bits() == 64
     scaled = ScaledRecord(
         (4,), "float32", 4, 2, np.uint8([2]), np.uint16([0, 1, 2, 3]), np.ones(1, "f4")
     )
-    assert entropy_bound_bits(scaled) == 32 + 8
+    assert scaled.entropy_bound_bits() == 32 + 8
 
 
 def test_no_count_is_near_a_tie():
@@ -138,10 +139,8 @@ def test_pools_do_not_overflow():
     records |= {f"r{i}": raw(np.full(1 << 18, i, np.uint8), "uint8") for i in range(17)}
     for compress in (True, False):
         plan = pooling.Pooling(compress)
-        from diffq.format.entries import entry_of
-
         for name, record in records.items():
-            plan.add(entry_of(name, record), record)
+            plan.add(record.entry(name), record.coded)
         for segment in plan.layout.segments:
             assert segment.count * max(segment.item, 1) <= segment.pieces[0].part.limit * max(
                 segment.item, 1

@@ -34,11 +34,15 @@ def test_files_are_read_without_torch(tmp_path):
 
 def test_modules_import_only_from_those_above():
     """The order of modules in the package's docstring is the order of its imports."""
-    order = re.findall(r"^    ([a-z]+) ", diffq.format.__doc__, re.MULTILINE)
-    assert sorted(order) == sorted(p.stem for p in FOLDER.glob("[a-z]*.py"))
+    order = re.findall(r"^    ([a-z.]+) ", diffq.format.__doc__, re.MULTILINE)
+    paths = {
+        ".".join(path.relative_to(FOLDER).with_suffix("").parts): path
+        for path in FOLDER.rglob("[a-z]*.py")
+    }
+    assert sorted(order) == sorted(paths)
     for place, module in enumerate(order):
-        source = (FOLDER / f"{module}.py").read_text()
-        imported = set(re.findall(r"^from diffq\.format\.([a-z]+) import", source, re.MULTILINE))
+        source = paths[module].read_text(encoding="utf-8")
+        imported = set(re.findall(r"^from diffq\.format\.([a-z.]+) import", source, re.MULTILINE))
         for line in re.findall(r"^from diffq\.format import (.*)$", source, re.MULTILINE):
             imported |= {name.split(" as ")[0].strip() for name in line.split(",")}
         assert imported <= set(order[:place]), module

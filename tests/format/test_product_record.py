@@ -10,8 +10,8 @@ from hypothesis import given
 from diffq.errors import FormatError
 from diffq.format import layout
 from diffq.format.container import encode
-from diffq.format.entropy import entropy_bits, entropy_bound_bits
-from diffq.format.product import ProductRecord, index_bits
+from diffq.format.entropy import entropy_bits
+from diffq.format.kinds.product import ProductRecord, index_bits
 from diffq.format.reader import Reader
 from tests.format.craft import Elements, File, Levels, floats, frame
 from tests.format.craft import product as crafted
@@ -61,7 +61,10 @@ def test_equation_5_of_a_layer():
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"codebook": CODEBOOK.astype(np.float64)}, "dtype uint8, float16, float32"),
+        (
+            {"codebook": CODEBOOK.astype(np.float64)},
+            "codewords are uint8, float16, float32",
+        ),
         ({"codebook": CODEBOOK[0]}, "two dimensions"),
         ({"shape": (3, 3)}, "divide a tensor's 9 weights, got blocks of 2"),
         ({"codebook": CODEBOOK[:0]}, "from 1 to 5 codewords, got 0"),
@@ -118,7 +121,7 @@ def test_indices_are_near_their_entropy(codewords):
     indices = entropy_bits(np.bincount(record.indices))
     codebook = record.codebook.size * 8
     assert 8 * len(encode({"w": record})) <= 1.03 * indices + codebook + 8 * 1000
-    assert entropy_bound_bits(record) == pytest.approx(indices + codebook + 40)
+    assert record.entropy_bound_bits() == pytest.approx(indices + codebook + 40)
 
 
 def test_bits_of_an_index():

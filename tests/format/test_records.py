@@ -1,20 +1,22 @@
 """Records, and levels sorted by bitwidth."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffq.errors import FormatError
-from diffq.format import records
-from diffq.format.groups import split_groups, stream_counts
+from diffq.format.dtypes import DTYPES
+from diffq.format.groups import group_count, merge_levels, split_groups, stream_counts
+from diffq.format.kinds.levels import repeat
 from diffq.format.records import (
     MAX_RANGE,
     GridRecord,
     RawRecord,
     ScaledRecord,
-    merge_levels,
-    split_levels,
 )
 from tests.format.samples import grid, grid_records, level_fields, random_levels, scaled_records
 
@@ -168,26 +170,24 @@ def test_constant_has_no_streams():
     record = GridRecord(
         (4,), "float32", 2, 2, np.uint8([2, 3]), np.zeros(4, np.uint16), np.float32([[1, 1]])
     )
-    assert split_levels(record) == {}
+    assert record.coded is None
     assert record.stored_bits() == 64 + 8
     assert merge_levels({}, record.bits, 2, 4).tolist() == [0, 0, 0, 0]
 
 
 @given(st.integers(1, 10), st.integers(1, 15))
-def test_per_weight_repeats(numel, group_size):
+def test_repeat(numel, group_size):
     """A value per group stands for each of its weights; one value stands for all."""
-    group_size = min(group_size, numel)
-    record = grid(numel, group_size)
     one = np.float32([3])
-    assert record.per_weight(one) is one
-    per_group = np.arange(record.bits.size, dtype=np.float32)
+    assert repeat(one, group_size, numel) is one
+    per_group = np.arange(group_count(numel, group_size), dtype=np.float32)
     if per_group.size > 1:
         expected = [i // group_size for i in range(numel)]
-        assert record.per_weight(per_group).tolist() == expected
+        assert repeat(per_group, group_size, numel).tolist() == expected
 
 
-def test_item_sizes_cover_the_file_format():
-    """Every dtype that a record knows has a code in files."""
-    from diffq.format.entries import DTYPES
-
-    assert sorted(DTYPES) == sorted(records.ITEM_SIZES)
+def test_codes_of_dtypes():
+    """The codes are those of docs/format.md, section 4."""
+    page = Path(__file__).parents[2] / "docs" / "format.md"
+    rows = re.findall(r"\| (\d+) \| (\w+) ", page.read_text(encoding="utf-8"))
+    assert {int(code): name for code, name in rows} == dict(enumerate(DTYPES))

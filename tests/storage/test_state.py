@@ -463,6 +463,19 @@ def test_each_tensor_has_its_size(kind, packed):
                 _refused(state, name)
 
 
+@pytest.mark.parametrize(("kind", "packed"), KINDS)
+def test_each_tensor_has_its_dimensions(kind, packed):
+    """A tensor of the right elements in more or fewer dimensions is refused by name."""
+    for key, value in _state(kind, packed)["tensors"]["layer"].items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for other in (value[None], value[..., None], value.reshape(-1, 1), value.reshape(-1)):
+            if other.shape != value.shape:
+                state = _state(kind, packed)
+                state["tensors"]["layer"][key] = other
+                _refused(state, "layer")
+
+
 def _unusual(value):
     """Tensors of the right shape and dtype that hold no bytes of their own."""
     yield value.to("meta")

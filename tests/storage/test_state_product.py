@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffq
-from diffq.format.product import ProductRecord
+from diffq.format.kinds.product import ProductRecord
 from diffq.storage.state import Snapshot, from_state, to_state
 from tests.format.samples import assert_same, product, product_records
 from tests.holder import Holder, all_bits, bits_of, reloaded
@@ -85,7 +85,7 @@ def test_each_part_has_its_type_and_size(kind, packed):
         wrong = [other for other in others if type(other) is not type(value)]
         if isinstance(value, torch.Tensor):
             flat = value.reshape(-1)
-            wrong += [others[-1], value.double(), value.to("meta")]
+            wrong += [others[-1], value.double(), value.to("meta"), value[None], value[..., None]]
             if value.numel():
                 wrong += [torch.cat([flat, flat]), flat[:1].expand(2**45), value.to_sparse()]
         for other in wrong:

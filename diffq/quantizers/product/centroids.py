@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffq.attach.plan import dtype_name
-from diffq.format.product import ProductRecord
+from diffq.format.kinds.product import ProductRecord
 from diffq.numerics.kmeans import member_sums
 
 #: What codewords are stored in.

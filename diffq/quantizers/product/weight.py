@@ -14,7 +14,7 @@ from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
-from diffq.format.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
+from diffq.format.kinds.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
 from diffq.numerics.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
 from diffq.quantizers.product.blocks import BlockSize, check_block_size
 from diffq.quantizers.product.centroids import (
