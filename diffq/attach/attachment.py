@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 
 from diffq.attach.checkpoints import StateHooks
 from diffq.attach.classes import Cover, cover_of, put_on, take_off
-from diffq.attach.forward import Forwards, Place
+from diffq.attach.forward import Forwards
 from diffq.attach.learned import Learned
+from diffq.attach.place import Place, untied
 from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
@@ -87,7 +88,7 @@ class Attachment:
         weight = self._base(place)
         if weight.shape != quantizer.plan.shape:
             was, now = list(quantizer.plan.shape), list(weight.shape)
-            raise AttachError(place.changed(f"went from shape {was} to {now}"))
+            raise place.changed(f"went from shape {was} to {now}")
         for other in others:
             base = self._base(other)
             # What is computed is another tensor each time.
@@ -96,7 +97,7 @@ class Attachment:
                 and base is not weight
                 and not same_memory(base, weight)
             ):
-                raise AttachError(_untied(quantizer.plan))
+                raise AttachError(untied(quantizer.plan))
         return weight
 
     def check_places(self) -> None:
@@ -120,7 +121,7 @@ class Attachment:
         present = set(self.model.modules())
         for place in self._places:
             if place.owner not in present:
-                raise AttachError(place.changed("was removed or replaced"))
+                raise place.changed("was removed or replaced")
         self._links = self._find_links()
 
     def forget(self) -> None:
@@ -242,7 +243,7 @@ class Attachment:
             read = dict.fromkeys(site.read(self.model) for site in plan.sites)
             tensor, *others = (whole(each.detach()) for each in read)
         if not all(torch.equal(other, tensor) for other in others):
-            raise AttachError(_untied(plan))
+            raise AttachError(untied(plan))
         return tensor
 
 
@@ -271,10 +272,3 @@ def strip(model: nn.Module) -> None:
     for module in list(model.modules()):
         if cover_of(module) is not None:
             take_off(module)
-
-
-def _untied(plan: TensorPlan) -> str:
-    return (
-        f"{' and '.join(plan.names)} were one tensor when the quantizer was made, "
-        "and must stay so. Tie them again, or detach() and make a new quantizer."
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,14 +15,14 @@ _PROBED = 64
 class _Seen(NamedTuple):
     """A tensor, and what changes when it is written to, other than through `.data`."""
 
-    tensor: ref[Tensor]
+    # No weak reference, with which torch cannot swap tensors.
+    tensor: Tensor
     version: int
     pointer: int
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, unchanged."""
-        # A tensor may have the address and the version of one that is gone.
-        if self.tensor() is not tensor:
+        if self.tensor is not tensor or tensor.is_inference():
             return False
         return tensor._version == self.version and tensor.data_ptr() == self.pointer
 
@@ -31,7 +30,7 @@ class _Seen(NamedTuple):
 def _see(tensor: Tensor) -> _Seen | None:
     if tensor.is_inference():
         return None  # counts no versions
-    return _Seen(ref(tensor), tensor._version, tensor.data_ptr())
+    return _Seen(tensor, tensor._version, tensor.data_ptr())
 
 
 class EvalCache:
@@ -45,7 +44,8 @@ class EvalCache:
     def __init__(self, count: int) -> None:
         self._kept: list[tuple[_Seen, Tensor] | None] = [None] * count
         self._learned: _Seen | None = None
-        self._probe: tuple[list[int], list[Tensor], Tensor] | None = None
+        # By the addresses of some weights: views of some elements, and what they were.
+        self._probes: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EvalCache:
         """Copies begin with nothing."""
@@ -58,15 +58,19 @@ class EvalCache:
     def clear(self) -> None:
         """Forgets everything."""
         self._kept = [None] * len(self._kept)
-        self._probe = None
+        self._learned = None
+        self._probes = {}
 
     def validate(self, learned: Tensor | None, weights: Sequence[Tensor]) -> None:
         """Forgets what a change of the learned parameter, or a write to `.data`, made wrong."""
         if learned is not None and not (self._learned and self._learned.is_still(learned)):
             self.clear()
             self._learned = _see(learned)
-        if any(self._kept):
-            self._compare([weight for weight in weights if _is_probed(weight)])
+        known = self._probes.get(_addresses(weights))
+        for views, values in self._probes.values() if known is None else [known]:
+            if not torch.equal(_joined(views), values):
+                self.clear()
+                return
 
     def get(self, index: int, weight: Tensor) -> Tensor | None:
         """The quantized weight, if it is still right."""
@@ -77,21 +81,18 @@ class EvalCache:
         """Keeps a quantized weight."""
         seen = _see(weight)
         self._kept[index] = None if seen is None else (seen, value)
-        self._probe = (
-            None if self._probe and weight.data_ptr() not in self._probe[0] else self._probe
-        )
 
-    def _compare(self, weights: Sequence[Tensor]) -> None:
-        where = [weight.data_ptr() for weight in weights]
-        if not weights:
-            return
-        if self._probe is None or self._probe[0] != where:
-            views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in weights]
-            self._probe = where, views, _joined(views)
-            return
-        found = _joined(self._probe[1])
-        if not torch.equal(found, self._probe[2]):
-            self.clear()
+    def probe(self, weights: Sequence[Tensor]) -> None:
+        """Notes some elements of weights whose quantized ones are kept."""
+        where = _addresses(weights)
+        if where and where not in self._probes:
+            probed = [weight for weight in weights if _is_probed(weight)]
+            views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in probed]
+            self._probes[where] = views, _joined(views)
+
+
+def _addresses(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(weight.data_ptr() for weight in weights if _is_probed(weight))
 
 
 def _is_probed(weight: Tensor) -> bool:
@@ -99,4 +100,6 @@ def _is_probed(weight: Tensor) -> bool:
 
 
 def _joined(views: Sequence[Tensor]) -> Tensor:
-    return torch.cat([view.float() for view in views])
+    if len({view.dtype for view in views}) > 1:
+        views = [view.double() for view in views]
+    return torch.cat(list(views))

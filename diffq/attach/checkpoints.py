@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffq.attach.forward import Forwards, Place
+from diffq.attach.forward import Forwards
 from diffq.attach.learned import characters
+from diffq.attach.place import Place
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
 from diffq.errors import MismatchError, listed

@@ -8,15 +8,16 @@ the Parameter, which stays where it is. The methods that compute are wrapped.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import getattr_static
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffq.attach import containers
-from diffq.attach.forward import Forwards, Place
+from diffq.attach.forward import Forwards
+from diffq.attach.place import Place
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 
 #: The attribute of a module that holds its `Cover`.
@@ -50,24 +51,27 @@ class Cover:
     def call(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a method of the module during which the model computes."""
         forwards = self.forwards
-        forward = forwards.current()
+        stack, forward = forwards.running(), forwards.current()
+        depth = len(stack)
         # A checkpoint around an outermost call runs all of it again, its samples too.
-        if forward is not None and (forward.entry is not module or forwards.runs()):
+        if forward is not None and (forward.entry is not module or stack):
             if self.own:
                 forwards.enter_part(forward, self.own.values())
             try:
-                forwards.begin(forward)
+                stack.append(forward)
                 return method(module, *args, **kwargs)
             finally:
-                forwards.end(forward)
+                del stack[depth:]
         if self.attachment is not None:
             self.attachment.check_links()
         forward = forwards.enter(self.below, module)
         try:
-            forwards.begin(forward)
+            stack.append(forward)
             output = method(module, *args, **kwargs)
         finally:
-            forwards.end(forward)
+            # No call of Python's, at which Ctrl-C could come in.
+            del stack[depth:]
+        forwards.empty_slots()
         forwards.leave(forward, output)
         return output
 
@@ -81,7 +85,10 @@ def cover_of(module: nn.Module) -> Cover | None:
 def put_on(module: nn.Module, cover: Cover) -> None:
     """Gives a module its cover, and the class that reads it."""
     module.__dict__[COVER] = cover
-    module.__class__ = _covered(type(module), tuple(cover.own), cover.attachment is not None)
+    # The class may be ours already, as of an instance that was made of an attached one's class.
+    module.__class__ = _covered(
+        _without(type(module)), tuple(cover.own), cover.attachment is not None
+    )
 
 
 def take_off(module: nn.Module) -> None:
@@ -234,19 +241,17 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """The methods of a class, not of torch's, that read one of its quantized tensors."""
-    for cls in base.__mro__:
-        if cls.__module__.split(".")[0] == "torch":
-            continue
+    found: dict[str, None] = {}
+    for cls in (cls for cls in base.__mro__ if cls.__module__.split(".")[0] != "torch"):
         for name, method in vars(cls).items():
             code = getattr(method, "__code__", None)
-            if (
-                name == "forward"
-                or name.startswith("__")
-                or getattr(base, name, None) is not method
-            ):
-                continue
             if code is not None and not set(names).isdisjoint(code.co_names):
-                yield name, method
+                found[name] = None
+    for name in found:
+        # What calls the method of a class below reads the tensor too.
+        method = getattr_static(base, name)
+        if name != "forward" and not name.startswith("__") and hasattr(method, "__code__"):
+            yield name, method
 
 
 def _counted(method: Any, of_tensors: bool = False) -> Any:
@@ -267,20 +272,18 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
         if not torch.compiler.is_compiling():
             return cover.call(self, method, args, kwargs)
         # Checkpoints allow no side effects on what is outside of them.
-        if forwards.runs():
+        stack = forwards.running()
+        if stack:
             return method(self, *args, **kwargs)
-        forward = forwards.enter(cover.below, self)
+        stack.append(forwards.enter(cover.below, self))
         try:
-            forwards.begin(forward)
             return method(self, *args, **kwargs)
         finally:
-            forwards.end(forward)
+            stack.pop()
+            forwards.empty_slots()
 
     # Compiled code is kept by code object, and only so much of it: each class needs its own.
     wrapper: Any = counted
-    # Accelerate unwraps forwards down to the last `__wrapped__`.
-    wrapper.__signature__ = inspect.signature(method)
-    del wrapper.__wrapped__
     wrapper.__code__ = wrapper.__code__.replace(co_name=method.__name__)
     return wrapper
 

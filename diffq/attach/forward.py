@@ -1,4 +1,4 @@
-"""One forward of an attached model: what it computes with, from its entry to its backward.
+"""The forwards of an attached model: what they compute with, from entry to backward.
 
 | state of the model | `running` | `replayed` | reading a quantized tensor gives |
 | --- | --- | --- | --- |
@@ -14,9 +14,9 @@ whether the quantized weights of eval are still right. It is gone with the graph
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import ReferenceType
 
 import torch
@@ -24,76 +24,20 @@ from torch import Tensor, nn
 
 from diffq.attach.cache import EvalCache
 from diffq.attach.learned import Learned
-from diffq.attach.sample import Sample
+from diffq.attach.place import Place
+from diffq.attach.sample import Forward, Sample, separate_versions
 from diffq.attach.weight import WeightQuantizer
 from diffq.attach.writes import Writes
-from diffq.errors import AttachError, OptimizerError
 from diffq.numerics.noise import straight_through
 from diffq.torch_inside.graph import (
     Tied,
     call_after_backward,
     in_backward,
     is_plain,
+    is_traced,
     output_tensors,
 )
 from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
-
-
-class Place(NamedTuple):
-    """A module that holds a quantized tensor, and the tensor's name in it."""
-
-    quantizer: WeightQuantizer
-    owner: nn.Module
-    name: str
-
-    def base(self) -> Tensor:
-        """The tensor without quantization.
-
-        Raises:
-            AttachError: something else was put in its place.
-        """
-        if torch.compiler.is_compiling() and self.name in self.owner._parameters:
-            return self.owner._parameters[self.name]  # type: ignore[return-value]
-        plain = getattr(getattr(type(self.owner), self.name, None), "plain", None)
-        if plain is None:
-            raise AttachError(self.changed("was replaced or parametrized"))
-        try:
-            base: Tensor | None = plain(self.owner)
-        except AttributeError:
-            base = None
-        if base is None:
-            raise AttachError(self.changed("was removed"))
-        return base
-
-    def changed(self, what: str) -> str:
-        """The error for a tensor to which something happened while it was quantized."""
-        return self.quantizer.plan.sites[0].changed(what)
-
-
-class Forward:
-    """What one outermost forward computes with.
-
-    Attributes:
-        samples: one of each quantized tensor, by index; None for what is drawn when it is read.
-        entry: the module whose call it is; None in a block that computes.
-        writes: finds writes to the samples at the end.
-    """
-
-    def __init__(self, count: int, entry: nn.Module | None) -> None:
-        self.samples: list[Sample | None] = [None] * count
-        self.entry = entry
-        self.writes: Writes | None = None
-
-    def forget(self) -> None:
-        """Has a block compute anew what may have changed in it: it may hold steps and loads."""
-        if self.entry is None:
-            # In a backward, parts of a training forward may yet run again on the same noise.
-            kept = [s if in_backward() and s and s.training else None for s in self.samples]
-            self.samples = kept
-
-    def is_outdated(self, sample: Sample) -> bool:
-        """Whether the weight of a sample was written to since, in a block."""
-        return self.entry is None and sample.was_written_to()
 
 
 class Forwards:
@@ -102,7 +46,6 @@ class Forwards:
     Attributes:
         quantizers: one for each unique tensor, by index.
         learned: what they learn.
-        running: by thread, the forward of each call that runs, the outermost first.
         replayed: the forward whose backward runs, in which checkpoints run parts of it again.
         always_quantized: training computes with quantized weights too.
         expects_optimizer: training is refused, because no optimizer has what is learned.
@@ -114,41 +57,51 @@ class Forwards:
         self.quantizers = quantizers
         self.learned = learned
         self.cache = EvalCache(len(quantizers))
-        self.running: dict[int, list[Forward]] = {}
         self.replayed: Forward | None = None
         self.always_quantized = False
         self.expects_optimizer = False
         self.root: ReferenceType[nn.Module] | None = None
         self.ran = False
+        # By thread, the forward of each call that runs, the outermost first.
+        self._running: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
-        return {**self.__dict__, "running": {}, "replayed": None, "root": None}
+        return {**self.__dict__, "_running": {}, "replayed": None, "root": None}
+
+    def running(self) -> list[Forward]:
+        """The forward of each call that runs in this thread, the outermost first."""
+        # Compilers trace one thread at a time.
+        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        stack = self._running.get(thread)
+        if stack is None:
+            stack = self._running[thread] = []
+        return stack
 
     def current(self) -> Forward | None:
-        """The forward that runs, or whose backward runs."""
-        if self.running:
-            stack = self.running.get(_thread())
+        """The forward that runs in this thread, or whose backward runs."""
+        if self._running:
+            stack = self.running()
             if stack:
                 return stack[-1]
         return self.replayed if self.replayed is not None and in_backward() else None
 
-    def runs(self) -> bool:
-        """Whether a call runs in this thread."""
-        return bool(self.running) and _thread() in self.running
-
     @contextmanager
     def entered(self, places: Sequence[Place]) -> Iterator[None]:
-        """A block that computes as a forward does."""
-        forward = self.enter(places)
+        """A block that computes as a forward does, with the samples of a forward around it."""
+        around = self.current()
+        forward = self.enter(places) if around is None else around
+        stack = self.running()
+        depth = len(stack)
         try:
-            self.begin(forward)
+            stack.append(forward)
             yield
         finally:
-            self.end(forward)
-        self.leave(forward, None)
+            del stack[depth:]
+        if around is None:
+            self.leave(forward, None)
 
     def enter(self, places: Sequence[Place], entry: nn.Module | None = None) -> Forward:
         """Computes what an outermost forward computes with.
@@ -169,29 +122,41 @@ class Forwards:
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
         forward = Forward(len(self.quantizers), entry)
-        training: list[tuple[WeightQuantizer, Tensor]] = []
-        evaluated: list[tuple[WeightQuantizer, Tensor]] = []
+        training: list[tuple[Place, Tensor]] = []
+        evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
         for place in places:
             quantizer, owner, _ = place
-            if is_managed(owner):
+            if is_managed(owner) or quantizer.index in seen:
                 continue  # FSDP's tensors are whole only while their module runs
             base = place.base()
-            if base.is_meta or quantizer.index in seen:
+            if base.is_meta:
                 continue  # offloaded tensors come when their module runs
-            self._check_shape(quantizer, base)
+            if is_plain():
+                place.check_shape(base)
             seen.add(quantizer.index)
             trains = owner.training and not self.always_quantized
-            (training if trains else evaluated).append((quantizer, base))
+            (training if trains else evaluated).append((place, base))
         if training:
             if entry is not None and self.expects_optimizer and torch.is_grad_enabled():
-                self._refuse_training()
+                self.learned.refuse_training()
             self._draw(forward, training)
         if evaluated:
             self._evaluate(forward, evaluated)
+        pairs = training + evaluated
+        for place, _ in pairs:
+            index = place.quantizer.index
+            place.quantizer.slot = forward.drawn[index] or forward.quantized[index]
         if is_plain():
-            self._watch_writes(forward, bool(training))
+            thorough = bool(training) not in self._searched
+            self._searched.add(bool(training))
+            forward.writes = Writes(forward, pairs, thorough)
         return forward
+
+    def empty_slots(self) -> None:
+        """Takes the samples out of the slots of compiled code."""
+        for quantizer in self.quantizers:
+            quantizer.slot = None
 
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
         """Draws for a sharded module that runs in a forward, where its tensors are whole.
@@ -199,25 +164,12 @@ class Forwards:
         Each of its calls draws anew, as a checkpoint expects of what it runs again.
         """
         pairs = [
-            (q, place.base())
+            (place, place.base())
             for place in places
-            for q, owner, _ in [place]
-            if is_managed(owner) and owner.training and not self.always_quantized
+            if is_managed(place.owner) and place.owner.training and not self.always_quantized
         ]
         if pairs:
             self._draw(forward, pairs)
-
-    def begin(self, forward: Forward) -> None:
-        """Begins one call."""
-        self.running.setdefault(_thread(), []).append(forward)
-
-    def end(self, forward: Forward) -> None:
-        """Ends one call, also one that was interrupted before it was noted."""
-        stack = self.running.get(_thread(), [])
-        if stack and stack[-1] is forward:
-            stack.pop()
-        if not stack:
-            self.running.pop(_thread(), None)
 
     def leave(self, forward: Forward, output: Any) -> None:
         """Ends an outermost forward that returned, and waits for its backward.
@@ -227,12 +179,14 @@ class Forwards:
         """
         # A block may read a single weight.
         self.ran = self.ran or forward.entry is not None
-        written = None if forward.writes is None else forward.writes.first()
-        forward.writes = None
-        if written is not None:
-            self.forget()
-            raise _refused_write(self.quantizers[written].plan.name)
-        if not torch.is_grad_enabled() or not is_plain() or not any(forward.samples):
+        writes, forward.writes = forward.writes, None
+        if writes is not None:
+            try:
+                writes.check(forward)
+            except BaseException:
+                self.forget()
+                raise
+        if not torch.is_grad_enabled() or not is_plain():
             return
         # Parameters among the outputs outlive this forward, and so would a hook on them.
         computed = [t for t in output_tensors(output) if t.requires_grad and not t.is_leaf]
@@ -247,18 +201,18 @@ class Forwards:
         if base.is_meta:
             return base
         training = training and not self.always_quantized
-        sample = forward.samples[quantizer.index]
-        if (
-            sample is None
-            or sample.training != training
-            or not sample.stands_for(base)
-            or forward.is_outdated(sample)
-        ):
+        if torch.compiler.is_compiling():
+            slot = quantizer.slot  # an index would make code of each layer its own
+            sample = slot if slot is not None and slot.training == training else None
+        else:
+            sample = forward.samples(training)[quantizer.index]
+        if sample is None or not sample.stands_for(base) or forward.is_outdated(sample):
             sample = self._at_reading(forward, place, base, training)
         if not training:
-            quantizer.readings.ever = True
+            quantizer.readings.note_eval()
             return self._quantized(sample, base)
-        quantizer.readings.note_training()
+        if not torch.compiler.is_compiling():
+            quantizer.readings.note_training()
         if not torch.is_grad_enabled():
             sample.read_without_grad = True
             return sample.value.to(base.dtype)
@@ -272,7 +226,7 @@ class Forwards:
     def forget(self) -> None:
         """Has all quantized weights computed again."""
         self.cache.clear()
-        for stack in list(self.running.values()):
+        for stack in list(self._running.values()):
             for forward in stack:
                 forward.forget()
 
@@ -294,27 +248,27 @@ class Forwards:
             learned = self.learned.part(place.quantizer.index)
             place.quantizer.look(weight.detach(), None if learned is None else learned.detach())
 
-    def _check_shape(self, quantizer: WeightQuantizer, base: Tensor) -> None:
-        if base.shape != quantizer.plan.shape:
-            was, now = list(quantizer.plan.shape), list(base.shape)
-            raise AttachError(quantizer.plan.sites[0].changed(f"went from shape {was} to {now}"))
-
-    def _draw(self, forward: Forward, pairs: Iterable[tuple[WeightQuantizer, Tensor]]) -> None:
+    def _draw(self, forward: Forward, pairs: Iterable[tuple[Place, Tensor]]) -> None:
         parts = self.learned.parts()
         kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
-        for quantizer, base in pairs:
-            kinds.setdefault(type(quantizer), []).append((quantizer, base))
+        for place, base in pairs:
+            kinds.setdefault(type(place.quantizer), []).append((place.quantizer, base))
         for kind, alike in kinds.items():
             learned = [_beside(base, parts[q.index]) for q, base in alike]
             with torch.no_grad():
                 quantizers, bases = zip(*alike, strict=True)
                 samples = kind.draw_all(quantizers, bases, learned)
+            if is_plain():
+                separate_versions(samples)
             for (q, base), sample, part in zip(alike, samples, learned, strict=True):
                 if sample is None:
                     sample = Sample(base, base.detach(), is_weight=True)
                 if torch.is_grad_enabled():
                     sample.connected = self._connect(q, base, sample, part)
-                forward.samples[q.index] = sample
+                forward.drawn[q.index] = sample
+                if torch.compiler.is_compiling():
+                    # Reading must change nothing in what checkpoints run again.
+                    q.readings.note_training()
 
     def _connect(
         self, quantizer: WeightQuantizer, base: Tensor, sample: Sample, learned: Tensor | None
@@ -326,68 +280,59 @@ class Forwards:
             connected = Tied.apply(connected, learned)  # type: ignore[no-untyped-call]
         return connected
 
-    def _evaluate(self, forward: Forward, pairs: Sequence[tuple[WeightQuantizer, Tensor]]) -> None:
-        parts = self.learned.parts()
+    def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
+        bases = [base for _, base in pairs]
         if cache is not None:
-            cache.validate(self.learned.flat(), [base for _, base in pairs])
-        for quantizer, base in pairs:
-            value = None if cache is None else cache.get(quantizer.index, base)
+            cache.validate(self.learned.flat(), bases)
+        parts: list[Tensor | None] | None = None
+        for place, base in pairs:
+            index = place.quantizer.index
+            value = None if cache is None else cache.get(index, base)
             if value is None:
-                value = self._quantize(quantizer, base, parts[quantizer.index])
+                parts = self.learned.parts() if parts is None else parts
+                value = self._quantize(place, base, parts[index])
                 if cache is not None:
-                    cache.put(quantizer.index, base, value)
-            forward.samples[quantizer.index] = Sample(base, value, training=False)
+                    cache.put(index, base, value)
+            forward.quantized[index] = Sample(base, value, training=False)
+        if cache is not None:
+            cache.probe(bases)
 
-    def _quantize(self, quantizer: WeightQuantizer, base: Tensor, learned: Tensor | None) -> Tensor:
-        self._check_shape(quantizer, base)
+    def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
         learned = None if learned is None else _beside(base, learned.detach())
         # Values that inference mode made would be of no use to a later backward.
-        with torch.inference_mode(False) if is_plain() and not base.is_inference() else _nothing():
-            return quantizer.quantize(base.detach(), learned)
+        plain = is_plain() and not base.is_inference()
+        with torch.inference_mode(False) if plain else nullcontext():
+            return place.quantizer.quantize(base.detach(), learned)
 
     def _quantized(self, sample: Sample, base: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and base.requires_grad):
+        # Tracers run a model twice, and compare the graphs.
+        if not (torch.is_grad_enabled() and base.requires_grad) or is_traced():
             return sample.value
-        if sample.connected is None or sample.weight is not base:
-            connected = straight_through(base, sample.value)
-            if is_plain():
-                # After a backward comes a step, and fused optimizers leave no trace of theirs.
-                connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
-            if sample.weight is not base:
-                return connected
+        if sample.connected is not None and sample.weight is base:
+            return sample.connected
+        connected = straight_through(base, sample.value)
+        if is_plain():
+            # After a backward comes a step, and fused optimizers leave no trace of theirs.
+            connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
+        if sample.weight is base:
             sample.connected = connected
-        return sample.connected
+        return connected
 
     def _at_reading(self, forward: Forward, place: Place, base: Tensor, training: bool) -> Sample:
-        quantizer = place.quantizer
-        old = forward.samples[quantizer.index]
+        index = place.quantizer.index
+        old = forward.samples(training)[index]
         ours = isinstance(base, nn.Parameter) and not is_managed(place.owner)
         if old is not None and ours and isinstance(old.weight, nn.Parameter):
             if not old.stands_for(base):
-                raise AttachError(place.changed("was assigned or untied in a forward"))
-        self._check_shape(quantizer, base)
+                raise place.replaced(old.weight)
+        place.check_shape(base)
         if training:
-            self._draw(forward, [(quantizer, base)])
+            self._draw(forward, [(place, base)])
         else:
-            value = self._quantize(quantizer, base, self.learned.part(quantizer.index))
-            forward.samples[quantizer.index] = Sample(base, value, training=False)
-        return cast(Sample, forward.samples[quantizer.index])
-
-    def _refuse_training(self) -> None:
-        parameter = self.learned.parameter
-        if parameter is None or not parameter.requires_grad:
-            return
-        if any(quantizer.learning for quantizer in self.quantizers):
-            raise OptimizerError(
-                "The quantizer learns parameters that no optimizer was given. "
-                "Call quantizer.setup_optimizer(optimizer) before training; "
-                "if they are meant to stay as they are, call quantizer.no_optimizer()."
-            )
-
-    def _watch_writes(self, forward: Forward, training: bool) -> None:
-        forward.writes = Writes(forward.samples, thorough=training not in self._searched)
-        self._searched.add(training)
+            value = self._quantize(place, base, self.learned.part(index))
+            forward.quantized[index] = Sample(base, value, training=False)
+        return cast(Sample, forward.samples(training)[index])
 
     def _replay(self, forward: Forward) -> None:
         self.replayed = forward
@@ -395,24 +340,6 @@ class Forwards:
 
     def _end_replay(self) -> None:
         self.replayed = None
-
-
-def _refused_write(name: str) -> AttachError:
-    return AttachError(
-        f"A forward must not write to a quantized tensor, but {name} was written to, and the write "
-        "would be lost: in a forward, reading gives the tensor that is computed with. Write "
-        f"before the forward, or pass exclude=[{name!r}]."
-    )
-
-
-def _thread() -> int:
-    """The key of this thread; compilers trace one at a time."""
-    return 0 if torch.compiler.is_compiling() else get_ident()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.weight import WeightQuantizer
+from diffq.errors import OptimizerError
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 
 
@@ -93,6 +94,16 @@ class Learned(nn.Module):
         """How many numbers each quantizer's part has, by index."""
         return [0 if span is None else span[1].numel() for span in self.spans]
 
+    def refuse_training(self) -> None:
+        """Raises OptimizerError if there are numbers that training should learn."""
+        learns = any(quantizer.learning for quantizer in self.quantizers)
+        if learns and self.learned is not None and self.learned.requires_grad:
+            raise OptimizerError(
+                "The quantizer learns parameters that no optimizer was given. "
+                "Call quantizer.setup_optimizer(optimizer) before training; "
+                "if they are meant to stay as they are, call quantizer.no_optimizer()."
+            )
+
     def write(self, values: Sequence[Tensor | None]) -> None:
         """Sets some parts, by index; None leaves a part as it is."""
         parameter = self.parameter
@@ -126,8 +137,10 @@ class Learned(nn.Module):
     @property
     def kept(self) -> Tensor:
         """Integers that methods hold besides, such as indices of blocks, int32."""
-        found = [q.kept() for q in self.quantizers]
-        return torch.cat([each.reshape(-1) for each in found if each is not None])
+        found = [each.reshape(-1) for q in self.quantizers if (each := q.kept()) is not None]
+        if not found:
+            raise AttributeError("No quantizer of this model keeps integers.")
+        return torch.cat(found)
 
     def get_extra_state(self) -> Tensor:
         """The settings as characters.

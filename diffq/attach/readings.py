@@ -30,6 +30,11 @@ class Readings:
     last: bool = False
     before: bool = True
 
+    def note_eval(self) -> None:
+        """Notes a reading in eval."""
+        if not torch.compiler.is_compiling():  # checkpoints allow no side effects
+            self.ever = True
+
     def note_training(self) -> None:
         """Notes a reading in training."""
         self.ever = True

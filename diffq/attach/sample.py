@@ -1,14 +1,15 @@
-"""What one forward computes with in place of a weight."""
+"""What one forward computes with: a tensor in place of each weight."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffq.numerics.grid import laid_out_as
-from diffq.torch_inside.graph import is_plain
+from diffq.torch_inside.graph import in_backward, is_plain
 
 
 @dataclass(eq=False)
@@ -41,15 +42,49 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.value = laid_out_as(self.weight, self.value)
-        self._version = _version(self.weight)
+        self._version = version_of(self.weight)
 
     def was_written_to(self) -> bool:
         """Whether the weight was written to since, other than through `.data`."""
-        return _version(self.weight) != self._version
+        return version_of(self.weight) != self._version
 
     def stands_for(self, weight: Tensor) -> bool:
         """Whether it is the sample of a tensor: of this one, or of one in the same memory."""
         return self.weight is weight or same_memory(self.weight, weight)
+
+
+class Forward:
+    """What one outermost forward computes with.
+
+    Attributes:
+        drawn: the sample of training of each quantized tensor, by index; None for what is drawn
+            when it is read.
+        quantized: the same for eval.
+        entry: the module whose call it is; None in a block that computes.
+        writes: finds writes to quantized tensors at the end.
+    """
+
+    def __init__(self, count: int, entry: nn.Module | None) -> None:
+        self.drawn: list[Sample | None] = [None] * count
+        self.quantized: list[Sample | None] = [None] * count
+        self.entry = entry
+        self.writes: Any = None
+
+    def samples(self, training: bool) -> list[Sample | None]:
+        """The samples of a mode."""
+        return self.drawn if training else self.quantized
+
+    def forget(self) -> None:
+        """Has a block compute anew what may have changed in it: it may hold steps and loads."""
+        if self.entry is None:
+            self.quantized = [None] * len(self.quantized)
+            # In a backward, parts of a training forward may yet run again on the same noise.
+            if not in_backward():
+                self.drawn = [None] * len(self.drawn)
+
+    def is_outdated(self, sample: Sample) -> bool:
+        """Whether the weight of a sample was written to since, in a block."""
+        return self.entry is None and sample.was_written_to()
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -64,6 +99,13 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         return False
 
 
-def _version(tensor: Tensor) -> int | None:
-    # Tensors of inference mode and of tracers count no versions.
+def version_of(tensor: Tensor) -> int | None:
+    """The version of a tensor; None for those that count none, of inference mode and of tracers."""
     return tensor._version if is_plain() and not tensor.is_inference() else None
+
+
+def separate_versions(samples: Sequence[Sample | None]) -> None:
+    """Gives each value a version of its own: slices of one buffer share theirs."""
+    for sample in samples:
+        if sample is not None and not sample.is_weight:
+            sample.value = sample.value.data

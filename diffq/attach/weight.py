@@ -14,7 +14,7 @@ not. So a quantizer is told (`look`) at these times whether there may be zeros:
 
 Where there may be zeros, each forward finds out on the device whether there are, so zeros that go
 leave no trace. Zeros that come are seen at the next of these times. Tensors that another
-parametrization computes, and those that FSDP shards, are seen in the first and the fourth row alone.
+parametrization computes, and those that FSDP shards, are seen in the first and fourth row alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from diffq.attach.plan import TensorPlan
 from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
+from diffq.errors import MismatchError
 from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.numerics.noise import straight_through
@@ -54,6 +55,8 @@ class WeightQuantizer(ABC):
         index: the place in the model's list of weight quantizers.
         stage: 0 to 9, what training does with the tensor; part of the state dict.
         readings: who has read the weight, which decides whether its bits learn.
+        slot: the sample of the forward that runs, for compiled code: it finds the sample with
+            the quantizer, so that layers which are alike share their code.
     """
 
     def __init__(self, plan: TensorPlan) -> None:
@@ -62,6 +65,11 @@ class WeightQuantizer(ABC):
         self.index = 0
         self.stage = 0
         self.readings = Readings()
+        self.slot: Sample | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no sample."""
+        return {**self.__dict__, "slot": None}
 
     def start(self, weight: Tensor) -> Tensor | None:
         """What is learned, at first: float32 of any shape; None if nothing is.
@@ -154,8 +162,15 @@ class WeightQuantizer(ABC):
             The stage, and what `kept` gives.
         """
         for name in ("logits", "scale", "codebook"):
-            if learned is not None and name in entries:
-                learned.copy_(entries[name])
+            if learned is None or name not in entries:
+                continue
+            if entries[name].shape != learned.shape:
+                raise MismatchError(
+                    f"The checkpoint has {name} of shape {list(entries[name].shape)} for "
+                    f"{self.plan.name}, and the quantizer of this model {list(learned.shape)}. "
+                    "Make the quantizer with the settings of the checkpoint."
+                )
+            learned.copy_(entries[name])
         return 0, None
 
     def settled(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Writes to a quantized tensor inside of a forward, which would be lost."""
+"""Writes to quantized tensors inside of a forward, which would be lost."""
 
 from __future__ import annotations
 
@@ -7,50 +7,72 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffq.attach.sample import Sample
+from diffq.attach.place import Place
+from diffq.attach.sample import Forward, Sample, version_of
 
 
 class Writes:
-    """Compares the samples of a forward at its end with what they were at its beginning.
+    """Compares what a forward computed with, at its end, with what it was at the beginning.
 
     Args:
-        samples: those that the forward began with.
+        forward: the forward.
+        pairs: the places of the tensors that it began with, and the tensors.
         thorough: also look for writes through `.data`, which leave no trace in versions. It
             takes a pass over each value, and waits for the device.
     """
 
-    def __init__(self, samples: Sequence[Sample | None], thorough: bool) -> None:
-        # A sample that is the weight itself may be written to.
-        self._samples = [(i, s) for i, s in enumerate(samples) if s is not None and not s.is_weight]
-        self._versions = [_version(sample.value) for _, sample in self._samples]
-        self._sums = [_checksum(sample.value) for _, sample in self._samples] if thorough else None
+    def __init__(
+        self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]], thorough: bool
+    ) -> None:
+        self._pairs = pairs
+        self._samples = [
+            forward.drawn[place.quantizer.index] or forward.quantized[place.quantizer.index]
+            for place, _ in pairs
+        ]
+        self._versions = [_version(sample) for sample in self._samples]
+        self._sums = _checksums(self._samples) if thorough else None
 
-    def first(self) -> int | None:
-        """The index of the first sample that was written to; None if none was."""
-        for (index, sample), version in zip(self._samples, self._versions, strict=True):
-            if _version(sample.value) != version or _was_moved(sample):
-                return index
+    def check(self, forward: Forward) -> None:
+        """Raises AttachError for a tensor that was assigned or written to."""
+        for place, base in self._pairs:
+            now = place.owner._parameters.get(place.name)
+            if now is not None and now is not base:
+                raise place.replaced(base)
+        each = zip(self._pairs, self._samples, self._versions, strict=True)
+        for (place, _), sample, version in each:
+            if _version(sample) != version or _was_moved(sample):
+                raise place.refused("write to", "written to")
         if self._sums is None:
-            return None
-        for (index, sample), checksum in zip(self._samples, self._sums, strict=True):
-            if not torch.equal(_checksum(sample.value), checksum):
-                return index
-        return None
+            return
+        changed = (_checksums(self._samples) != self._sums).nonzero().view(-1).tolist()
+        for number in changed[:1]:
+            raise self._pairs[number][0].refused("write to", "written to")
 
 
-def _was_moved(sample: Sample) -> bool:
+def _version(sample: Sample | None) -> int | None:
+    # A sample that is the weight itself may be written to.
+    return None if sample is None or sample.is_weight else version_of(sample.value)
+
+
+def _was_moved(sample: Sample | None) -> bool:
     """Whether other memory was put into the tensor that was read."""
-    connected, value = sample.connected, sample.value
-    if connected is None or connected.dtype != value.dtype:
+    if sample is None or sample.connected is None or sample.is_weight:
         return False
-    return connected.data_ptr() != value.data_ptr()
+    connected, value = sample.connected, sample.value
+    return connected.dtype == value.dtype and connected.data_ptr() != value.data_ptr()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _checksum(value: Tensor) -> Tensor:
-    """The sum of a tensor's bits, 0-dim int64."""
+def _checksums(samples: Sequence[Sample | None]) -> Tensor:
+    """The sum of the bits of each value, int64 [samples] on the CPU."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value.detach().view(kinds[value.element_size()]).sum(dtype=torch.int64)
+    sums = []
+    for sample in samples:
+        if sample is None or sample.is_weight:
+            sums.append(torch.zeros((), dtype=torch.int64, device="cpu"))
+        else:
+            value = sample.value.detach()
+            sums.append(value.view(kinds[value.element_size()]).sum(dtype=torch.int64))
+    devices = {each.device for each in sums}
+    if len(devices) > 1:
+        sums = [each.cpu() for each in sums]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64, device="cpu")

@@ -15,6 +15,7 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, RANGE_BITS, WIDTH_BITS, GridRecord, group_count
 from diffq.numerics import grid
+from diffq.torch_inside.graph import is_plain
 
 
 def check_range(low: Tensor, high: Tensor, name: str) -> None:
@@ -145,7 +146,7 @@ class GridQuantizer(WeightQuantizer):
         """Equation 1 of the DiffQ paper at whole bitwidths."""
         low, high = self._checked_bounds(weight)
         bits = self.whole_bits(weight, learned)
-        if not torch.compiler.is_compiling():
+        if is_plain():
             check_bitwidths(bits, self.plan.name)
         return self.nearest(weight, low, high, bits)
 
@@ -168,7 +169,7 @@ class GridQuantizer(WeightQuantizer):
         return expanded
 
     def _checked_bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if not is_plain():
             return self.bounds(weight)
         self.look(weight, None)
         low, high = self.bounds(weight)

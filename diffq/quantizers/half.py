@@ -9,6 +9,7 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.errors import WeightError
 from diffq.format.records import RawRecord
 from diffq.storage.state import raw_record
+from diffq.torch_inside.graph import is_plain
 
 
 class HalfQuantizer(WeightQuantizer):
@@ -26,7 +27,7 @@ class HalfQuantizer(WeightQuantizer):
         """The weight rounded to float16, in its own dtype."""
         half = weight.half()
         overflow = torch.isinf(half) & ~torch.isinf(weight)
-        if not torch.compiler.is_compiling() and overflow.any():
+        if is_plain() and overflow.any():
             raise WeightError(
                 f"float16 holds magnitudes up to 65504, got {weight.abs().max().item()} in "
                 f"{self.plan.name}. Make the quantizer with float16=False."

@@ -20,6 +20,7 @@ from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.quantizers.base import BaseQuantizer
+from diffq.torch_inside.graph import is_plain
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class LSQWeight(WeightQuantizer):
         ratio = weight.detach().float() / scale
         largest = scale * -self.lowest
         finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
-        if not torch.compiler.is_compiling() and not finite:
+        if is_plain() and not finite:
             raise WeightError(
                 f"The weights and the scale of {self.plan.name} must be finite, "
                 f"got scale {scale.item()}. "

@@ -18,14 +18,19 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` runs."""
+    tracing: Any = torch.jit
+    return bool(tracing.is_tracing())
+
+
 def is_plain() -> bool:
     """Whether operations run at once, on tensors that hold their own numbers.
 
     Not while `torch.compile`, `torch.export` or `torch.jit` trace, nor in transforms of
     `torch.func`.
     """
-    tracing: Any = torch.jit
-    return not (torch.compiler.is_compiling() or tracing.is_tracing() or is_transformed())
+    return not (torch.compiler.is_compiling() or is_traced() or is_transformed())
 
 
 def in_backward() -> bool:

@@ -70,7 +70,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_start(tensor: Tensor) -> int:
-    """The index, along its first dimension, at which this rank's part of a sharded tensor starts."""
+    """The index in its first dimension at which this rank's part of a sharded tensor starts."""
     sharded: Any = tensor
     mesh, start, length = sharded.device_mesh, 0, len(tensor)
     for dimension, placement in enumerate(sharded.placements):

@@ -25,6 +25,7 @@ from diffq.quantizers.product.centroids import (
     store_codebook,
 )
 from diffq.quantizers.report import ProgressBar
+from diffq.torch_inside.graph import is_plain
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
 #: mean of all blocks.
@@ -259,7 +260,7 @@ class ProductWeight(WeightQuantizer):
         self._move(weight.device)
         if self.fixed:
             return self.indices
-        if not torch.compiler.is_compiling():
+        if is_plain():
             self._check_finite(weight)
         return self._nearest(self._in_blocks(weight), stored.values())
 
@@ -280,7 +281,7 @@ class ProductWeight(WeightQuantizer):
         return store_codebook(codebook, self.settings.centroids)
 
     def _checked_codebook(self, weight: Tensor, learned: Tensor | None) -> StoredCodebook:
-        if torch.compiler.is_compiling():
+        if not is_plain():
             return self._stored(weight, learned)
         self._check_zeros(weight, learned)
         stored = self._stored(weight, learned)
