@@ -2,8 +2,8 @@
 
 * DiffqError
     * ConfigError          an argument, a name pattern or a bitwidth breaks a rule
-    * AttachError          this model cannot be quantized, or is quantized already
-    * OptimizerError       the learned extras are missing from the optimizer
+    * AttachError          a model cannot be quantized, or was changed under its quantizer
+    * OptimizerError       the learned parameters are missing from the optimizer
     * CalibrationError     activations have no range yet, or saw no data to take it from
     * WeightError          a weight cannot be quantized (NaN, Inf, out of range)
     * StateError           a quantized state is damaged or incomplete

@@ -91,7 +91,7 @@ class TensorPlan:
 
     Attributes:
         names: every state dict name of the tensor; the first one is its own.
-        sites: the places to parametrize, each submodule once.
+        sites: the places that hold it, each submodule once.
         shape: the tensor's shape.
         dtype: the tensor's dtype.
         quantized: whether it gets integer levels; otherwise it stays raw.
