@@ -41,7 +41,7 @@ class ConfigError(DiffqError, ValueError):
 
 
 class AttachError(DiffqError, RuntimeError):
-    """The model cannot take a quantizer, or the quantizer is no longer attached."""
+    """The model cannot take a quantizer or changed under it, or the quantizer was detached."""
 
 
 class OptimizerError(DiffqError, RuntimeError):
@@ -61,7 +61,7 @@ class StateError(DiffqError, ValueError):
 
 
 class MismatchError(StateError):
-    """A sound quantized state that does not fit the model: names, shapes or dtypes differ."""
+    """A sound state that does not fit the model: names, shapes, dtypes or settings differ."""
 
 
 class FormatError(DiffqError, ValueError):
