@@ -197,7 +197,7 @@ class Attachment:
     def bake(self, quantizer: WeightQuantizer, value: Tensor) -> None:
         """Sets a tensor of the detached model at every place; whatever computed it is removed."""
         places = [place for place in self._places if place.quantizer is quantizer]
-        for _, owner, name in places:
+        for _, owner, name, _ in places:
             if parametrize.is_parametrized(owner, name):
                 # The tensor was computed from others, which cannot give this very value.
                 parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
@@ -205,11 +205,13 @@ class Attachment:
             getattr(places[0].owner, places[0].name).copy_(value)
 
     def _find_places(self) -> tuple[Place, ...]:
-        return tuple(
-            Place(quantizer, site.owner(self.model), site.attribute)
-            for quantizer in self.quantizers
-            for site in quantizer.plan.sites
-        )
+        places = []
+        for quantizer in self.quantizers:
+            for site in quantizer.plan.sites:
+                owner, name = site.owner(self.model), site.attribute
+                position = [*owner._parameters, name].index(name)
+                places.append(Place(quantizer, owner, name, position))
+        return tuple(places)
 
     def _below(self, module: nn.Module) -> tuple[Place, ...]:
         modules = set(module.modules())

@@ -166,7 +166,7 @@ class StateHooks:
     def _translate(self, state: dict[str, Any], prefix: str) -> None:
         """Gives a checkpoint from when parametrizations held the quantizers the names of today."""
         found: dict[str, dict[str, Tensor]] = {}
-        for quantizer, owner, name in self._places:
+        for quantizer, owner, name, _ in self._places:
             for site in quantizer.plan.sites:
                 stem = ".".join(filter(None, (site.module, "parametrizations", site.attribute)))
                 if name in owner._parameters and f"{prefix}{stem}.original" in state:

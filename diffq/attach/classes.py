@@ -67,11 +67,15 @@ class Cover:
         forward = forwards.enter(self.below, module)
         try:
             stack.append(forward)
+            forwards.marks.append(forward)
             output = method(module, *args, **kwargs)
         finally:
             # No call of Python's, at which Ctrl-C could come in.
             del stack[depth:]
-        forwards.empty_slots()
+            if forwards.marks:
+                forwards.marks.pop()
+            for quantizer in forwards.quantizers:
+                quantizer.slot = None
         forwards.leave(forward, output)
         return output
 
@@ -137,8 +141,9 @@ class QuantizedTensor(property):
         base = parameters.get(name)
         if base is None and self.inner is not None and name not in module.__dict__:
             # Computed once, when the forward began.
-            known = forward.samples[place.quantizer.index]
-            base = None if known is None or known.training != training else known.weight
+            mode = training and not cover.forwards.always_quantized
+            known = forward.samples(mode)[place.quantizer.index]
+            base = None if known is None else known.weight
         if base is None:
             base = self.plain(module)
         return base if base is None else cover.forwards.read(forward, place, base, training)
@@ -272,15 +277,15 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
         if not torch.compiler.is_compiling():
             return cover.call(self, method, args, kwargs)
         # Checkpoints allow no side effects on what is outside of them.
-        stack = forwards.running()
-        if stack:
+        if forwards.marks:
             return method(self, *args, **kwargs)
-        stack.append(forwards.enter(cover.below, self))
+        forwards.marks.append(forwards.enter(cover.below, self))
         try:
             return method(self, *args, **kwargs)
         finally:
-            stack.pop()
-            forwards.empty_slots()
+            forwards.marks.pop()
+            for quantizer in forwards.quantizers:
+                quantizer.slot = None
 
     # Compiled code is kept by code object, and only so much of it: each class needs its own.
     wrapper: Any = counted

@@ -36,6 +36,7 @@ from diffq.torch_inside.graph import (
     is_plain,
     is_traced,
     output_tensors,
+    untraced,
 )
 from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
 
@@ -62,6 +63,8 @@ class Forwards:
         self.expects_optimizer = False
         self.root: ReferenceType[nn.Module] | None = None
         self.ran = False
+        # The outermost forwards of all threads, for compiled code, which knows no threads.
+        self.marks: list[Forward] = []
         # By thread, the forward of each call that runs, the outermost first.
         self._running: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
@@ -69,12 +72,11 @@ class Forwards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
-        return {**self.__dict__, "_running": {}, "replayed": None, "root": None}
+        return {**self.__dict__, "_running": {}, "marks": [], "replayed": None, "root": None}
 
     def running(self) -> list[Forward]:
         """The forward of each call that runs in this thread, the outermost first."""
-        # Compilers trace one thread at a time.
-        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        thread = get_ident()
         stack = self._running.get(thread)
         if stack is None:
             stack = self._running[thread] = []
@@ -82,6 +84,8 @@ class Forwards:
 
     def current(self) -> Forward | None:
         """The forward that runs in this thread, or whose backward runs."""
+        if torch.compiler.is_compiling():
+            return self.marks[-1] if self.marks else None
         if self._running:
             stack = self.running()
             if stack:
@@ -97,9 +101,14 @@ class Forwards:
         depth = len(stack)
         try:
             stack.append(forward)
+            self.marks.append(forward)
             yield
         finally:
             del stack[depth:]
+            if self.marks:
+                self.marks.pop()
+            for quantizer in self.quantizers if around is None else ():
+                quantizer.slot = None
         if around is None:
             self.leave(forward, None)
 
@@ -116,6 +125,11 @@ class Forwards:
             OptimizerError: training must not begin.
             WeightError: in eval, a weight or a bitwidth is not finite.
         """
+        if is_traced():
+            return untraced(lambda: self._enter(places, entry))
+        return self._enter(places, entry)
+
+    def _enter(self, places: Sequence[Place], entry: nn.Module | None) -> Forward:
         if not in_backward():
             self.replayed = None
         parameter = self.learned.parameter
@@ -126,7 +140,7 @@ class Forwards:
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
         for place in places:
-            quantizer, owner, _ = place
+            quantizer, owner = place.quantizer, place.owner
             if is_managed(owner) or quantizer.index in seen:
                 continue  # FSDP's tensors are whole only while their module runs
             base = place.base()
@@ -153,11 +167,6 @@ class Forwards:
             forward.writes = Writes(forward, pairs, thorough)
         return forward
 
-    def empty_slots(self) -> None:
-        """Takes the samples out of the slots of compiled code."""
-        for quantizer in self.quantizers:
-            quantizer.slot = None
-
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
         """Draws for a sharded module that runs in a forward, where its tensors are whole.
 
@@ -180,13 +189,13 @@ class Forwards:
         # A block may read a single weight.
         self.ran = self.ran or forward.entry is not None
         writes, forward.writes = forward.writes, None
-        if writes is not None:
+        if writes is not None and not is_traced():
             try:
                 writes.check(forward)
             except BaseException:
                 self.forget()
                 raise
-        if not torch.is_grad_enabled() or not is_plain():
+        if not torch.is_grad_enabled() or not is_plain() or is_traced():
             return
         # Parameters among the outputs outlive this forward, and so would a hook on them.
         computed = [t for t in output_tensors(output) if t.requires_grad and not t.is_leaf]

@@ -13,11 +13,19 @@ from diffq.errors import AttachError
 
 
 class Place(NamedTuple):
-    """A module that holds a quantized tensor, and the tensor's name in it."""
+    """A module that holds a quantized tensor.
+
+    Attributes:
+        quantizer: the tensor's.
+        owner: the module.
+        name: the tensor's name in it.
+        position: its place among the module's parameters.
+    """
 
     quantizer: WeightQuantizer
     owner: nn.Module
     name: str
+    position: int
 
     def base(self) -> Tensor:
         """The tensor without quantization.
@@ -57,7 +65,12 @@ class Place(NamedTuple):
         if len(names) > 1:
             return AttachError(untied(self.quantizer.plan))
         if isinstance(old, nn.Parameter):
-            self.owner._parameters[self.name] = old
+            parameters = self.owner._parameters
+            others = [pair for pair in parameters.items() if pair[0] != self.name]
+            parameters.clear()
+            parameters.update(
+                [*others[: self.position], (self.name, old), *others[self.position :]]
+            )
         return self.refused("assign", "assigned")
 
     def refused(self, verb: str, done: str) -> AttachError:

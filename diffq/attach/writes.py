@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample, version_of
@@ -36,7 +36,8 @@ class Writes:
         """Raises AttachError for a tensor that was assigned or written to."""
         for place, base in self._pairs:
             now = place.owner._parameters.get(place.name)
-            if now is not None and now is not base:
+            # A tensor that is no Parameter is put in place for a call, or computed.
+            if isinstance(base, nn.Parameter) and now is not base:
                 raise place.replaced(base)
         each = zip(self._pairs, self._samples, self._versions, strict=True)
         for (place, _), sample, version in each:

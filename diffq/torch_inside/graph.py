@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
+
+T = TypeVar("T")
 
 
 def is_transformed() -> bool:
@@ -24,13 +27,24 @@ def is_traced() -> bool:
     return bool(tracing.is_tracing())
 
 
+def untraced(call: Callable[[], T]) -> T:
+    """The result of a function as a constant to `torch.jit.trace`, which follows one thread."""
+    grad = torch.is_grad_enabled()
+
+    def work() -> T:
+        with torch.set_grad_enabled(grad):
+            return call()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
 def is_plain() -> bool:
     """Whether operations run at once, on tensors that hold their own numbers.
 
-    Not while `torch.compile`, `torch.export` or `torch.jit` trace, nor in transforms of
-    `torch.func`.
+    Not while `torch.compile` or `torch.export` trace, nor in transforms of `torch.func`.
     """
-    return not (torch.compiler.is_compiling() or is_traced() or is_transformed())
+    return not (torch.compiler.is_compiling() or is_transformed())
 
 
 def in_backward() -> bool:
