@@ -48,7 +48,7 @@ class Attachment:
         self.learned = Learned(self.quantizers, weights)
         self.forwards = Forwards(self.quantizers, self.learned)
         self._places = self._find_places()
-        self.forwards.root = ref(model)
+        self.forwards.root, self.forwards.attached = ref(model), True
         # By the module and not by its name: a detach reaches modules that were replaced since.
         self._covered = [m for m in model.modules() if m is model or self._below(m)]
         self._links = self._find_links()
@@ -68,7 +68,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Makes a copy or a pickle of a whole model an attached one."""
         self.__dict__.update(state)
-        self.forwards.root = ref(self.model)
+        self.forwards.root, self.forwards.attached = ref(self.model), True
 
     @property
     def ran(self) -> bool:

@@ -271,7 +271,9 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Wrappers that were made while it was attached may outlive a quantizer.
         cover: Cover | None = getattr(self, COVER, None)
-        if cover is None or (of_tensors and not _has_tensor(args, kwargs)):
+        if cover is None or not cover.forwards.attached:
+            return method(self, *args, **kwargs)
+        if of_tensors and not _has_tensor(args, kwargs):
             return method(self, *args, **kwargs)
         forwards = cover.forwards
         if not torch.compiler.is_compiling():

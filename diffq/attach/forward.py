@@ -50,7 +50,8 @@ class Forwards:
         replayed: the forward whose backward runs, in which checkpoints run parts of it again.
         always_quantized: training computes with quantized weights too.
         expects_optimizer: training is refused, because no optimizer has what is learned.
-        root: the model; None in copies of a part of it.
+        root: the model.
+        attached: false in copies of a part of a model, which are plain.
         ran: whether a forward has ended.
     """
 
@@ -62,6 +63,7 @@ class Forwards:
         self.always_quantized = False
         self.expects_optimizer = False
         self.root: ReferenceType[nn.Module] | None = None
+        self.attached = False
         self.ran = False
         # The outermost forwards of all threads, for compiled code, which knows no threads.
         self.marks: list[Forward] = []
@@ -72,7 +74,14 @@ class Forwards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
-        return {**self.__dict__, "_running": {}, "marks": [], "replayed": None, "root": None}
+        outside: dict[str, Any] = {
+            "_running": {},
+            "marks": [],
+            "replayed": None,
+            "root": None,
+            "attached": False,
+        }
+        return {**self.__dict__, **outside}
 
     def running(self) -> list[Forward]:
         """The forward of each call that runs in this thread, the outermost first."""
