@@ -92,14 +92,6 @@ class StateHooks:
     ) -> None:
         """Checks the settings of a checkpoint, and takes the parts that fit."""
         ours = self._forwards.learned.settings()
-        if theirs["methods"] != ours["methods"]:
-            if not strict:
-                state.pop(prefix + _FLAT, None)
-                return
-            raise MismatchError(
-                f"The checkpoint was made with {listed(theirs['methods'])}, and the quantizer of "
-                f"this model has {listed(ours['methods'])}. {_REMEDY}"
-            )
         entries: dict[str, list[Any]] = theirs["tensors"]
         own: dict[str, list[Any]] = ours["tensors"]
         if strict and entries.keys() != own.keys():
@@ -108,8 +100,11 @@ class StateHooks:
                 f"tensors, but only one has {listed(sorted(entries.keys() ^ own.keys()))}. "
                 f"{_REMEDY}"
             )
-        # Without `strict`, a part of a checkpoint may be loaded: the tensors that are there.
-        chosen = [n for n in entries if n in own and (strict or prefix + n in state)]
+        chosen = [name for name in entries if name in own]
+        if not strict:
+            # A part of a checkpoint may be loaded: the tensors that are there, of one method.
+            alike = [n for n in chosen if entries[n][3].get("method") == own[n][3]["method"]]
+            chosen = [name for name in alike if prefix + name in state]
         for name in chosen:
             _compare(name, entries[name][3], own[name][3])
         integers = _cut(kept, {name: entry[2] for name, entry in entries.items()})
@@ -245,7 +240,7 @@ def _parsed(settings: Tensor) -> dict[str, Any]:
 
 def _are_settings(parsed: Any) -> bool:
     """Whether this is what `Learned.settings` gives."""
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("methods"), list):
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("tensors"), dict):
         return False
     tensors = parsed.get("tensors")
     kinds = [int, int, int, dict]

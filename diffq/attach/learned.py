@@ -125,14 +125,14 @@ class Learned(nn.Module):
         """The quantizers, as a state dict describes them.
 
         Returns:
-            "methods": the names of their classes; "tensors": for each name the stage, how many
-            numbers are the tensor's in `learned` and in `kept`, and its settings.
+            "tensors": for each name the stage, how many numbers are the tensor's in `learned` and
+            in `kept`, and its method and settings.
         """
         tensors = {
-            q.plan.name: [q.stage, count, _count(q.kept()), q.meaning()]
+            q.plan.name: [q.stage, count, _count(q.kept()), {"method": q.method, **q.meaning()}]
             for q, count in zip(self.quantizers, self.counts(), strict=True)
         }
-        return {"methods": sorted({type(q).__name__ for q in self.quantizers}), "tensors": tensors}
+        return {"tensors": tensors}
 
     @property
     def kept(self) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,9 @@ class WeightQuantizer(ABC):
         slot: the sample of the forward that runs, for compiled code: it finds the sample with
             the quantizer, so that layers which are alike share their code.
     """
+
+    #: What users call the method.
+    method: ClassVar[str]
 
     def __init__(self, plan: TensorPlan) -> None:
         self.plan = plan

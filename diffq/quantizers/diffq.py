@@ -75,6 +75,8 @@ class DiffQWeight(GridQuantizer):
         frozen_bits: rounded bitwidths, float32 [groups], once they are frozen.
     """
 
+    method = "DiffQuantizer"
+
     def __init__(self, plan: TensorPlan, settings: DiffQSettings) -> None:
         fixed = settings.bits
         whole = fixed is not None or not settings.group_size

@@ -15,6 +15,8 @@ from diffq.torch_inside.graph import is_plain
 class HalfQuantizer(WeightQuantizer):
     """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
 
+    method = "float16=True"
+
     def draw(self, weight: Tensor, learned: Tensor | None) -> None:
         """Training uses the weight itself."""
 

@@ -69,6 +69,8 @@ class LSQWeight(WeightQuantizer):
     The scale is float32 [1]. Its size counts; its sign does not.
     """
 
+    method = "LSQQuantizer"
+
     def __init__(self, plan: TensorPlan, settings: LSQSettings) -> None:
         super().__init__(plan)
         self.settings = settings

@@ -33,6 +33,8 @@ class QATSettings:
 class QATWeight(GridQuantizer):
     """One tensor at one bitwidth, on one grid or on one for each output channel."""
 
+    method = "QATQuantizer"
+
     def __init__(self, plan: TensorPlan, settings: QATSettings) -> None:
         per_channel = settings.per_channel and len(plan.shape) > 1
         group_size = plan.numel // plan.shape[0] if per_channel else plan.numel

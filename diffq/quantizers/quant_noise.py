@@ -37,6 +37,8 @@ class QuantNoiseSettings:
 class QuantNoiseWeight(QATWeight):
     """One tensor whose training forwards quantize a random part of it."""
 
+    method = "QuantNoiseQuantizer"
+
     def __init__(self, plan: TensorPlan, settings: QuantNoiseSettings) -> None:
         per_channel = settings.observer == "channel"
         super().__init__(plan, QATSettings(settings.bits, per_channel, training=True))

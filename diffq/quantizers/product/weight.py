@@ -85,6 +85,8 @@ class ProductWeight(WeightQuantizer):
         may_have_zeros: whether blocks were zero at the last look; codewords, once fixed.
     """
 
+    method = "ProductQuantizer"
+
     def __init__(self, plan: TensorPlan, settings: ProductSettings, device: torch.device) -> None:
         super().__init__(plan)
         self.settings = settings
