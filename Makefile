@@ -4,6 +4,8 @@
 PYTHON ?= python3
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+# Processes that run the tests, one for each core; a file's tests stay in one of them.
+WORKERS ?= auto
 FUZZ_SECONDS ?= 600
 # Settings under which torch computes as on other processors: see CONTRIBUTING.md. Commas join some.
 PROCESSORS ?= OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
@@ -15,6 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 
 VENV := .venv
 PINS := -c constraints.txt
+PARALLEL := -n $(WORKERS) --dist loadfile
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
@@ -31,18 +34,18 @@ demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mni
 	$(PY) examples/mnist.py $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
-	$(PY) -m pytest $(PYTEST_FLAGS)
+	$(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
-	$(PY) -m pytest -m slow $(PYTEST_FLAGS)
+	$(PY) -m pytest -m slow $(PARALLEL) $(PYTEST_FLAGS)
 
 test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries
-	$(PY) -m pytest tests/integrations $(PYTEST_FLAGS)
+	$(PY) -m pytest tests/integrations $(PARALLEL) $(PYTEST_FLAGS)
 
 test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)
 	@failed=; for settings in $(PROCESSORS); do \
 		printf '\n== %s\n' "$$settings"; \
-		env $$(echo "$$settings" | tr , ' ') $(PY) -m pytest -q $(PYTEST_FLAGS) || \
+		env $$(echo "$$settings" | tr , ' ') $(PY) -m pytest -q $(PARALLEL) $(PYTEST_FLAGS) || \
 			failed="$$failed $$settings"; \
 	done; test -z "$$failed" || { echo "error: tests fail under$$failed" >&2; exit 1; }
 
