@@ -84,8 +84,10 @@ def test_second_quantizer_on_an_overlapping_model(attach_to):
 @pytest.mark.parametrize(
     "wrap", [DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compile"]
 )
-def test_wrapped_model(wrap):
+def test_wrapped_model(wrap, monkeypatch):
     """A wrapped or compiled model is refused with the order to write instead."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # DataParallel would move it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wrapped = wrap(mlp())
     refused(
         wrapped, diffq.AttachError, QUANTIZERS["diffq"], type(wrapped).__name__, "before", "model ="

@@ -33,12 +33,6 @@ def test_sequential_roots():
     assert reads_parameters(model[:2])
 
 
-def test_all_children_but_the_last():
-    """`children()[:-1]`, the usual way to cut a head off, cuts the model's last layer."""
-    model, _ = attached(mlp)
-    assert nn.Sequential(*list(model.children())[:-1])(x16()).shape == (3, 32)
-
-
 def test_layers_added_to_a_root():
     """Layers that are appended are plain, run and train; deleted, the model is as before."""
     model, _ = attached(mlp)

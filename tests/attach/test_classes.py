@@ -245,7 +245,7 @@ def test_models_and_their_classes_are_freed():
     seen = [weakref.ref(each) for each in (model, type(model), quantizer)]
     del model, quantizer
     gc.collect()
-    assert [each() for each in seen] == [None] * 3
+    assert all(each() is None for each in seen)
 
 
 def test_a_forward_of_the_instance():

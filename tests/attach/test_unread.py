@@ -175,7 +175,7 @@ def test_a_copy_learns_by_itself():
     other(torch.randn(2, 8))
     diffq.quantizer_of(other).model_size().backward()
     grads = [[q.grad for q in weight_quantizers(m).values()] for m in (model, other)]
-    assert grads[0] == [None] * 3
+    assert all(grad is None for grad in grads[0])
     assert all(grad.all() for grad in grads[1])
 
 

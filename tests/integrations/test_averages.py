@@ -52,7 +52,9 @@ def test_averaged_model(buffers, kind):
     assert close(read(copied.module), average(states))
     # torch copies the statistics that it does not average.
     assert buffers or same_bits(copied.module.norm.running_mean, model.norm.running_mean)
-    assert same_bits(extras(copied.module)["_diffq._extra_state"], extras(model)["_diffq._extra_state"])
+    assert same_bits(
+        extras(copied.module)["_diffq._extra_state"], extras(model)["_diffq._extra_state"]
+    )
     assert diffq.quantizer_of(copied.module) is not quantizer
     assert evaluates_as_shipped(copied.module, ConvNet, x)
 

@@ -283,6 +283,8 @@ def test_attached_checkpoint_of_another_quantizer_is_refused():
     diffq.DiffQuantizer(source, min_size=0)
     diffq.LSQQuantizer(target, min_size=0)
     before = snapshot_of(target)
-    with pytest.raises(diffq.errors.MismatchError, match=r"DiffQWeight.*LSQWeight"):
+    with pytest.raises(
+        diffq.errors.MismatchError, match=r"method=DiffQuantizer .*method=LSQQuantizer"
+    ):
         target.load_state_dict(source.state_dict())
     assert same_bits(snapshot_of(target), before)
