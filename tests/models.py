@@ -212,7 +212,7 @@ def computed(model):
 
 
 def computing(model):
-    """A block in which reading the tensors of a model, or of a part of one, is as in its forward."""
+    """A block in which a model, or a part of one, reads its tensors as in its forward."""
     cover, attachment = cover_of(model), attachment_of(model)
     if cover is not None:
         return cover.forwards.entered(cover.below)

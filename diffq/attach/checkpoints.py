@@ -252,6 +252,7 @@ def _are_settings(parsed: Any) -> bool:
 
 def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     differing = [key for key in ours if theirs.get(key) != ours[key]]
+    differing = ["method"] if "method" in differing else differing
     if differing:
         said = ", ".join(f"{key}={theirs.get(key)}" for key in differing)
         asked = ", ".join(f"{key}={ours[key]}" for key in differing)

@@ -121,6 +121,12 @@ class Learned(nn.Module):
                 part = value.reshape(-1)[start - span[0] : end - span[0]]
                 held[start - first : end - first].copy_(part)
 
+    def settle(self) -> None:
+        """Sets what training no longer learns, which momentum may have moved on."""
+        self.write([quantizer.settled() for quantizer in self.quantizers])
+        if self.learned is not None and not any(q.learning for q in self.quantizers):
+            self.learned.grad = None
+
     def settings(self) -> dict[str, Any]:
         """The quantizers, as a state dict describes them.
 
@@ -154,8 +160,7 @@ class Learned(nn.Module):
         """Nothing: the settings are checked before anything is loaded (`StateHooks`)."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Optimizers may have moved on what training no longer learns.
-        self.write([quantizer.settled() for quantizer in self.quantizers])
+        self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if any(quantizer.kept() is not None for quantizer in self.quantizers):
             destination[prefix + "kept"] = self.kept

@@ -70,7 +70,11 @@ def laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
 
 def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of a tensor, each [1]."""
-    low, high = torch.aminmax(tensor)
+    if torch.compiler.is_compiling():
+        # Without a dimension, exporters cannot translate what it is decomposed into.
+        low, high = torch.aminmax(tensor.reshape(-1), dim=0)
+    else:
+        low, high = torch.aminmax(tensor)
     return low.view(1), high.view(1)
 
 

@@ -339,6 +339,7 @@ class DiffQuantizer(BaseQuantizer):
                 quantizer.freeze(rounding, learned)
 
         self._attachment.each_quantizer(freeze)
+        self._attachment.learned.settle()
         self._attachment.forget()
 
     def _make_quantizer(

@@ -27,6 +27,12 @@ def is_traced() -> bool:
     return bool(tracing.is_tracing())
 
 
+def is_exported() -> bool:
+    """Whether `torch.export` runs; torch 2.6 cannot tell."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return exporting is not None and bool(exporting())
+
+
 def untraced(call: Callable[[], T]) -> T:
     """The result of a function as a constant to `torch.jit.trace`, which follows one thread."""
     grad = torch.is_grad_enabled()

@@ -67,7 +67,11 @@ def extras(model):
 def floats(model):
     """Name to a copy of each floating-point tensor of the state dict, what is learned too."""
     state = model.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()}
+    return {
+        name: tensor.clone()
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not name.endswith("_extra_state")
+    }
 
 
 def shipped(quantizer, plain):

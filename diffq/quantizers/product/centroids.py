@@ -11,6 +11,7 @@ from torch import Tensor
 from diffq.attach.plan import dtype_name
 from diffq.format.kinds.product import ProductRecord
 from diffq.numerics.kmeans import member_sums
+from diffq.torch_inside.graph import is_exported
 
 #: What codewords are stored in.
 Centroids = Literal["float32", "float16", "int8"]
@@ -43,7 +44,7 @@ class StoredCodebook:
         Args:
             indices: [blocks], of any integer dtype.
         """
-        if self.words.dtype != torch.float16:
+        if self.words.dtype != torch.float16 or is_exported():
             return self._decode(self.words[indices.long()])
         # As integers, because torch.compile would leave out a rounding to float16 and back.
         return self.words.view(torch.int16)[indices.long()].view(torch.float16).float()
