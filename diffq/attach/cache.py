@@ -44,7 +44,7 @@ class EvalCache:
     def __init__(self, count: int) -> None:
         self._kept: list[tuple[_Seen, Tensor] | None] = [None] * count
         self._learned: _Seen | None = None
-        # By the addresses of some weights: views of some elements, and what they were.
+        # By the indices of some weights: views of some elements, and what they were.
         self._probes: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EvalCache:
@@ -61,38 +61,41 @@ class EvalCache:
         self._learned = None
         self._probes = {}
 
-    def validate(self, learned: Tensor | None, weights: Sequence[Tensor]) -> None:
-        """Forgets what a change of the learned parameter, or a write to `.data`, made wrong."""
+    def values(
+        self, learned: Tensor | None, indices: Sequence[int], weights: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The quantized weights that are still right, and None for others.
+
+        Args:
+            learned: the flat parameter.
+            indices: of the quantizers.
+            weights: of each.
+        """
         if learned is not None and not (self._learned and self._learned.is_still(learned)):
             self.clear()
             self._learned = _see(learned)
-        known = self._probes.get(_addresses(weights))
+        known = self._probes.get(tuple(indices))
         for views, values in self._probes.values() if known is None else [known]:
             if not torch.equal(_joined(views), values):
                 self.clear()
-                return
-
-    def get(self, index: int, weight: Tensor) -> Tensor | None:
-        """The quantized weight, if it is still right."""
-        kept = self._kept[index]
-        return kept[1] if kept is not None and kept[0].is_still(weight) else None
+                break
+        kept = [self._kept[index] for index in indices]
+        each = zip(kept, weights, strict=True)
+        return [k[1] if k is not None and k[0].is_still(weight) else None for k, weight in each]
 
     def put(self, index: int, weight: Tensor, value: Tensor) -> None:
         """Keeps a quantized weight."""
         seen = _see(weight)
         self._kept[index] = None if seen is None else (seen, value)
+        self._probes = {}
 
-    def probe(self, weights: Sequence[Tensor]) -> None:
+    def probe(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
         """Notes some elements of weights whose quantized ones are kept."""
-        where = _addresses(weights)
+        where = tuple(indices)
         if where and where not in self._probes:
             probed = [weight for weight in weights if _is_probed(weight)]
             views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in probed]
             self._probes[where] = views, _joined(views)
-
-
-def _addresses(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(weight.data_ptr() for weight in weights if _is_probed(weight))
 
 
 def _is_probed(weight: Tensor) -> bool:
@@ -100,6 +103,8 @@ def _is_probed(weight: Tensor) -> bool:
 
 
 def _joined(views: Sequence[Tensor]) -> Tensor:
+    if not views:
+        return torch.empty(0, device="cpu")
     if len({view.dtype for view in views}) > 1:
         views = [view.double() for view in views]
     return torch.cat(list(views))

@@ -51,8 +51,9 @@ class Cover:
     def call(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a method of the module during which the model computes."""
         forwards = self.forwards
-        stack, forward = forwards.running(), forwards.current()
+        stack = forwards.running()
         depth = len(stack)
+        forward = stack[-1] if stack else forwards.current()
         # A checkpoint around an outermost call runs all of it again, its samples too.
         if forward is not None and (forward.entry is not module or stack):
             if self.own:

@@ -144,7 +144,7 @@ class Forwards:
         parameter = self.learned.parameter
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
-        forward = Forward(len(self.quantizers), entry)
+        forward, plain = Forward(len(self.quantizers), entry), is_plain()
         training: list[tuple[Place, Tensor]] = []
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
@@ -155,7 +155,7 @@ class Forwards:
             base = place.base()
             if base.is_meta:
                 continue  # offloaded tensors come when their module runs
-            if is_plain():
+            if plain:
                 place.check_shape(base)
             seen.add(quantizer.index)
             trains = owner.training and not self.always_quantized
@@ -170,7 +170,7 @@ class Forwards:
         for place, _ in pairs:
             index = place.quantizer.index
             place.quantizer.slot = forward.drawn[index] or forward.quantized[index]
-        if is_plain():
+        if plain:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
             forward.writes = Writes(forward, pairs, thorough)
@@ -283,7 +283,7 @@ class Forwards:
                     sample = Sample(base, base.detach(), is_weight=True)
                 if torch.is_grad_enabled():
                     sample.connected = self._connect(q, base, sample, part)
-                forward.drawn[q.index] = sample
+                forward.put(q.index, sample)
                 if torch.compiler.is_compiling():
                     # Reading must change nothing in what checkpoints run again.
                     q.readings.note_training()
@@ -300,21 +300,20 @@ class Forwards:
 
     def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
-        bases = [base for _, base in pairs]
+        indices, bases = [place.quantizer.index for place, _ in pairs], [base for _, base in pairs]
+        values: list[Tensor | None] = [None] * len(pairs)
         if cache is not None:
-            cache.validate(self.learned.flat(), bases)
+            values = cache.values(self.learned.flat(), indices, bases)
         parts: list[Tensor | None] | None = None
-        for place, base in pairs:
-            index = place.quantizer.index
-            value = None if cache is None else cache.get(index, base)
+        for (place, base), index, value in zip(pairs, indices, values, strict=True):
             if value is None:
                 parts = self.learned.parts() if parts is None else parts
                 value = self._quantize(place, base, parts[index])
                 if cache is not None:
                     cache.put(index, base, value)
-            forward.quantized[index] = Sample(base, value, training=False)
+            forward.put(index, Sample(base, value, training=False))
         if cache is not None:
-            cache.probe(bases)
+            cache.probe(indices, bases)
 
     def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
         learned = None if learned is None else _beside(base, learned.detach())
@@ -349,7 +348,7 @@ class Forwards:
             self._draw(forward, [(place, base)])
         else:
             value = self._quantize(place, base, self.learned.part(index))
-            forward.quantized[index] = Sample(base, value, training=False)
+            forward.put(index, Sample(base, value, training=False))
         return cast(Sample, forward.samples(training)[index])
 
     def _replay(self, forward: Forward) -> None:

@@ -30,6 +30,7 @@ class Sample:
         is_weight: it is the weight itself, which the method leaves as it is.
         connected: the value with its gradient, in the weight's dtype.
         read_without_grad: the value was read where gradients are off.
+        version: the version of the weight when it was drawn, for blocks that may write to it.
     """
 
     weight: Tensor
@@ -39,14 +40,10 @@ class Sample:
     is_weight: bool = False
     connected: Tensor | None = None
     read_without_grad: bool = False
+    version: int | None = None
 
     def __post_init__(self) -> None:
         self.value = laid_out_as(self.weight, self.value)
-        self._version = version_of(self.weight)
-
-    def was_written_to(self) -> bool:
-        """Whether the weight was written to since, other than through `.data`."""
-        return version_of(self.weight) != self._version
 
     def stands_for(self, weight: Tensor) -> bool:
         """Whether it is the sample of a tensor: of this one, or of one in the same memory."""
@@ -82,9 +79,15 @@ class Forward:
             if not in_backward():
                 self.drawn = [None] * len(self.drawn)
 
+    def put(self, index: int, sample: Sample) -> None:
+        """Takes a sample."""
+        self.samples(sample.training)[index] = sample
+        if self.entry is None:
+            sample.version = version_of(sample.weight)
+
     def is_outdated(self, sample: Sample) -> bool:
         """Whether the weight of a sample was written to since, in a block."""
-        return self.entry is None and sample.was_written_to()
+        return self.entry is None and version_of(sample.weight) != sample.version
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.place import Place
-from diffq.attach.sample import Forward, Sample, version_of
+from diffq.attach.sample import Forward, Sample
 
 
 class Writes:
@@ -29,7 +29,7 @@ class Writes:
             forward.drawn[place.quantizer.index] or forward.quantized[place.quantizer.index]
             for place, _ in pairs
         ]
-        self._versions = [_version(sample) for sample in self._samples]
+        self._versions = self._present_versions()
         self._sums = _checksums(self._samples) if thorough else None
 
     def check(self, forward: Forward) -> None:
@@ -39,9 +39,11 @@ class Writes:
             # A tensor that is no Parameter is put in place for a call, or computed.
             if isinstance(base, nn.Parameter) and now is not base:
                 raise place.replaced(base)
-        each = zip(self._pairs, self._samples, self._versions, strict=True)
-        for (place, _), sample, version in each:
-            if _version(sample) != version or _was_moved(sample):
+        present = self._present_versions()
+        for (place, _), sample, before, after in zip(
+            self._pairs, self._samples, self._versions, present, strict=True
+        ):
+            if before != after or _was_moved(sample):
                 raise place.refused("write to", "written to")
         if self._sums is None:
             return
@@ -49,10 +51,10 @@ class Writes:
         for number in changed[:1]:
             raise self._pairs[number][0].refused("write to", "written to")
 
-
-def _version(sample: Sample | None) -> int | None:
-    # A sample that is the weight itself may be written to.
-    return None if sample is None or sample.is_weight else version_of(sample.value)
+    def _present_versions(self) -> list[int | None]:
+        # A sample that is the weight itself may be written to.
+        values = [None if s is None or s.is_weight else s.value for s in self._samples]
+        return [None if v is None or v.is_inference() else v._version for v in values]
 
 
 def _was_moved(sample: Sample | None) -> bool:
