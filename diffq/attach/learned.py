@@ -109,7 +109,8 @@ class Learned(nn.Module):
         parameter = self.parameter
         if parameter is None or all(value is None for value in values):
             return
-        held, first = parameter.detach(), 0
+        # Not in place to autograd: a state may be taken between a forward and its backward.
+        held, first = parameter.data, 0
         if is_dtensor(parameter):
             held, first = local_part(held), local_start(parameter)
         for span, value in zip(self.spans, values, strict=True):
