@@ -73,6 +73,8 @@ def repeatable():
 
 
 def _call(name, kernel, keys, *args, **options):
+    if torch.jit.is_tracing():
+        return kernel.call_boxed(keys, *args, **options)  # or the noise would be traced
     # Before the call, which may write to its arguments.
     seed = _seed(name, [*args, *options.values()])
     outputs = kernel.call_boxed(keys, *args, **options)

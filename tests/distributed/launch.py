@@ -51,7 +51,8 @@ def run_claims(script, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+        # Without GPUs, of which there may be fewer than ranks.
+        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "CUDA_VISIBLE_DEVICES": ""},
         start_new_session=True,
     )
     try:
