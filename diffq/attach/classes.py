@@ -106,15 +106,43 @@ def take_off(module: nn.Module) -> None:
 class QuantizedTensor(property):
     """The property of a quantized tensor.
 
-    Attributes:
+    Args:
         name: the tensor's name in its module.
         inner: the property of another parametrization, which computes the tensor.
     """
 
-    def __init__(self, name: str, inner: property | None) -> None:
-        self.name = name
-        self.inner: Any = inner
-        super().__init__(self._read, self._write, self._delete)
+    def __init__(self, name: str, inner: Any) -> None:
+        self._name, self._inner = name, inner
+
+        # Functions and no methods, which torch 2.6 cannot compile.
+        def read(module: Any) -> Any:
+            parameters, cover = module._parameters, module._diffq_cover
+            forward = None if cover is None else cover.forwards.current()
+            if forward is None:
+                return parameters[name] if name in parameters else _plain(module, name, inner)
+            place, training = cover.own[name], module.training
+            base = parameters.get(name)
+            if base is None and inner is not None and name not in module.__dict__:
+                # Computed once, when the forward began.
+                mode = training and not cover.forwards.always_quantized
+                known = forward.samples(mode)[place.quantizer.index]
+                base = None if known is None else known.weight
+            if base is None:
+                base = _plain(module, name, inner)
+            return base if base is None else cover.forwards.read(forward, place, base, training)
+
+        def write(module: nn.Module, value: Any) -> None:
+            if inner is not None:
+                inner.fset(module, value)
+            else:
+                module.__dict__[name] = value
+
+        def delete(module: nn.Module) -> None:
+            if name not in module.__dict__:
+                raise AttributeError(name)
+            del module.__dict__[name]
+
+        super().__init__(read, write, delete)
 
     def plain(self, module: nn.Module) -> Tensor:
         """The tensor without quantization.
@@ -122,43 +150,20 @@ class QuantizedTensor(property):
         Raises:
             AttributeError: there is none.
         """
-        name = self.name
-        tensor: Tensor | None = module._parameters.get(name)
-        if tensor is None and name in module.__dict__:
-            # The hooks of older torch, and DataParallel, put tensors there.
-            tensor = module.__dict__[name]
-        if tensor is None and self.inner is not None and name not in module._parameters:
-            tensor = self.inner.fget(module)
-        if tensor is None and name not in module._parameters:
-            raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
-        return tensor  # type: ignore[return-value]
+        tensor: Tensor = _plain(module, self._name, self._inner)
+        return tensor
 
-    def _read(self, module: Any) -> Any:
-        name, parameters, cover = self.name, module._parameters, module._diffq_cover
-        forward = None if cover is None else cover.forwards.current()
-        if forward is None:
-            return parameters[name] if name in parameters else self.plain(module)
-        place, training = cover.own[name], module.training
-        base = parameters.get(name)
-        if base is None and self.inner is not None and name not in module.__dict__:
-            # Computed once, when the forward began.
-            mode = training and not cover.forwards.always_quantized
-            known = forward.samples(mode)[place.quantizer.index]
-            base = None if known is None else known.weight
-        if base is None:
-            base = self.plain(module)
-        return base if base is None else cover.forwards.read(forward, place, base, training)
 
-    def _write(self, module: nn.Module, value: Any) -> None:
-        if self.inner is not None:
-            self.inner.fset(module, value)
-        else:
-            module.__dict__[self.name] = value
-
-    def _delete(self, module: nn.Module) -> None:
-        if self.name not in module.__dict__:
-            raise AttributeError(self.name)
-        del module.__dict__[self.name]
+def _plain(module: nn.Module, name: str, inner: Any) -> Any:
+    tensor: Tensor | None = module._parameters.get(name)
+    if tensor is None and name in module.__dict__:
+        # The hooks of older torch, and DataParallel, put tensors there.
+        tensor = module.__dict__[name]
+    if tensor is None and inner is not None and name not in module._parameters:
+        tensor = inner.fget(module)
+    if tensor is None and name not in module._parameters:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+    return tensor
 
 
 class _Quiet:
