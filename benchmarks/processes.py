@@ -12,15 +12,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def worker(script: str, earlier: Path | None = None) -> tuple[list[str], dict[str, str]]:
+def worker(
+    script: str, earlier: Path | None = None, root: Path = ROOT
+) -> tuple[list[str], dict[str, str]]:
     """Command and environment to run a script of this folder.
 
-    It imports this checkout's diffq; or, where `earlier` is the Python of an environment
-    with the earlier package, that one.
+    It imports diffq of the checkout `root`; or, where `earlier` is the Python of an
+    environment with the earlier package, that one.
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if earlier is None:
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = str(root)
     # Not resolved: a virtual environment is found by the path of its link.
     python = sys.executable if earlier is None else str(earlier.absolute())
     return [python, str(ROOT / "benchmarks" / script)], environment

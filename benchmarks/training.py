@@ -4,6 +4,7 @@
     python benchmarks/training.py --models transformer-2x128 lstm --rounds 3 --steps 1  # quick
     python benchmarks/training.py --models resnet18 --contenders diffq-g8 qat
     python benchmarks/training.py --earlier .venv-earlier/bin/python # PyPI diffq 0.2.4 too
+    python benchmarks/training.py --before ../diffq-main             # another checkout too
     python benchmarks/training.py --device cuda                      # also the paper's transformer
 
 A step is zero_grad, forward, loss + lambda * model_size(), backward and AdamW. Each contender is
@@ -28,11 +29,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from processes import worker
+from processes import ROOT, worker
 from training_cases import ALL_CASES, BIG_CASES, CASES, CONTENDERS
 from training_report import Answer, Row, Times, markdown, summarize, write
 
 Tick = Callable[[str], None]
+
+#: Ends the names of contenders that run the diffq of another checkout.
+BEFORE = "-before"
 
 
 class Worker:
@@ -40,10 +44,13 @@ class Worker:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name = name
+        contender = name.removesuffix(BEFORE)
         command, environment = worker(
-            "training_worker.py", args.earlier if CONTENDERS[name].earlier else None
+            "training_worker.py",
+            args.earlier if CONTENDERS[contender].earlier else None,
+            ROOT if contender == name else args.before.resolve(),
         )
-        command += [name, args.device, f"--threads={args.threads}"]
+        command += [contender, args.device, f"--threads={args.threads}"]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -164,6 +171,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="Python of an environment with the earlier package",
     )
     parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout of this project, whose diffq takes turns with this one's",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
@@ -173,6 +186,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.models = args.models or [*CASES, *(BIG_CASES if args.device == "cuda" else ())]
     chosen = args.contenders or [n for n, c in CONTENDERS.items() if args.earlier or not c.earlier]
     args.contenders = ["plain", *(name for name in chosen if name != "plain")]
+    if args.before is not None:
+        args.contenders += [name + BEFORE for name in args.contenders[1:]]
     if args.earlier is None and any(CONTENDERS[name].earlier for name in chosen):
         parser.error("contenders of the earlier package need --earlier PYTHON")
     return args
