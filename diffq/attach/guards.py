@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from diffq.attach.attachment import is_attached, strip
 from diffq.attach.plan import TensorPlan
-from diffq.attach.pruning import pruned_names
 from diffq.errors import AttachError, WeightError
+from diffq.torch_inside.modules import pruned_names
 from diffq.torch_inside.sharding import is_sharded
 
 _PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffq.attach.pruning import is_pruned
@@ -21,6 +20,7 @@ from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
 from diffq.numerics.size import MEGABYTE
+from diffq.torch_inside.modules import is_lazy, non_persistent_buffers
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -351,7 +351,7 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
             inner += (f"{path}.parametrizations.".lstrip("."),)
             names += module.parametrizations
         names += (name for name, tensor in module._parameters.items() if tensor is not None)
-        skipped = module._non_persistent_buffers_set
+        skipped = non_persistent_buffers(module)
         names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)
 

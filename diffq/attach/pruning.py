@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from diffq.errors import AttachError
+from diffq.torch_inside.modules import pruned_names
 
 
 class Pruned(nn.Module):
@@ -71,12 +72,6 @@ def parametrize_pruning(model: nn.Module) -> nn.Module:
         prune.remove(module, name)  # type: ignore[no-untyped-call]
         parametrize.register_parametrization(module, name, Pruned(mask))
     return model
-
-
-def pruned_names(module: nn.Module) -> list[str]:
-    """The tensors of a module that `torch.nn.utils.prune` prunes."""
-    hooks = module._forward_pre_hooks.values()
-    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def is_pruned(owner: nn.Module, name: str) -> bool:

@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import is_attached
@@ -27,6 +24,7 @@ from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.numerics.masks import block_mask
 from diffq.numerics.noise import straight_through
 from diffq.numerics.ranges import Observer, RangeTracker, check_observer
+from diffq.torch_inside.modules import CONVOLUTIONS, is_attention_projection, is_lazy
 
 #: Name of the buffer that a layer gets: float32 [2, 1] or [2, channels], low and high of
 #: its input; NaN before calibration.
@@ -34,8 +32,7 @@ BUFFER = "activation_range"
 
 MAX_BITS = 8
 
-#: Every convolution of torch, transposed ones included, is a `_ConvNd`.
-_Layer = nn.Linear | _ConvNd
+_Layer = nn.Linear | CONVOLUTIONS
 
 
 class ActivationQuantizer:
@@ -287,7 +284,7 @@ def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
         name: module
         for name, module in model.named_modules()
         # Attention reads the weight of its output projection, and does not call it.
-        if isinstance(module, _Layer) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if isinstance(module, _Layer) and not is_attention_projection(module)
     }
     for pattern in (*include, *exclude):
         if not any(matches([pattern], [name]) for name in layers):

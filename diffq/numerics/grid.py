@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffq.torch_inside import foreach
+
 _WIDE = (torch.float32, torch.float64)
 
 # A search for places takes tensors of fewer weights whole, and larger ones in rows, if their
@@ -245,12 +247,12 @@ class BitsLaw:
 @torch.no_grad()
 def bits_of_all(laws: Sequence[BitsLaw], logits: Sequence[Tensor]) -> list[Tensor]:
     """Bitwidths of many tensors at once, as each law's `bits` gives them; without graph."""
-    bits = list(torch._foreach_sigmoid([widen(part) for part in logits]))
-    torch._foreach_mul_(bits, [law.max_bits - law.min_bits for law in laws])
-    torch._foreach_add_(bits, [law.min_bits for law in laws])
+    bits = list(foreach.sigmoid([widen(part) for part in logits]))
+    foreach.mul_(bits, [law.max_bits - law.min_bits for law in laws])
+    foreach.add_(bits, [law.min_bits for law in laws])
     whole = [part for part, law in zip(bits, laws, strict=True) if law.whole]
     if whole:
-        torch._foreach_round_(whole)
+        foreach.round_(whole)
     return bits
 
 
@@ -258,10 +260,10 @@ def slopes_of_all(
     laws: Sequence[BitsLaw], logits: Sequence[Tensor], factors: Sequence[int]
 ) -> list[Tensor]:
     """db/dl of many tensors at once, each times a factor; differentiable."""
-    shares = torch._foreach_sigmoid([widen(part) for part in logits])
-    slopes = list(torch._foreach_addcmul(shares, shares, shares, value=-1))
+    shares = foreach.sigmoid([widen(part) for part in logits])
+    slopes = list(foreach.addcmul(shares, shares, shares, value=-1))
     each = zip(laws, factors, strict=True)
-    torch._foreach_mul_(slopes, [(law.max_bits - law.min_bits) * factor for law, factor in each])
+    foreach.mul_(slopes, [(law.max_bits - law.min_bits) * factor for law, factor in each])
     return slopes
 
 

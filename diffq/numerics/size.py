@@ -11,6 +11,7 @@ from torch import Tensor
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.numerics import grid
 from diffq.numerics.grid import BitsLaw
+from diffq.torch_inside import foreach
 from diffq.torch_inside.sharding import (
     Layout,
     gather_from,
@@ -163,7 +164,7 @@ def total_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
 
 def _level_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
     sums = [part.sum() for part in bits]
-    parts = list(torch._foreach_mul(sums, [float(g.group_size) for g in groupings]))
+    parts = list(foreach.mul(sums, [float(g.group_size) for g in groupings]))
     parts += [b[-1] * -g.missing for b, g in zip(bits, groupings, strict=True) if g.missing]
     return torch.stack(parts).sum()
 
@@ -176,10 +177,10 @@ def _largest(bits: list[Tensor]) -> Tensor:
 def _overhead_bits(largest: Tensor, groupings: Sequence[Grouping]) -> Tensor:
     """Bit maps, ranges and bitwidths."""
     least = [grouping.law.min_bits for grouping in groupings]
-    above = torch._foreach_sub(list(largest.round().unbind()), least)
+    above = foreach.sub(list(largest.round().unbind()), least)
     # frexp's exponent is the bit length of a whole number.
     widths = list(torch.frexp(torch.stack(above)).exponent.to(largest.dtype).unbind())
-    maps = torch._foreach_mul(widths, [float(g.groups) for g in groupings])
+    maps = foreach.mul(widths, [float(g.groups) for g in groupings])
     return torch.stack(maps).sum() + len(maps) * (RANGE_BITS + WIDTH_BITS)
 
 
@@ -188,7 +189,7 @@ def _gradients(
 ) -> list[Tensor]:
     sizes = [g.group_size for g in groupings]
     grads = grid.slopes_of_all([g.law for g in groupings], logits, sizes)
-    torch._foreach_mul_(grads, grad)
+    foreach.mul_(grads, grad)
     for grouping, gradient in zip(groupings, grads, strict=True):
         if grouping.missing:
             gradient[-1:].mul_((grouping.group_size - grouping.missing) / grouping.group_size)

@@ -22,6 +22,7 @@ from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer
+from diffq.torch_inside import foreach
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -217,13 +218,13 @@ def _perturbed(
             Sample(weight, q.nearest(weight, *q.bounds(weight), q.whole_bits(weight, part)))
             for q, weight, part in each
         ]
-    counts = torch._foreach_mul(_bits(quantizers, weights, learned), math.log(2))
-    torch._foreach_exp_(counts)
-    torch._foreach_sub_(counts, 1)
+    counts = foreach.mul(_bits(quantizers, weights, learned), math.log(2))
+    foreach.exp_(counts)
+    foreach.sub_(counts, 1)
     extremes = grid.extremes([grid.widen(weight) for weight in weights])
     spans = list(torch.split(extremes.distance, 1))
-    torch._foreach_mul_(spans, [q.settings.noise_scale for q in quantizers])
-    steps = torch._foreach_div(spans, counts)
+    foreach.mul_(spans, [q.settings.noise_scale for q in quantizers])
+    steps = foreach.div(spans, counts)
     noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
     if weights[0].dtype == torch.float16:
         largest = torch.finfo(torch.float16).max

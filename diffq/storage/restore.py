@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffq.attach.attachment import is_attached
@@ -17,6 +16,7 @@ from diffq.errors import MismatchError
 from diffq.storage.legacy.layout import is_legacy
 from diffq.storage.legacy.load import load_legacy
 from diffq.storage.state import Header, from_state, read_header, record_tensor
+from diffq.torch_inside.modules import is_lazy
 from diffq.torch_inside.sharding import is_managed
 
 

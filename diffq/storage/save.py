@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from diffq.attach.plan import named_tensors
 from diffq.errors import ConfigError
@@ -21,6 +20,7 @@ from diffq.storage.open import Readable, StoredModel, read_whole
 from diffq.storage.restore import match, unique_targets
 from diffq.storage.state import Header, Snapshot, from_state
 from diffq.storage.writing import Target, check_target, write_file
+from diffq.torch_inside.modules import is_lazy
 
 Model = TypeVar("Model", bound=nn.Module)
 DeviceLike = torch.device | str | int | None

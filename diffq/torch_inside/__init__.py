@@ -1,1 +1,1 @@
-"""What depends on the inside of torch: sharding by FSDP2, and cheap autograd functions."""
+"""Private names of torch, and what depends on how torch works inside."""

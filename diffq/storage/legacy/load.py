@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from diffq.attach.attachment import is_attached
@@ -19,6 +18,7 @@ from diffq.storage.legacy.entries import LevelEntry, is_dense, read_entry
 from diffq.storage.legacy.layout import LegacyState, Settings, describe, read_state
 from diffq.storage.legacy.unpickle import PathLike, read_file
 from diffq.storage.state import Snapshot, raw_record
+from diffq.torch_inside.modules import is_lazy
 
 Source = PathLike | Mapping[str, Any]
 
