@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 T = TypeVar("T")
+
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 
 
 def is_transformed() -> bool:
@@ -27,10 +30,14 @@ def is_traced() -> bool:
     return bool(tracing.is_tracing())
 
 
+def _is_exported_by_2_6() -> bool:
+    """Whether `torch.export` runs in torch 2.6, where that does not count as compiling."""
+    return not _KNOWS_EXPORTS and detect_fake_mode() is not None
+
+
 def is_exported() -> bool:
-    """Whether `torch.export` runs; torch 2.6 cannot tell."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return exporting is not None and bool(exporting())
+    """Whether `torch.export` runs."""
+    return torch.compiler.is_exporting() if _KNOWS_EXPORTS else _is_exported_by_2_6()
 
 
 def untraced(call: Callable[[], T]) -> T:
@@ -50,7 +57,7 @@ def is_plain() -> bool:
 
     Not while `torch.compile` or `torch.export` trace, nor in transforms of `torch.func`.
     """
-    return not (torch.compiler.is_compiling() or is_transformed())
+    return not (torch.compiler.is_compiling() or is_transformed() or _is_exported_by_2_6())
 
 
 def in_backward() -> bool:
