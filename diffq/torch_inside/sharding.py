@@ -50,18 +50,6 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def put(parameter: Tensor, value: Tensor) -> None:
-    """Writes a whole tensor to a parameter; to its parts, the first rank's, if it is sharded."""
-    if is_dtensor(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = parameter
-        moved = value.to(sharded.device_mesh.device_type)
-        value = distribute_tensor(moved, sharded.device_mesh, sharded.placements)
-    with torch.no_grad():
-        parameter.copy_(value)
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this rank holds, differentiable; it may be empty."""
     sharded: Any = tensor
@@ -74,7 +62,7 @@ def local_start(tensor: Tensor) -> int:
     sharded: Any = tensor
     mesh, start, length = sharded.device_mesh, 0, len(tensor)
     for dimension, placement in enumerate(sharded.placements):
-        if placement.is_shard():
+        if placement.is_shard(0):
             # As torch.chunk cuts: parts of one length, then a shorter one, then empty ones.
             chunk = -(-length // mesh.size(dimension))
             skipped = min(chunk * mesh.get_local_rank(dimension), length)
