@@ -276,6 +276,19 @@ def test_package_imports_nothing_around_it(name):
     assert relative == []
 
 
+def _dotted(tree):
+    """The names that a module imports, and what it reads attributes of, as text."""
+    yield from _imports(tree)
+    yield from (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_private_names_of_torch(name):
+    """Private functions and classes of torch are named in `torch_inside` only."""
+    private = [n for n in _dotted(MODULES[name]) if re.fullmatch(r"torch(\.\w+)*\._[\w.]+", n)]
+    assert private == [] or name.split(".")[1] == "torch_inside"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_assert_statements(name):
     """The package has no assert statement, which `python -O` would remove."""
