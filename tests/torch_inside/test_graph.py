@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diffq.torch_inside import graph
 from diffq.torch_inside.graph import (
     Tied,
     call_after_backward,
@@ -93,17 +94,18 @@ def test_traced():
     assert telling.told == [True, False, False]
 
 
-def test_exported():
-    """`torch.export` is told where torch can tell, and nothing else is."""
+@pytest.mark.parametrize("knows", sorted({False, graph._KNOWS_EXPORTS}))
+def test_exported(knows, monkeypatch):
+    """`torch.export` is told while it runs, if torch has a function for it or not."""
+    monkeypatch.setattr(graph, "_KNOWS_EXPORTS", knows)
     told = []
     # Not kept by the module: export takes back what a forward changes in one.
-    telling = Telling(lambda: told.append(is_exported()))
+    telling = Telling(lambda: told.append((is_exported(), is_plain())))
     _in_no_grad(telling)
     _in_trace(telling)
-    assert told == [False, False]
+    assert told == [(False, True), (False, True)]
     _in_export(telling)
-    assert told[-1] is hasattr(torch.compiler, "is_exporting")
-    assert len(told) > 2
+    assert set(told[2:]) == {(True, False)}
     assert not is_exported()
 
 
