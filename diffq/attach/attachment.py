@@ -19,7 +19,7 @@ from diffq.attach.place import Place, untied
 from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
-from diffq.errors import AttachError
+from diffq.errors import AttachError, warn
 from diffq.numerics.size import Sized
 from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
@@ -52,6 +52,12 @@ class Attachment:
         # By the module and not by its name: a detach reaches modules that were replaced since.
         self._covered = [m for m in model.modules() if m is model or self._below(m)]
         self._links = self._find_links()
+        if "forward" in vars(model) and self.quantizers:
+            warn(
+                "The model's forward was set on the model itself, as Accelerate does in mixed "
+                "precision, and diffq does not see its calls: tensors that the model itself reads "
+                "stay plain. Attach the quantizer before, and set forward afterwards."
+            )
         self._states = StateHooks(self.forwards, self._places)
         try:
             model.add_module(LEARNED, self.learned)

@@ -23,7 +23,7 @@ from diffq.attach.learned import characters
 from diffq.attach.place import Place
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
-from diffq.errors import MismatchError, listed
+from diffq.errors import MismatchError
 from diffq.torch_inside.sharding import is_dtensor
 
 _FLAT, _KEPT, _SETTINGS = (f"{LEARNED}.{name}" for name in ("learned", "kept", "_extra_state"))
@@ -67,8 +67,6 @@ class StateHooks:
         module: nn.Module,
         state: dict[str, Any],
         prefix: str,
-        metadata: Any,
-        strict: bool,
         *_: Any,
     ) -> None:
         self._loaded = None
@@ -76,35 +74,32 @@ class StateHooks:
         settings = state.pop(prefix + _SETTINGS, None)
         kept = state.pop(prefix + _KEPT, None)
         if settings is not None:
-            self._take(state, prefix, _parsed(settings), kept, strict)
+            self._take(state, prefix, _parsed(settings), kept)
         learned = self._forwards.learned
         if learned.parameter is not None:
             state.setdefault(prefix + _FLAT, learned.parameter)
         state[prefix + _SETTINGS] = learned.get_extra_state()
 
     def _take(
-        self,
-        state: dict[str, Any],
-        prefix: str,
-        theirs: dict[str, Any],
-        kept: Tensor | None,
-        strict: bool,
+        self, state: dict[str, Any], prefix: str, theirs: dict[str, Any], kept: Tensor | None
     ) -> None:
-        """Checks the settings of a checkpoint, and takes the parts that fit."""
-        ours = self._forwards.learned.settings()
+        """Checks the settings of a checkpoint, and takes the parts that fit.
+
+        A part of a checkpoint may be loaded: the tensors whose weights are there. What else is
+        missing, unexpected or of another shape is torch's to report.
+        """
         entries: dict[str, list[Any]] = theirs["tensors"]
-        own: dict[str, list[Any]] = ours["tensors"]
-        if strict and entries.keys() != own.keys():
-            raise MismatchError(
-                "The checkpoint and the quantizer of this model must have the same quantized "
-                f"tensors, but only one has {listed(sorted(entries.keys() ^ own.keys()))}. "
-                f"{_REMEDY}"
-            )
-        chosen = [name for name in entries if name in own]
-        if not strict:
-            # A part of a checkpoint may be loaded: the tensors that are there, of one method.
-            alike = [n for n in chosen if entries[n][3].get("method") == own[n][3]["method"]]
-            chosen = [name for name in alike if prefix + name in state]
+        own: dict[str, list[Any]] = self._forwards.learned.settings()["tensors"]
+        shapes = {name: tuple(t.shape) for name, t in self._forwards.tensors().items()}
+        there = [n for n, shape in shapes.items() if _has(state, prefix + n, shape)]
+        there += [name for name in own if name not in shapes and _has_computed(state, prefix, name)]
+        for name in there:
+            if (name in entries) != (name in own):
+                raise MismatchError(
+                    "The checkpoint and the quantizer of this model must have the same quantized "
+                    f"tensors, but only one has {name}. {_REMEDY}"
+                )
+        chosen = [name for name in entries if name in own and name in there]
         for name in chosen:
             _compare(name, entries[name][3], own[name][3])
         integers = _cut(kept, {name: entry[2] for name, entry in entries.items()})
@@ -186,6 +181,18 @@ class StateHooks:
         self._loaded = stages, kept
         if parameter is not None:
             state[prefix + _FLAT] = merged
+
+
+def _has(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a state dict has a tensor of this name and shape."""
+    return isinstance(state.get(name), Tensor) and tuple(state[name].shape) == shape
+
+
+def _has_computed(state: Mapping[str, Any], prefix: str, name: str) -> bool:
+    """Whether a state dict has what other parametrizations compute a tensor from."""
+    module, _, attribute = name.rpartition(".")
+    stem = ".".join(filter(None, (module, "parametrizations", attribute)))
+    return any(key.startswith(f"{prefix}{stem}.") for key in state)
 
 
 def stages(settings: Tensor) -> dict[str, int]:

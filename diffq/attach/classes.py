@@ -8,8 +8,11 @@ the Parameter, which stays where it is. The methods that compute are wrapped.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import getattr_static
+from abc import ABCMeta
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from inspect import getattr_static, unwrap
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 from diffq.attach import containers
 from diffq.attach.forward import Forwards
 from diffq.attach.place import Place
+from diffq.errors import AttachError
+from diffq.torch_inside.graph import output_tensors
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 
 #: The attribute of a module that holds its `Cover`.
@@ -89,11 +94,16 @@ def cover_of(module: nn.Module) -> Cover | None:
 
 def put_on(module: nn.Module, cover: Cover) -> None:
     """Gives a module its cover, and the class that reads it."""
-    module.__dict__[COVER] = cover
     # The class may be ours already, as of an instance that was made of an attached one's class.
-    module.__class__ = _covered(
-        _without(type(module)), tuple(cover.own), cover.attachment is not None
-    )
+    plain, is_root = _without(type(module)), cover.attachment is not None
+    try:
+        module.__class__ = _covered(plain, tuple(cover.own), is_root)
+    except TypeError as error:
+        raise AttachError(
+            f"{plain.__name__} cannot be given a class of its own: {error}. List torch.nn.Module "
+            "before its other bases, as in class Encoder(nn.Module, ABC)."
+        ) from error
+    module.__dict__[COVER] = cover
 
 
 def take_off(module: nn.Module) -> None:
@@ -181,26 +191,6 @@ class _Recurrent(ReadsWeights, _Quiet):
         return cover is not None and cover.forwards.current() is not None
 
 
-class _Root:
-    """The root of an attached model."""
-
-    _diffq_cover: Any
-
-    def train(self, mode: bool = True) -> Any:
-        """Sets the mode, which ends `quantize()`."""
-        if self._diffq_cover is not None:
-            self._diffq_cover.forwards.always_quantized = False
-        module: Any = super()
-        return module.train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # A cast or move may end at the same address, so that the weight looks unchanged.
-        if self._diffq_cover is not None:
-            self._diffq_cover.forwards.forget()
-        module: Any = super()
-        return module._apply(fn, recurse)
-
-
 def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> type[nn.Module]:
     """The subclass for a module; modules of one class share it, and it goes when unused."""
     key = base, names, is_root
@@ -218,10 +208,12 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         _KEY: key,
     }
     members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
+    members["train"] = _watched(base.train)
+    if is_root:
+        members["_apply"] = _moved(base._apply)
     if names:
-        members["train"] = _watched(base.train)
         members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
-    make: Any = type(base)
+    make = _maker(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
         own = {k: v for k, v in vars(base).items() if k not in _NOT_COPIED}
@@ -230,12 +222,28 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         return make(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
     members["forward"] = _counted(base.forward)
     members.update((n, _counted(method, of_tensors=True)) for n, method in _readers(base, names))
+    # Only where they are needed: after some bases, such as ABC, Python takes no other first one.
     mixins: list[type] = []
     if is_root:
         members.update(containers.changes(base))
-        mixins += [*containers.mixins(base), _Root]
-    mixins.append(_Recurrent if issubclass(base, nn.RNNBase) else _Quiet)
+        mixins += containers.mixins(base)
+    if issubclass(base, nn.RNNBase):
+        mixins.append(_Recurrent)
+    elif _tells_subclasses(base):
+        mixins.append(_Quiet)
     return make(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
+
+
+def _maker(base: type[nn.Module]) -> Any:
+    """Makes classes like a class does, without what its own metaclass does besides."""
+    metaclass = type(base)
+    kind = ABCMeta if issubclass(metaclass, ABCMeta) else type
+    return partial(kind.__new__, metaclass)
+
+
+def _tells_subclasses(base: type[nn.Module]) -> bool:
+    own = (cls for cls in base.__mro__ if cls.__module__ not in ("builtins", "typing"))
+    return any("__init_subclass__" in vars(cls) for cls in own)
 
 
 def _without(cls: type[nn.Module]) -> type[nn.Module]:
@@ -246,23 +254,41 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
-    make: Any = type(cls)
-    return make(cls.__name__, bases, members)  # type: ignore[no-any-return]
+    return _maker(cls)(cls.__name__, bases, members)  # type: ignore[no-any-return]
 
 
 def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """The methods of a class, not of torch's, that read one of its quantized tensors."""
-    found: dict[str, None] = {}
-    for cls in (cls for cls in base.__mro__ if cls.__module__.split(".")[0] != "torch"):
-        for name, method in vars(cls).items():
-            code = getattr(method, "__code__", None)
-            if code is not None and not set(names).isdisjoint(code.co_names):
-                found[name] = None
-    for name in found:
-        # What calls the method of a class below reads the tensor too.
-        method = getattr_static(base, name)
-        if name != "forward" and not name.startswith("__") and hasattr(method, "__code__"):
+    own = [cls for cls in base.__mro__ if cls.__module__.split(".")[0] != "torch"]
+    used: dict[str, set[str]] = {}
+    for cls in own:
+        for name, member in vars(cls).items():
+            used.setdefault(name, set()).update(_names_in(member))
+    # What calls a method that reads, or takes a property that does, reads too.
+    found, before = set(names), -1
+    while before != len(found):
+        before = len(found)
+        found |= {n for n, u in used.items() if not u.isdisjoint(found) and not _is_special(n)}
+    for name in used:
+        method = getattr_static(base, name, None)
+        if name in found and name != "forward" and isinstance(method, FunctionType):
             yield name, method
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name != "__call__"
+
+
+def _names_in(member: Any) -> set[str]:
+    """The names that a method or a property uses, in the functions in it too."""
+    function = member.fget if isinstance(member, property) else member
+    codes = [getattr(unwrap(function), "__code__", None)] if callable(function) else []
+    names: set[str] = set()
+    for code in codes:
+        if code is not None:
+            names.update(code.co_names)
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return names
 
 
 def _counted(method: Any, of_tensors: bool = False) -> Any:
@@ -302,7 +328,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
 
 
 def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+    return next(output_tensors([*args, *kwargs.values()]), None) is not None
 
 
 def _watched(method: Any) -> Any:
@@ -310,13 +336,29 @@ def _watched(method: Any) -> Any:
 
     @functools.wraps(method)
     def train(self: Any, mode: bool = True) -> Any:
-        cover = self._diffq_cover
+        cover: Cover | None = getattr(self, COVER, None)
         if cover is not None:
+            if cover.attachment is not None:
+                cover.forwards.always_quantized = False
             for place in cover.own.values():
                 cover.forwards.switch(place, mode)
         return method(self, mode)
 
     return train
+
+
+def _moved(method: Any) -> Any:
+    """`_apply`, after which the quantized weights of the model are computed anew."""
+
+    @functools.wraps(method)
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A cast or move may end at the same address, so that the weight looks unchanged.
+        cover: Cover | None = getattr(self, COVER, None)
+        if cover is not None:
+            cover.forwards.forget()
+        return method(self, *args, **kwargs)
+
+    return apply
 
 
 def _loaded(method: Any) -> Any:
@@ -336,13 +378,21 @@ def _loaded(method: Any) -> Any:
 def _reduce(self: Any, protocol: Any) -> Any:
     """Pickles and copies by the plain class, because ours cannot be found by its name."""
     ours: Any = next(cls for cls in type(self).__mro__ if _BASE in vars(cls))
-    reduced = super(ours, self).__reduce_ex__(protocol)
-    function, args = reduced[:2]
+    function, args, *rest = super(ours, self).__reduce_ex__(protocol)
+    key = vars(ours)[_KEY]
     if function.__name__ == "__newobj__" and _BASE in vars(args[0]):
-        return (_rebuild, vars(args[0])[_KEY], *reduced[2:])
-    return reduced
+        return (_rebuild, vars(args[0])[_KEY], *rest)
+    return (_rebuild_by, (key, function, args), *rest)
 
 
 def _rebuild(*key: Any) -> Any:
     cls: Any = _covered(*key)
     return cls.__new__(cls)
+
+
+def _rebuild_by(key: Any, function: Any, args: Any) -> Any:
+    """A module of a class that says itself how it is made."""
+    module = function(*args)
+    if type(module) is key[0]:
+        module.__class__ = _covered(*key)
+    return module

@@ -83,6 +83,11 @@ class Forwards:
         }
         return {**self.__dict__, **outside}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters of the model by the first of their names."""
+        model = None if self.root is None else self.root()
+        return {} if model is None else dict(model.named_parameters())
+
     def running(self) -> list[Forward]:
         """The forward of each call that runs in this thread, the outermost first."""
         thread = get_ident()
@@ -353,7 +358,9 @@ class Forwards:
 
     def _replay(self, forward: Forward) -> None:
         self.replayed = forward
-        call_after_backward(self._end_replay)
+        # The graph of gradients may have a backward of its own, which passes no output.
+        if not torch.is_grad_enabled():
+            call_after_backward(self._end_replay)
 
     def _end_replay(self) -> None:
         self.replayed = None

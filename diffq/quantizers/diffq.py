@@ -165,7 +165,7 @@ class DiffQWeight(GridQuantizer):
         if self.settings.bits is not None:
             return {"bits": self.settings.bits}
         limits = {"min_bits": self.settings.min_bits, "max_bits": self.settings.max_bits}
-        return {"group_size": self.group_size, **limits}
+        return {"group_size": self.settings.group_size or 0, **limits}
 
     def freeze(self, rounding: bool, learned: Tensor | None) -> None:
         """Ends the learning of the bitwidths; see `DiffQuantizer.freeze_bits`."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -32,7 +32,9 @@ def is_traced() -> bool:
 
 def _is_exported_by_2_6() -> bool:
     """Whether `torch.export` runs in torch 2.6, where that does not count as compiling."""
-    return not _KNOWS_EXPORTS and detect_fake_mode() is not None
+    if _KNOWS_EXPORTS or torch.compiler.is_compiling():
+        return False
+    return detect_fake_mode() is not None
 
 
 def is_exported() -> bool:
@@ -84,14 +86,22 @@ def call_after_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
-def output_tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a forward returns: containers that torch knows, and dataclasses."""
+def output_tensors(output: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in what a forward returns.
+
+    Args:
+        output: a tensor, a container, or an object with tensors in its attributes.
+        depth: how many containers and objects that torch does not know may be in each other.
+    """
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in dataclasses.fields(leaf):
-                yield from output_tensors(getattr(leaf, field.name, None))
+        elif depth and isinstance(leaf, Mapping):
+            yield from output_tensors(list(leaf.values()), depth - 1)
+        elif depth and isinstance(leaf, list | tuple | set | frozenset):
+            yield from output_tensors(list(leaf), depth - 1)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | Module):
+            yield from output_tensors(list(vars(leaf).values()), depth - 1)
 
 
 class Tied(torch.autograd.Function):
