@@ -26,14 +26,16 @@ from diffq.torch_inside.graph import (
 
 
 class Telling(nn.Module):
-    """Keeps what a function tells while the forward runs."""
+    """Keeps what a function tells while the forward runs, if it tells something."""
 
     def __init__(self, tell):
         super().__init__()
         self.tell, self.told = tell, []
 
     def forward(self, x):
-        self.told.append(self.tell())
+        told = self.tell()
+        if told is not None:
+            self.told.append(told)
         return x * 2
 
 
