@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffq.torch_inside import graph
 from diffq.torch_inside.graph import (
     Tied,
     call_after_backward,
@@ -96,10 +95,8 @@ def test_traced():
     assert telling.told == [True, False, False]
 
 
-@pytest.mark.parametrize("knows", sorted({False, graph._KNOWS_EXPORTS}))
-def test_exported(knows, monkeypatch):
-    """`torch.export` is told while it runs, if torch has a function for it or not."""
-    monkeypatch.setattr(graph, "_KNOWS_EXPORTS", knows)
+def test_exported():
+    """`torch.export` is told while it runs."""
     told = []
     # Not kept by the module: export takes back what a forward changes in one.
     telling = Telling(lambda: told.append((is_exported(), is_plain())))
