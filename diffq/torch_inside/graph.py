@@ -32,7 +32,7 @@ def is_traced() -> bool:
 
 def _is_exported_by_2_6() -> bool:
     """Whether `torch.export` runs in torch 2.6, where that does not count as compiling."""
-    if _KNOWS_EXPORTS or torch.compiler.is_compiling():
+    if _KNOWS_EXPORTS or torch.compiler.is_dynamo_compiling():
         return False
     return detect_fake_mode() is not None
 
