@@ -24,6 +24,7 @@ from diffq.attach.place import Place
 from diffq.errors import AttachError
 from diffq.torch_inside.graph import output_tensors
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
+from diffq.torch_inside.sharding import is_managed
 
 #: The attribute of a module that holds its `Cover`.
 COVER = "_diffq_cover"
@@ -60,14 +61,10 @@ class Cover:
         depth = len(stack)
         forward = stack[-1] if stack else forwards.current()
         # A checkpoint around an outermost call runs all of it again, its samples too.
-        if forward is not None and (forward.entry is not module or stack):
-            if self.own:
+        if forward is not None and (stack or forward.entry is not module):
+            if self.own and is_managed(module):
                 forwards.enter_part(forward, self.own.values())
-            try:
-                stack.append(forward)
-                return method(module, *args, **kwargs)
-            finally:
-                del stack[depth:]
+            return method(module, *args, **kwargs)
         if self.attachment is not None:
             self.attachment.check_links()
         forward = forwards.enter(self.below, module)
