@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABCMeta
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from inspect import getattr_static, unwrap
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from diffq.attach import containers
 from diffq.attach.forward import Forwards
+from diffq.attach.methods import methods_that_read
 from diffq.attach.place import Place
 from diffq.errors import AttachError
 from diffq.torch_inside.graph import output_tensors
@@ -218,7 +217,9 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         below = _covered(first, (), is_root)
         return make(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
     members["forward"] = _counted(base.forward)
-    members.update((n, _counted(method, of_tensors=True)) for n, method in _readers(base, names))
+    members.update(
+        (n, _counted(method, of_tensors=True)) for n, method in methods_that_read(base, names)
+    )
     # Only where they are needed: after some bases, such as ABC, Python takes no other first one.
     mixins: list[type] = []
     if is_root:
@@ -252,40 +253,6 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
     return _maker(cls)(cls.__name__, bases, members)  # type: ignore[no-any-return]
-
-
-def _readers(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """The methods of a class, not of torch's, that read one of its quantized tensors."""
-    own = [cls for cls in base.__mro__ if cls.__module__.split(".")[0] != "torch"]
-    used: dict[str, set[str]] = {}
-    for cls in own:
-        for name, member in vars(cls).items():
-            used.setdefault(name, set()).update(_names_in(member))
-    # What calls a method that reads, or takes a property that does, reads too.
-    found, before = set(names), -1
-    while before != len(found):
-        before = len(found)
-        found |= {n for n, u in used.items() if not u.isdisjoint(found) and not _is_special(n)}
-    for name in used:
-        method = getattr_static(base, name, None)
-        if name in found and name != "forward" and isinstance(method, FunctionType):
-            yield name, method
-
-
-def _is_special(name: str) -> bool:
-    return name.startswith("__") and name != "__call__"
-
-
-def _names_in(member: Any) -> set[str]:
-    """The names that a method or a property uses, in the functions in it too."""
-    function = member.fget if isinstance(member, property) else member
-    codes = [getattr(unwrap(function), "__code__", None)] if callable(function) else []
-    names: set[str] = set()
-    for code in codes:
-        if code is not None:
-            names.update(code.co_names)
-            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return names
 
 
 def _counted(method: Any, of_tensors: bool = False) -> Any:

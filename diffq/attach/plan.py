@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffq.attach.pruning import is_pruned
+from diffq.attach.ties import have_common_elements, tie_key
 from diffq.checks import check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
@@ -285,15 +286,6 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
     )
 
 
-def tie_key(tensor: Tensor) -> object:
-    """What tied tensors share: the object, or for parameters their memory, shape and strides."""
-    if type(tensor) is not nn.Parameter or tensor.is_meta or not tensor.numel() or is_lazy(tensor):
-        return id(tensor)
-    if tensor.layout != torch.strided:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
 def _check_overlaps(tensors: Sequence[tuple[TensorPlan, Tensor]]) -> None:
     """Raises AttachError for a tensor to quantize that has elements in common with another."""
     spans: dict[object, list[tuple[int, int, TensorPlan, Tensor]]] = {}
@@ -309,25 +301,12 @@ def _check_overlaps(tensors: Sequence[tuple[TensorPlan, Tensor]]) -> None:
             for start, _, other, second in there[place + 1 :]:
                 if start >= end:
                     break
-                if (plan.quantized or other.quantized) and _share(tensor, second):
+                if (plan.quantized or other.quantized) and have_common_elements(tensor, second):
                     raise AttachError(
                         f"A tensor to quantize must not share a part of its memory with another, "
                         f"but {plan.name} and {other.name} do. Make one of them a copy, tie them "
                         f"as a whole, or pass exclude={[plan.name, other.name]!r}."
                     )
-
-
-def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have an element in common."""
-    places = [set(_addresses(tensor)) for tensor in (one, other)]
-    return not places[0].isdisjoint(places[1])
-
-
-def _addresses(tensor: Tensor) -> list[int]:
-    places = torch.zeros((), dtype=torch.int64)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = places[..., None] + torch.arange(size) * stride
-    return (places.reshape(-1) * tensor.element_size() + tensor.data_ptr()).tolist()
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:

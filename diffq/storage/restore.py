@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from diffq.attach.attachment import is_attached
-from diffq.attach.plan import dtype_name, named_tensors, tie_key
+from diffq.attach.plan import dtype_name, named_tensors
+from diffq.attach.ties import tie_key
 from diffq.errors import MismatchError
 from diffq.storage.legacy.layout import is_legacy
 from diffq.storage.legacy.load import load_legacy
