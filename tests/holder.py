@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import torch
@@ -52,6 +53,19 @@ def reloaded(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def by_torch(model):
+    """A model through a file of torch that holds it whole."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_pickle(model):
+    """A model through pickle."""
+    return pickle.loads(pickle.dumps(model))  # noqa: S301
 
 
 class Quantized:

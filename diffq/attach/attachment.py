@@ -92,9 +92,7 @@ class Attachment:
         """
         place, *others = (p for p in self._places if p.quantizer is quantizer)
         weight = self._base(place)
-        if weight.shape != quantizer.plan.shape:
-            was, now = list(quantizer.plan.shape), list(weight.shape)
-            raise place.changed(f"went from shape {was} to {now}")
+        place.check_shape(weight)
         for other in others:
             base = self._base(other)
             # What is computed is another tensor each time.

@@ -71,14 +71,14 @@ class EvalCache:
             indices: of the quantizers.
             weights: of each.
         """
-        if learned is not None and not (self._learned and self._learned.is_still(learned)):
-            self.clear()
-            self._learned = _see(learned)
         known = self._probes.get(tuple(indices))
         for views, values in self._probes.values() if known is None else [known]:
             if not torch.equal(_joined(views), values):
                 self.clear()
                 break
+        if learned is not None and not (self._learned and self._learned.is_still(learned)):
+            self.clear()
+            self._learned = _see(learned)
         kept = [self._kept[index] for index in indices]
         each = zip(kept, weights, strict=True)
         return [k[1] if k is not None and k[0].is_still(weight) else None for k, weight in each]

@@ -46,7 +46,7 @@ class StateHooks:
         self._forwards = forwards
         self._places = places
         self._handles: list[RemovableHandle] = []
-        # What a load brings besides the learned parameter: stages by name, and `diffq_kept`.
+        # What a load brings besides the learned parameter: stages and integers by name.
         self._loaded: tuple[dict[str, int], dict[str, Tensor]] | None = None
 
     def register(self, root: nn.Module) -> None:
@@ -138,8 +138,6 @@ class StateHooks:
                     learned = None if part is None else part.detach()
                     q.set_stage(stages[q.plan.name], learned, kept.get(q.plan.name))
         self._forwards.forget()
-        for place in self._places:
-            self._forwards.look(place)
 
     def _tie_again(self) -> None:
         # load_state_dict(assign=True) makes one parameter for each name of a tied one.
@@ -152,6 +150,7 @@ class StateHooks:
                 continue
             if not same_memory(own, parameter):
                 place.owner._parameters[place.name] = parameter
+                self._forwards.look(tied)
 
     def _translate(self, state: dict[str, Any], prefix: str) -> None:
         """Gives a checkpoint from when parametrizations held the quantizers the names of today."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABCMeta
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,6 @@ class Cover:
         """Calls a method of the module during which the model computes."""
         forwards = self.forwards
         stack = forwards.running()
-        depth = len(stack)
         forward = stack[-1] if stack else forwards.current()
         # A checkpoint around an outermost call runs all of it again, its samples too.
         if forward is not None and (stack or forward.entry is not module):
@@ -73,7 +72,7 @@ class Cover:
             output = method(module, *args, **kwargs)
         finally:
             # No call of Python's, at which Ctrl-C could come in.
-            del stack[depth:]
+            del stack[:]
             if forwards.marks:
                 forwards.marks.pop()
             for quantizer in forwards.quantizers:
@@ -176,7 +175,7 @@ class _Quiet:
     """Keeps classes that register their subclasses from seeing ours."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        pass
+        """Tells the other bases nothing."""
 
 
 class _Recurrent(ReadsWeights, _Quiet):
@@ -215,7 +214,8 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         own = {k: v for k, v in vars(base).items() if k not in _NOT_COPIED}
         first, *others = base.__bases__
         below = _covered(first, (), is_root)
-        return make(base.__name__, (below, *others), {**own, **members})  # type: ignore[no-any-return]
+        upper: type[nn.Module] = make(base.__name__, (below, *others), {**own, **members})
+        return upper
     members["forward"] = _counted(base.forward)
     members.update(
         (n, _counted(method, of_tensors=True)) for n, method in methods_that_read(base, names)
@@ -229,10 +229,11 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         mixins.append(_Recurrent)
     elif _tells_subclasses(base):
         mixins.append(_Quiet)
-    return make(base.__name__, (*mixins, base), members)  # type: ignore[no-any-return]
+    covered: type[nn.Module] = make(base.__name__, (*mixins, base), members)
+    return covered
 
 
-def _maker(base: type[nn.Module]) -> Any:
+def _maker(base: type[nn.Module]) -> Callable[..., Any]:
     """Makes classes like a class does, without what its own metaclass does besides."""
     metaclass = type(base)
     kind = ABCMeta if issubclass(metaclass, ABCMeta) else type
@@ -247,12 +248,14 @@ def _tells_subclasses(base: type[nn.Module]) -> bool:
 def _without(cls: type[nn.Module]) -> type[nn.Module]:
     """A class without ours in it."""
     if _BASE in vars(cls):
-        return vars(cls)[_BASE]  # type: ignore[no-any-return]
+        base: type[nn.Module] = vars(cls)[_BASE]
+        return base
     if not hasattr(cls, _BASE):
         return cls
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
-    return _maker(cls)(cls.__name__, bases, members)  # type: ignore[no-any-return]
+    plain: type[nn.Module] = _maker(cls)(cls.__name__, bases, members)
+    return plain
 
 
 def _counted(method: Any, of_tensors: bool = False) -> Any:

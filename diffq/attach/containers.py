@@ -23,6 +23,7 @@ class _Container:
     """A `Sequential` or a list that is the root: it holds the plain model's modules only."""
 
     _modules: dict[str, Any]
+    _diffq_base: Any
 
     def __len__(self) -> int:
         return len(self._visible())
@@ -35,10 +36,9 @@ class _Container:
         if not isinstance(index, slice):
             return container.__getitem__(index)
         modules = list(self._visible().items())[index]
-        plain: Any = type(self)._diffq_base  # type: ignore[attr-defined]
         if isinstance(self, nn.Sequential):
-            return plain(OrderedDict(modules))
-        return plain([module for _, module in modules])
+            return self._diffq_base(OrderedDict(modules))
+        return self._diffq_base([module for _, module in modules])
 
     def _visible(self) -> dict[str, Any]:
         return {k: module for k, module in self._modules.items() if not isinstance(module, Learned)}

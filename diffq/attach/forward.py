@@ -1,10 +1,10 @@
 """The forwards of an attached model: what they compute with, from entry to backward.
 
-| state of the model | `running` | `replayed` | reading a quantized tensor gives |
+| state of the model | `running()` | `replayed` | reading a quantized tensor gives |
 | --- | --- | --- | --- |
 | outside of a forward | empty | none, or of another backward | the Parameter |
-| in a forward | its `Forward`, once for each call | none | the sample, or the quantized tensor |
-| in the backward of its output | as the parts that run again | its `Forward` | the same |
+| in a forward | its `Forward` | none | the sample, or the quantized tensor |
+| in the backward of its output | empty | its `Forward` | the same |
 
 A `Forward` is made by the outermost call of a covered module's `forward`. It draws all samples
 of training at once, outside of regions that activation checkpointing runs again, and looks
@@ -67,7 +67,7 @@ class Forwards:
         self.ran = False
         # The outermost forwards of all threads, for compiled code, which knows no threads.
         self.marks: list[Forward] = []
-        # By thread, the forward of each call that runs, the outermost first.
+        # What `running` gives, by thread.
         self._running: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
@@ -89,7 +89,7 @@ class Forwards:
         return {} if model is None else dict(model.named_parameters())
 
     def running(self) -> list[Forward]:
-        """The forward of each call that runs in this thread, the outermost first."""
+        """The forward that runs in this thread, and those of blocks in it; empty outside."""
         thread = get_ident()
         stack = self._running.get(thread)
         if stack is None:
@@ -173,8 +173,7 @@ class Forwards:
             self._evaluate(forward, evaluated)
         pairs = training + evaluated
         for place, _ in pairs:
-            index = place.quantizer.index
-            place.quantizer.slot = forward.drawn[index] or forward.quantized[index]
+            place.quantizer.slot = forward.first(place.quantizer.index)
         if plain:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
@@ -205,7 +204,7 @@ class Forwards:
         writes, forward.writes = forward.writes, None
         if writes is not None and not is_traced():
             try:
-                writes.check(forward)
+                writes.check()
             except BaseException:
                 self.forget()
                 raise

@@ -71,6 +71,10 @@ class Forward:
         """The samples of a mode."""
         return self.drawn if training else self.quantized
 
+    def first(self, index: int) -> Sample | None:
+        """The sample of a tensor that a forward began with, in the mode of its module."""
+        return self.drawn[index] or self.quantized[index]
+
     def forget(self) -> None:
         """Has a block compute anew what may have changed in it: it may hold steps and loads."""
         if self.entry is None:

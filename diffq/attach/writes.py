@@ -25,14 +25,11 @@ class Writes:
         self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]], thorough: bool
     ) -> None:
         self._pairs = pairs
-        self._samples = [
-            forward.drawn[place.quantizer.index] or forward.quantized[place.quantizer.index]
-            for place, _ in pairs
-        ]
+        self._samples = [forward.first(place.quantizer.index) for place, _ in pairs]
         self._versions = self._present_versions()
         self._sums = _checksums(self._samples) if thorough else None
 
-    def check(self, forward: Forward) -> None:
+    def check(self) -> None:
         """Raises AttachError for a tensor that was assigned or written to."""
         for place, base in self._pairs:
             now = place.owner._parameters.get(place.name)

@@ -1,7 +1,6 @@
 """Copies, pickles and averages of attached models and of their parts."""
 
 import copy
-import io
 import itertools
 import pickle
 from itertools import cycle
@@ -13,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import diffq
 from tests.compare import close, same_bits
+from tests.holder import by_pickle, by_torch
 from tests.models import (
     MODELS,
     QUANTIZERS,
@@ -36,19 +36,7 @@ from tests.readers import (
     x16,
 )
 
-
-def _by_torch(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def _by_pickle(model):
-    return pickle.loads(pickle.dumps(model))  # noqa: S301
-
-
-WAYS = [copy.deepcopy, _by_torch, _by_pickle]
+WAYS = [copy.deepcopy, by_torch, by_pickle]
 
 
 @pytest.mark.parametrize(

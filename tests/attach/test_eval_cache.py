@@ -58,6 +58,21 @@ def test_eval_quantizes_each_weight_once(name, kind):
     assert len(calls) == len(set(calls))
 
 
+def test_a_write_to_data_is_quantized_once():
+    """After a write that leaves no trace in versions, one forward quantizes, and no other."""
+    model, _ = attached(mlp)
+    model.eval()
+    inputs, calls = MODELS["mlp"][1](), _counted(model)
+    with torch.no_grad():
+        model(inputs)
+        model[0].weight.data.mul_(2)
+        calls.clear()
+        model(inputs)
+        assert len(calls) == len(set(calls)) == len(quantizers_in(model))
+        model(inputs)
+    assert len(calls) == len(quantizers_in(model))
+
+
 def _by_optimizer(model, quantizer):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
     model(torch.ones(2, 16)).square().sum().backward()

@@ -1,8 +1,6 @@
 """Whole models through `torch.save`, pickle, other processes, and deep copies of them and parts."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import multiprocessing, nn
 
 import diffq
 from tests.compare import close, same_bits
+from tests.holder import by_pickle, by_torch
 from tests.integrations.tiny import (
     KINDS,
     evaluates_as_shipped,
@@ -48,19 +47,6 @@ MODELS = {
     "lstm": (Recurrent, tokens),
     "encoder": (encoder, sequences),
 }
-
-
-def by_torch(model):
-    """The model through a file of torch that holds it whole."""
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def by_pickle(model):
-    """The model through pickle's newest protocol."""
-    return pickle.loads(pickle.dumps(model))  # noqa: S301
 
 
 def types(model):
