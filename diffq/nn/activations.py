@@ -273,7 +273,8 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         quantized = levels * step + low
         # Not left to the gradient of clamp: at the ends, some versions of torch halve it.
         passes = inside == wide
-    return torch.where(passes, straight_through(wide, quantized), quantized).to(x.dtype)
+    (passed,) = straight_through([wide], [quantized])
+    return torch.where(passes, passed, quantized).to(x.dtype)
 
 
 def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, _Layer]:

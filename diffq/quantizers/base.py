@@ -106,12 +106,12 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        parameter, tensors = attachment.learned.parameter, attachment.sized()
-        if parameter is not None and tensors:
+        parameter, learned = attachment.learned.parameter, attachment.sizes()
+        if parameter is not None and learned is not None:
             if is_managed(attachment.model) and not is_dtensor(parameter):
                 # FSDP may free what it has gathered before a backward asks for it.
                 parameter = parameter.clone()
-            bits = bits + learned_bits(parameter, tensors).to(device, non_blocking=True)
+            bits = bits + learned_bits(parameter, *learned).to(device, non_blocking=True)
         if bits.requires_grad:
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             bits.register_hook(lambda grad: attachment.forget())  # type: ignore[no-untyped-call]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
-from diffq.attach.weight import WeightQuantizer
+from diffq.attach.weight import Batch, Run, WeightQuantizer
 from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
 from diffq.errors import ConfigError
-from diffq.numerics import grid, noise
+from diffq.numerics import noise
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.batches import NoisyBatch, only_of
 from diffq.quantizers.grid import GridQuantizer
-from diffq.torch_inside import foreach
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -117,37 +116,33 @@ class DiffQWeight(GridQuantizer):
         """Rounded bitwidths, float32 [groups]."""
         return torch.round(self.bits(weight, learned))
 
-    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
-        """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
-        return self.draw_all([self], [weight], [learned])[0]
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one law and stage, whose noise is drawn together."""
+        scale, fixed = self.settings.noise_scale, self.settings.bits is not None
+        return self.noise, scale, self.law, self.row_size, self.stage, fixed, self.may_have_zeros
+
+    @property
+    def row_size(self) -> int | None:
+        """Weights of a group; None if the tensor is one."""
+        return None if self.groups == 1 else self.group_size
 
     @classmethod
-    @torch.no_grad()
-    def draw_all(
-        cls,
-        quantizers: Sequence[Self],
-        weights: Sequence[Tensor],
-        learned: Sequence[Tensor | None],
-    ) -> list[Sample]:
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
         """Equation 6 for all tensors together."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
-            alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
-        found: dict[int, Sample] = {}
-        for places in alike.values():
-            samples = _perturbed(
-                [quantizers[i] for i in places],
-                [weights[i] for i in places],
-                [learned[i] for i in places],
-            )
-            found.update(zip(places, samples, strict=True))
-        return [found[place] for place in range(len(quantizers))]
+        return NoisyBatch(quantizers)
+
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
+        """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
+        (sample,) = NoisyBatch([self]).draw([weight], Run.of(learned))
+        return sample
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
+        drawn = only_of(sample)
         logits = learned if self.learning else None
-        rule = self.law, self.group_size
-        return noise.pass_noise(weight, sample.value, logits, *rule, *(sample.about or ()))
+        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight])
+        return connected
 
     def size_bits(self) -> Tensor | float:
         """Equation 12 where bits are fixed, or once they are frozen."""
@@ -196,60 +191,14 @@ class DiffQWeight(GridQuantizer):
         return stage, None
 
     @property
-    def _noise_kind(self) -> Noise:
+    def noise(self) -> Noise:
+        """The kind of noise in this stage."""
         return "rounding" if self.stage is Stage.FROZEN_ROUNDING else self.settings.noise
 
     def _set_bits(self, stage: Stage, frozen: Tensor | None) -> None:
         self.stage, self.frozen_bits = stage, frozen
         # Kept, because it is asked for in each step.
-        self._frozen_size = None if frozen is None else total_bits([frozen], [self._grouping])
-
-
-def _perturbed(
-    quantizers: Sequence[DiffQWeight],
-    weights: Sequence[Tensor],
-    learned: Sequence[Tensor | None],
-) -> list[Sample]:
-    """Samples of tensors that are alike in kind of noise, dtype and device."""
-    kind = quantizers[0]._noise_kind
-    if kind == "rounding":
-        each = zip(quantizers, weights, learned, strict=True)
-        return [
-            Sample(weight, q.nearest(weight, *q.bounds(weight), q.whole_bits(weight, part)))
-            for q, weight, part in each
-        ]
-    counts = foreach.mul(_bits(quantizers, weights, learned), math.log(2))
-    foreach.exp_(counts)
-    foreach.sub_(counts, 1)
-    extremes = grid.extremes([grid.widen(weight) for weight in weights])
-    spans = list(torch.split(extremes.distance, 1))
-    foreach.mul_(spans, [q.settings.noise_scale for q in quantizers])
-    steps = foreach.div(spans, counts)
-    noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
-    if weights[0].dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        noisy = [value.clamp_(-largest, largest) for value in noisy]
-    values = [
-        torch.where(weight == 0, 0, value) if q.may_have_zeros else value
-        for q, weight, value in zip(quantizers, weights, noisy, strict=True)
-    ]
-    pairs = enumerate(zip(weights, values, strict=True))
-    return [Sample(weight, value, (extremes, index)) for index, (weight, value) in pairs]
-
-
-def _bits(
-    quantizers: Sequence[DiffQWeight],
-    weights: Sequence[Tensor],
-    learned: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """`bits` of many quantizers."""
-    logits = [
-        part for q, part in zip(quantizers, learned, strict=True) if q.learning and part is not None
-    ]
-    if len(logits) < len(quantizers):
-        each = zip(quantizers, weights, learned, strict=True)
-        return [q.bits(weight, part) for q, weight, part in each]
-    return grid.bits_of_all([q.law for q in quantizers], logits)
+        self._frozen_size = None if frozen is None else total_bits(frozen, self._grouping)
 
 
 class DiffQuantizer(BaseQuantizer):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
+from diffq.attach.weight import Batch
 from diffq.checks import check_bits, check_flag
 from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.batches import RoundedBatch
 from diffq.quantizers.grid import GridQuantizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,19 @@ class QATWeight(GridQuantizer):
     def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The bitwidth, float32 [1]."""
         return weight.new_full((1,), self.settings.bits, dtype=torch.float32)
+
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one bitwidth."""
+        return self.settings, self.ranges_per_group, self.may_have_zeros
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """Equation 1 for all tensors together, unless grids belong to channels."""
+        first = quantizers[0]
+        if first.ranges_per_group or not first.settings.training:
+            return Batch(quantizers)
+        return RoundedBatch(quantizers)
 
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """The quantized weight; the weight itself with `training=False`."""

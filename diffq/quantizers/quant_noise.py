@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
+from diffq.attach.weight import Batch
 from diffq.checks import check_bits, check_number, check_whole
+from diffq.numerics.flat import WIDTH
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.batches import PartlyRoundedBatch
 from diffq.quantizers.qat import QATSettings, QATWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,18 @@ class QuantNoiseWeight(QATWeight):
         if self.noise_settings.observer == "histogram":
             return fit_range(weight, self.noise_settings.bits, self.zero_point(weight))
         return super().bounds(weight)
+
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one bitwidth, rate and size of blocks."""
+        return self.noise_settings, self.ranges_per_group, self.may_have_zeros
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """All tensors together, where each has one grid between its extremes."""
+        settings = quantizers[0].noise_settings
+        together = settings.observer == "min-max" and WIDTH % settings.block_size == 0
+        return PartlyRoundedBatch(quantizers) if together and settings.p else Batch(quantizers)
 
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """Equations 6 and 10: the blocks J quantized, the others exact."""
