@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffq.format.records import group_count
 from diffq.numerics.grid import widen
-from diffq.numerics.segments import Segments, in_numpy
+from diffq.numerics.segments import Constants, Segments, in_numpy
 
 #: Elements of a row where a whole tensor shares a bitwidth or a scale.
 WIDTH = 64
@@ -61,6 +61,7 @@ class Flat:
         rows: the rows of each tensor.
         groups: the groups of each tensor.
         grouped: whether rows are groups.
+        constants: numbers that belong to the tensors, by device.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], group_size: int | None) -> None:
@@ -71,6 +72,7 @@ class Flat:
         self.rows = Segments([group_count(numel, self.width) for numel in self._numels])
         self.groups = self.rows if self.grouped else Segments([1] * len(self.shapes))
         self._sizes = [count * self.width for count in self.rows.counts]
+        self.constants = Constants()
 
     def join(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Copies tensors in one.

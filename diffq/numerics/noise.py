@@ -58,7 +58,12 @@ class Drawn:
 
 
 def perturb(
-    flat: Flat, weights: Sequence[Tensor], bits: Tensor, kind: Noise, scale: float, zeros: bool
+    flat: Flat,
+    weights: Sequence[Tensor],
+    bits: Tensor,
+    kind: Noise,
+    scale: float,
+    zeros: Sequence[bool],
 ) -> Drawn:
     """Equation 6 for many tensors at once: weight + step * noise, with fresh noise; without graph.
 
@@ -68,7 +73,7 @@ def perturb(
         bits: of each group, [groups] in float32 at least.
         kind: the distribution of the noise; not "rounding".
         scale: steps per unit of noise.
-        zeros: weights that are exactly zero stay so.
+        zeros: for each tensor, whether weights that are exactly zero stay so.
     """
     joined = flat.join(weights, weights[0])
     ends = flat.ends(joined)
@@ -77,34 +82,45 @@ def perturb(
     steps = flat.to_rows(spans / counts) if not flat.grouped else flat.rows.spread(spans) / counts
     fill = draws.source(kind, joined.numel(), joined)
     unit: Tensor | None = None
-    for rows, step in flat.pieces(joined, steps):
+    for rows, step, *stay in flat.pieces(joined, steps, *_marked(flat, zeros, joined.device)):
         if unit is None:
             unit = torch.empty_like(rows)
-        zero = rows == 0 if zeros else None
+        zero = [(rows == 0) & mark[:, None] for mark in stay]
         rows.addcmul_(fill(unit[: len(rows)]), step[:, None])
-        if zero is not None:
-            rows.masked_fill_(zero, 0)
+        for mask in zero:
+            rows.masked_fill_(mask, 0)
     if weights[0].dtype == torch.float16:
         largest = torch.finfo(torch.float16).max
         joined.clamp_(-largest, largest)
     return Drawn(flat, joined, ends)
 
 
-def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: bool) -> Drawn:
+def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> list[Tensor]:
+    """Which rows are of tensors whose zeros stay, bool; nothing if none are."""
+    if not any(zeros):
+        return []
+    marks = flat.constants.get(("zeros", *zeros), zeros, torch.bool, device)
+    return [flat.rows.spread(marks)]
+
+
+def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Drawn:
     """Equation 1 for many tensors at once: the nearest values on their grids; without graph.
 
     Args:
         flat: the tensors.
         weights: of one dtype and device, any strides.
         bits: of each group, whole ones, [groups] in float32; or [1] for all.
-        zeros: grids of tensors with weights that are exactly zero have a zero point.
+        zeros: for each tensor, whether its grid has a zero point if a weight is exactly zero.
     """
     joined = flat.join(weights, weights[0])
     ends = flat.ends(joined)
     by_row = [flat.rows.spread(end.float()) for end in (ends.low, ends.high)]
     by_row.append(bits if len(bits) == 1 else flat.to_rows(bits))
-    if zeros:
-        by_row.append(flat.rows.spread(torch.stack([(w == 0).any() for w in weights])))
+    if any(zeros):
+        none = torch.zeros((), dtype=torch.bool, device=joined.device)
+        each = zip(weights, zeros, strict=True)
+        wanted = torch.stack([(weight == 0).any() if zero else none for weight, zero in each])
+        by_row.append(flat.rows.spread(wanted))
     for rows, low, high, widths, *zero in flat.pieces(joined, *by_row):
         point = zero[0] if zero else None
         levels = grid.to_levels(rows.float(), low, high, widths, point, weights[0].dtype)
@@ -123,27 +139,27 @@ class PseudoNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, drawn: Drawn, law: BitsLaw, logits: Tensor | None, *weights: Tensor
+        ctx: Any, drawn: Drawn, law: BitsLaw, logits: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Returns the values in the weights' dtype."""
-        ctx.drawn, ctx.law = drawn, law
-        ctx.kept = Kept((logits, *weights))
+        """Takes the weights, then their values; returns these in the weights' dtype."""
+        weights, values = halves(tensors)
+        ctx.drawn, ctx.law, ctx.kept = drawn, law, Kept((logits, *weights))
         ctx.set_materialize_grads(False)
-        each = zip(drawn.flat.split(drawn.values), weights, strict=True)
-        return tuple(value.to(weight.dtype).detach() for value, weight in each)
+        each = zip(weights, values, strict=True)
+        return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the logits and the weights."""
         logits, *weights = ctx.kept.tensors()
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[2 : 3 + len(weights)]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _twice_differentiable(ctx.drawn, ctx.law, logits, weights, grads)
         else:
             found = _gradients(ctx.drawn, ctx.law, logits, weights, grads, needs)
-        return None, None, *found
+        return None, None, *found, *[None] * len(weights)
 
 
 def _gradients(
@@ -173,25 +189,36 @@ def _gradients(
 
 
 def pass_noise(
-    drawn: Drawn, law: BitsLaw, logits: Tensor | None, weights: Sequence[Tensor]
+    drawn: Drawn,
+    law: BitsLaw,
+    logits: Tensor | None,
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
 ) -> list[Tensor]:
     """Constant values, with the gradients of `weight + step * noise`; see `PseudoNoise`.
 
     Args:
-        drawn: the values.
+        drawn: the values of all tensors.
         law: how bitwidths come from logits.
         logits: [groups], one for each group's bitwidth; None where they are fixed.
         weights: in place of which the values are.
+        values: of each weight, in its shape and strides.
 
     Returns:
         The values in the weights' shapes and dtype.
     """
     if is_transformed():
         parts = _logits_of(drawn, logits)
-        each = zip(weights, drawn.flat.split(drawn.values), parts, strict=True)
+        each = zip(weights, values, parts, strict=True)
         return [_expression(*tensors, law, drawn.flat) for tensors in each]
-    result: tuple[Tensor, ...] = PseudoNoise.apply(drawn, law, logits, *weights)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = PseudoNoise.apply(drawn, law, logits, *weights, *values)  # type: ignore[no-untyped-call]
     return list(result)
+
+
+def halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The first half of a node's inputs, and the second."""
+    count = len(tensors) // 2
+    return tensors[:count], tensors[count:]
 
 
 def row_sums(error: Tensor) -> Tensor:
@@ -257,8 +284,7 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Takes the weights, then the quantized ones; returns these in the weights' dtypes."""
         ctx.set_materialize_grads(False)
-        count = len(tensors) // 2
-        each = zip(tensors[:count], tensors[count:], strict=True)
+        each = zip(*halves(tensors), strict=True)
         return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import finite_levels, is_narrow
-from diffq.numerics.noise import Drawn, row_sums
+from diffq.numerics.noise import Drawn, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
 
@@ -67,14 +67,14 @@ class LearnedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, drawn: Drawn, levels: Levels, scales: Tensor, *weights: Tensor
+        ctx: Any, drawn: Drawn, levels: Levels, scales: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Returns the values in the weights' dtype."""
-        ctx.drawn, ctx.levels = drawn, levels
-        ctx.kept = Kept((scales, *weights))
+        """Takes the weights, then their values; returns these in the weights' dtype."""
+        weights, values = halves(tensors)
+        ctx.drawn, ctx.levels, ctx.kept = drawn, levels, Kept((scales, *weights))
         ctx.set_materialize_grads(False)
-        each = zip(drawn.flat.split(drawn.values), weights, strict=True)
-        return tuple(value.to(weight.dtype).detach() for value, weight in each)
+        each = zip(weights, values, strict=True)
+        return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -89,16 +89,21 @@ class LearnedScale(torch.autograd.Function):
         inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
         error = (drawn.values - joined * inside) * upstream
         counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
-        totals = flat.rows.sums(row_sums(error)) / torch.tensor(counts, device=like.device)
+        divisor = flat.constants.get(levels, counts, error.dtype, error.device)
+        totals = flat.rows.sums(row_sums(error)) / divisor
         for_scales = (totals / scales).to(scales.dtype)
         for_weights = flat.split(upstream * inside)
         each = zip(for_weights, grads, strict=True)
         found = [None if grad is None else part.to(like.dtype) for part, grad in each]
-        return None, None, for_scales, *found
+        return None, None, for_scales, *found, *[None] * len(weights)
 
 
 def pass_scale(
-    drawn: Drawn, levels: Levels, scales: Tensor, weights: Sequence[Tensor]
+    drawn: Drawn,
+    levels: Levels,
+    scales: Tensor,
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
 ) -> list[Tensor]:
     """Constant values, with the gradients of `LearnedScale`.
 
@@ -107,9 +112,10 @@ def pass_scale(
         levels: as there.
         scales: of each tensor, positive, [tensors]; differentiable.
         weights: in place of which the values are.
+        values: of each weight, in its shape and strides.
 
     Returns:
         The values in the weights' shapes and dtype.
     """
-    result: tuple[Tensor, ...] = LearnedScale.apply(drawn, levels, scales, *weights)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = LearnedScale.apply(drawn, levels, scales, *weights, *values)  # type: ignore[no-untyped-call]
     return list(result)

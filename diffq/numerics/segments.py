@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -32,7 +32,7 @@ class Segments:
         *starts, self.total = accumulate(self.counts, initial=0)
         self.starts = tuple(starts)
         self._filled = [place for place, count in enumerate(self.counts) if count]
-        self._constants: dict[tuple[str, torch.device], Tensor] = {}
+        self._constants = Constants()
 
     def spread(self, values: Tensor) -> Tensor:
         """Each part's value, repeated for its elements.
@@ -82,17 +82,27 @@ class Segments:
 
     def starts_on(self, device: torch.device) -> Tensor:
         """The first element of each part, int64 [parts] on a device."""
-        return self._on(device, "starts", self.starts)
+        return self._constants.get("starts", self.starts, torch.int64, device)
 
     def _lengths_on(self, device: torch.device) -> Tensor:
-        return self._on(device, "lengths", self.counts)
+        return self._constants.get("lengths", self.counts, torch.int64, device)
 
-    def _on(self, device: torch.device, name: str, numbers: Sequence[int]) -> Tensor:
-        if (name, device) not in self._constants:
+
+class Constants:
+    """Numbers on a device, copied there once: to copy them in each step would wait for it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(
+        self, name: Hashable, numbers: Sequence[float], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The numbers as a tensor, the same for one name."""
+        key = name, dtype, device
+        if key not in self._kept:
             with torch.inference_mode(False):
-                constant = torch.tensor(numbers, dtype=torch.int64, device=device)
-            self._constants[name, device] = constant
-        return self._constants[name, device]
+                self._kept[key] = torch.tensor(numbers, dtype=dtype, device=device)
+        return self._kept[key]
 
 
 def in_numpy(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.numerics.grid import BitsLaw, widen
-from diffq.numerics.segments import Segments
+from diffq.numerics.segments import Constants, Segments
 from diffq.torch_inside.sharding import (
     Layout,
     gather_from,
@@ -75,7 +75,7 @@ class Sizes:
         self._groupings = [each.grouping for each in tensors]
         self._segments = Segments([grouping.groups for grouping in self._groupings])
         self._laws = list(dict.fromkeys(grouping.law for grouping in self._groupings))
-        self._constants: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._constants = Constants()
 
     def gather(self, flat: Tensor) -> Tensor:
         """The logits of all tensors, one after the other, of the flat parameter."""
@@ -162,16 +162,10 @@ class Sizes:
         """The last group of each tensor whose last group is short."""
         each = zip(self._segments.starts, self._groupings, strict=True)
         places = [start + g.groups - 1 for start, g in each if g.missing]
-        return self._vector("last", places, torch.empty(0, dtype=torch.int64, device=device))
+        return self._constants.get("last", places, torch.int64, device)
 
     def _vector(self, name: str, numbers: Sequence[float], like: Tensor) -> Tensor:
-        """Constants on a device, made once: copying them in each step would wait for it."""
-        key = name, like.dtype, like.device
-        if key not in self._constants:
-            with torch.inference_mode(False):
-                constant = torch.tensor(numbers, dtype=like.dtype, device=like.device)
-            self._constants[key] = constant
-        return self._constants[key]
+        return self._constants.get(name, numbers, like.dtype, like.device)
 
 
 class LearnedBits(torch.autograd.Function):

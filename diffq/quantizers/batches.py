@@ -16,6 +16,7 @@ from diffq.numerics.noise import Drawn, straight_through
 
 if TYPE_CHECKING:
     from diffq.quantizers.diffq import DiffQWeight
+    from diffq.quantizers.grid import GridQuantizer
     from diffq.quantizers.lsq import LSQWeight
     from diffq.quantizers.qat import QATWeight
     from diffq.quantizers.quant_noise import QuantNoiseWeight
@@ -25,6 +26,11 @@ def samples_of(drawn: Drawn, weights: Sequence[Tensor]) -> list[Sample]:
     """A sample of each weight of a batch."""
     each = enumerate(zip(weights, drawn.flat.split(drawn.values), strict=True))
     return [Sample(weight, value, drawn, place) for place, (weight, value) in each]
+
+
+def values_of(samples: Sequence[Sample]) -> list[Tensor]:
+    """The value of each sample."""
+    return [sample.value for sample in samples]
 
 
 def only_of(sample: Sample) -> Drawn:
@@ -45,10 +51,10 @@ class NoisyBatch(Batch):
         """Equation 6 of the DiffQ paper."""
         first, bits = self._first, self._bits(weights[0], learned.flat)
         if first.noise == "rounding":
-            drawn = noise.round_all(self.flat, weights, torch.round(bits), first.may_have_zeros)
+            drawn = noise.round_all(self.flat, weights, torch.round(bits), _zeros(self._all))
         else:
             kind, scale = first.noise, first.settings.noise_scale
-            drawn = noise.perturb(self.flat, weights, bits, kind, scale, first.may_have_zeros)
+            drawn = noise.perturb(self.flat, weights, bits, kind, scale, _zeros(self._all))
         return samples_of(drawn, weights)
 
     def connect(
@@ -58,7 +64,7 @@ class NoisyBatch(Batch):
         drawn = samples[0].drawn
         assert drawn is not None
         logits = learned.flat if self._first.learning else None
-        return noise.pass_noise(drawn, self._first.law, logits, weights)
+        return noise.pass_noise(drawn, self._first.law, logits, weights, values_of(samples))
 
     def _bits(self, weight: Tensor, logits: Tensor | None) -> Tensor:
         first = self._first
@@ -72,20 +78,22 @@ class RoundedBatch(Batch):
 
     def __init__(self, quantizers: Sequence[QATWeight]) -> None:
         super().__init__(quantizers)
-        self._first = quantizers[0]
+        self._first, self._all = quantizers[0], tuple(quantizers)
         self.flat = Flat([q.plan.shape for q in quantizers], None)
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 1 of the DiffQ paper."""
-        bits = self._first.whole_bits(weights[0], None)
-        drawn = noise.round_all(self.flat, weights, bits, self._first.may_have_zeros)
-        return samples_of(drawn, weights)
+        return samples_of(self._rounded(weights), weights)
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
         """The straight-through estimator."""
-        return straight_through(weights, [sample.value for sample in samples])
+        return straight_through(weights, values_of(samples))
+
+    def _rounded(self, weights: Sequence[Tensor]) -> Drawn:
+        bits = self._first.whole_bits(weights[0], None)
+        return noise.round_all(self.flat, weights, bits, _zeros(self._all))
 
 
 class PartlyRoundedBatch(RoundedBatch):
@@ -97,15 +105,14 @@ class PartlyRoundedBatch(RoundedBatch):
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equations 6 and 10 of the Quant-Noise paper."""
-        samples = super().draw(weights, learned)
-        drawn = samples[0].drawn
-        rate, block_size = self._settings.p, self._settings.block_size
-        if drawn is not None and rate < 1:
-            exact = self.flat.join(weights, weights[0])
-            blocks = drawn.values.view(-1, block_size)
+        drawn, rate = self._rounded(weights), self._settings.p
+        if rate < 1:
+            size = self._settings.block_size
+            exact = self.flat.join(weights, weights[0]).view(-1, size)
+            blocks = drawn.values.view(-1, size)
             kept = torch.rand(len(blocks), 1, dtype=torch.float32, device=exact.device) >= rate
-            torch.where(kept, exact.view(-1, block_size), blocks, out=blocks)
-        return samples
+            torch.where(kept, exact, blocks, out=blocks)
+        return samples_of(drawn, weights)
 
 
 class ScaledBatch(Batch):
@@ -128,10 +135,15 @@ class ScaledBatch(Batch):
         """Equations 2 and 3 of the LSQ paper."""
         drawn = samples[0].drawn
         assert drawn is not None
-        return scaled.pass_scale(drawn, self._first.levels, positive(learned.flat), weights)
+        scales, values = positive(learned.flat), values_of(samples)
+        return scaled.pass_scale(drawn, self._first.levels, scales, weights, values)
 
 
 def positive(scales: Tensor | None) -> Tensor:
     """Learned scales without sign or zero, float32."""
     assert scales is not None
     return scales.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _zeros(quantizers: Sequence[GridQuantizer]) -> list[bool]:
+    return [quantizer.may_have_zeros for quantizer in quantizers]

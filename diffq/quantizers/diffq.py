@@ -120,7 +120,7 @@ class DiffQWeight(GridQuantizer):
     def alike(self) -> Hashable:
         """Tensors of one law and stage, whose noise is drawn together."""
         scale, fixed = self.settings.noise_scale, self.settings.bits is not None
-        return self.noise, scale, self.law, self.row_size, self.stage, fixed, self.may_have_zeros
+        return self.noise, scale, self.law, self.row_size, self.stage, fixed
 
     @property
     def row_size(self) -> int | None:
@@ -141,7 +141,7 @@ class DiffQWeight(GridQuantizer):
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
         drawn = only_of(sample)
         logits = learned if self.learning else None
-        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight])
+        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], [sample.value])
         return connected
 
     def size_bits(self) -> Tensor | float:

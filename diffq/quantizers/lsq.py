@@ -83,7 +83,9 @@ class LSQWeight(WeightQuantizer):
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
         scales = positive(learned)
-        (connected,) = scaled.pass_scale(only_of(sample), self.levels, scales, [weight])
+        (connected,) = scaled.pass_scale(
+            only_of(sample), self.levels, scales, [weight], [sample.value]
+        )
         return connected
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:

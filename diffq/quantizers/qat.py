@@ -53,7 +53,7 @@ class QATWeight(GridQuantizer):
     @property
     def alike(self) -> Hashable:
         """Tensors of one bitwidth."""
-        return self.settings, self.ranges_per_group, self.may_have_zeros
+        return self.settings, self.ranges_per_group
 
     @classmethod
     def batch(cls, quantizers: Sequence[Self]) -> Batch:

@@ -59,7 +59,7 @@ class QuantNoiseWeight(QATWeight):
     @property
     def alike(self) -> Hashable:
         """Tensors of one bitwidth, rate and size of blocks."""
-        return self.noise_settings, self.ranges_per_group, self.may_have_zeros
+        return self.noise_settings, self.ranges_per_group
 
     @classmethod
     def batch(cls, quantizers: Sequence[Self]) -> Batch:

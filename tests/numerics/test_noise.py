@@ -108,7 +108,7 @@ def _perturbed(weights, group_size, kind="gaussian"):
     flat = Flat([weight.shape for weight in weights], group_size)
     wide = widen(weights[0]).dtype
     bits = torch.arange(1, 1 + flat.groups.total, dtype=wide)
-    drawn = noise.perturb(flat, weights, bits, kind, 0.5, zeros=False)
+    drawn = noise.perturb(flat, weights, bits, kind, 0.5, [False] * len(weights))
     return flat.split(drawn.values), bits
 
 
@@ -153,7 +153,7 @@ def _pass_noise(weight, value, logits, law, group_size):
     flat = Flat([weight.shape], group_size)
     joined = flat.join([weight.detach()], weight)
     drawn = noise.Drawn(flat, flat.join([value], value), flat.ends(joined))
-    (passed,) = noise.pass_noise(drawn, law, logits, [weight])
+    (passed,) = noise.pass_noise(drawn, law, logits, [weight], [value])
     return passed
 
 
