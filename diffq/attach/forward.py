@@ -13,7 +13,7 @@ whether the quantized weights of eval are still right. It is gone with the graph
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any, cast
@@ -22,11 +22,12 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Batches, Run
 from diffq.attach.cache import EvalCache
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample, separate_versions
-from diffq.attach.weight import Batch, Run, WeightQuantizer
+from diffq.attach.weight import WeightQuantizer
 from diffq.attach.writes import Writes
 from diffq.numerics.noise import straight_through
 from diffq.torch_inside.graph import (
@@ -39,10 +40,6 @@ from diffq.torch_inside.graph import (
     untraced,
 )
 from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
-
-# Weights of a batch, 32 MB in float32: a batch has its gradients together, and gradients that are
-# ready early are sent early by DistributedDataParallel.
-_BATCH = 2**23
 
 
 class Forwards:
@@ -75,7 +72,7 @@ class Forwards:
         self._running: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
-        self._known: dict[Hashable, Batch] = {}
+        self._batches = Batches()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
@@ -85,7 +82,7 @@ class Forwards:
             "replayed": None,
             "root": None,
             "attached": False,
-            "_known": {},
+            "_batches": Batches(),
         }
         return {**self.__dict__, **outside}
 
@@ -278,7 +275,8 @@ class Forwards:
             place.quantizer.look(weight.detach(), None if learned is None else learned.detach())
 
     def _draw(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
-        batches = self._batches(pairs)
+        pairs_of = [(place.quantizer, base) for place, base in pairs]
+        batches = self._batches.of(pairs_of)
         runs = self.learned.runs([batch.quantizers for batch, _ in batches])
         for (batch, bases), run in zip(batches, runs, strict=True):
             run = run.beside(bases[0])
@@ -293,31 +291,6 @@ class Forwards:
                 if torch.compiler.is_compiling():
                     # Reading must change nothing in what checkpoints run again.
                     quantizer.readings.note_training()
-
-    def _batches(self, pairs: Sequence[tuple[Place, Tensor]]) -> list[tuple[Batch, list[Tensor]]]:
-        """Cuts tensors in batches of those that are alike, of some megabytes each."""
-        plain = is_plain()
-        sizes: dict[Hashable, int] = {}
-        members: dict[Hashable, list[tuple[WeightQuantizer, Tensor]]] = {}
-        for place, base in pairs:
-            quantizer = place.quantizer
-            kind = type(quantizer), quantizer.alike, base.dtype, base.device
-            size = sizes[kind] = sizes.get(kind, 0) + base.numel()
-            # Compiled code of layers that are alike is shared, if each has a batch of its own.
-            part = size // _BATCH if plain else quantizer.index
-            members.setdefault((*kind, part), []).append((quantizer, base))
-        batches = []
-        for each in members.values():
-            quantizers, bases = zip(*each, strict=True)
-            key = quantizers[0].alike, *(quantizer.index for quantizer in quantizers)
-            if not plain:
-                batch = type(quantizers[0]).batch(quantizers)
-            elif (known := self._known.get(key)) is not None:
-                batch = known
-            else:
-                batch = self._known[key] = type(quantizers[0]).batch(quantizers)
-            batches.append((batch, list(bases)))
-        return batches
 
     def _connect(
         self, batch: Batch, bases: Sequence[Tensor], samples: Sequence[Sample], learned: Run

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.weight import Run, WeightQuantizer
+from diffq.attach.batch import Run
+from diffq.attach.weight import WeightQuantizer
 from diffq.errors import OptimizerError
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffq.attach.batch import Batch
 from diffq.attach.plan import TensorPlan
 from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
@@ -191,65 +191,3 @@ class WeightQuantizer(ABC):
             return 0, 0
         counts = stream_counts(bits, self.group_size, self.plan.numel)
         return sum(width * count for width, count in counts.items()), self.plan.numel
-
-
-class Run(NamedTuple):
-    """What some quantizers learn, one after the other.
-
-    Attributes:
-        flat: all numbers, [numbers]; None if nothing is learned.
-        shapes: of each quantizer's part; None for those without.
-    """
-
-    flat: Tensor | None
-    shapes: tuple[torch.Size | None, ...]
-
-    @classmethod
-    def of(cls, learned: Tensor | None) -> Run:
-        """The run of one quantizer."""
-        flat = None if learned is None else learned.view(-1)
-        return cls(flat, (None if learned is None else learned.shape,))
-
-    def beside(self, weight: Tensor) -> Run:
-        """The same on the device of a weight."""
-        if self.flat is None or self.flat.device == weight.device:
-            return self
-        return Run(self.flat.to(weight.device, non_blocking=True), self.shapes)
-
-    def detach(self) -> Run:
-        """The same without graph."""
-        return self if self.flat is None else Run(self.flat.detach(), self.shapes)
-
-    def parts(self) -> list[Tensor | None]:
-        """Each quantizer's part, in its shape."""
-        if self.flat is None:
-            return [None] * len(self.shapes)
-        counts = [shape.numel() for shape in self.shapes if shape is not None]
-        pieces = iter(torch.split(self.flat, counts))
-        return [None if shape is None else next(pieces).view(shape) for shape in self.shapes]
-
-
-class Batch:
-    """Tensors of one dtype and device whose quantizers are alike, drawn and connected together.
-
-    This one takes them one by one. A method that many tensors are trained with has a batch that
-    computes with all of them in a few operations, and one node of autograd.
-
-    Args:
-        quantizers: of one class, alike.
-    """
-
-    def __init__(self, quantizers: Sequence[WeightQuantizer]) -> None:
-        self.quantizers = tuple(quantizers)
-
-    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
-        """What a training forward computes with in place of each weight; without graph."""
-        each = zip(self.quantizers, weights, learned.parts(), strict=True)
-        return [q.draw(weight, part) or Sample.of(weight) for q, weight, part in each]
-
-    def connect(
-        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
-    ) -> list[Tensor]:
-        """The values with their gradients, in the weights' dtype."""
-        each = zip(self.quantizers, weights, samples, learned.parts(), strict=True)
-        return [w if s.is_weight else q.connect(w, s, part) for q, w, s, part in each]

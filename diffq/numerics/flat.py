@@ -72,6 +72,7 @@ class Flat:
         self.rows = Segments([group_count(numel, self.width) for numel in self._numels])
         self.groups = self.rows if self.grouped else Segments([1] * len(self.shapes))
         self._sizes = [count * self.width for count in self.rows.counts]
+        self._padded = sum(self._sizes) > sum(self._numels)
         self.constants = Constants()
 
     def join(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
@@ -84,14 +85,14 @@ class Flat:
         Returns:
             [rows, width], in float32 at least.
         """
-        pieces = []
+        pieces, padding = [], like.new_zeros(self.width if self._padded else 0)
         for tensor, numel, size in zip(tensors, self._numels, self._sizes, strict=True):
             if tensor is None:
                 pieces.append(like.new_zeros(size))
                 continue
             pieces.append(tensor.reshape(-1))
             if size > numel:
-                pieces.append(tensor.new_zeros(size - numel))
+                pieces.append(padding[: size - numel])
         return widen(torch.cat(pieces)).view(-1, self.width)
 
     def split(self, joined: Tensor) -> list[Tensor]:

@@ -139,10 +139,11 @@ class PseudoNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, drawn: Drawn, law: BitsLaw, logits: Tensor | None, *tensors: Tensor
+        ctx: Any, drawn: Drawn, law: BitsLaw, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Takes the weights, then their values; returns these in the weights' dtype."""
-        weights, values = halves(tensors)
+        """Takes logits, weights, and their values; returns these in the weights' dtype."""
+        logits, *others = tensors
+        weights, values = halves(others)
         ctx.drawn, ctx.law, ctx.kept = drawn, law, Kept((logits, *weights))
         ctx.set_materialize_grads(False)
         each = zip(weights, values, strict=True)
@@ -182,8 +183,8 @@ def _gradients(
         for_logits = (of_groups * law.log_step_slope(logits)).to(logits.dtype)
     if not any(needs[1:]):
         return [for_logits, *[None] * len(weights)]
-    assert drawn.ends is not None
-    drawn.ends.add_gradients(upstream, totals)
+    if drawn.ends is not None:
+        drawn.ends.add_gradients(upstream, totals)
     each = zip(flat.split(upstream), grads, needs[1:], strict=True)
     return [for_logits, *(g.to(like.dtype) if n and u is not None else None for g, u, n in each)]
 
@@ -215,7 +216,7 @@ def pass_noise(
     return list(result)
 
 
-def halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The first half of a node's inputs, and the second."""
     count = len(tensors) // 2
     return tensors[:count], tensors[count:]
@@ -278,19 +279,23 @@ def _expression(
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward gives quantized weights, backward is the identity to the weights."""
+    """Forward gives quantized weights, backward is the identity to the weights.
+
+    A compiler that counts as many inputs as `forward` has parameters takes it for one without
+    context, so a node for one tensor must have another number.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Takes the weights, then the quantized ones; returns these in the weights' dtypes."""
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Takes their number, weights, and quantized ones; returns these in the weights' dtype."""
         ctx.set_materialize_grads(False)
-        each = zip(*halves(tensors), strict=True)
+        each = zip(*halves(inputs[1:]), strict=True)
         return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients, unchanged."""
-        return *grads, *[None] * len(grads)
+        return None, *grads, *[None] * len(grads)
 
 
 def straight_through(weights: Sequence[Tensor], quantized: Sequence[Tensor]) -> list[Tensor]:
@@ -298,5 +303,5 @@ def straight_through(weights: Sequence[Tensor], quantized: Sequence[Tensor]) -> 
     if is_transformed():
         each = zip(weights, quantized, strict=True)
         return [(weight - weight.detach()) + value.to(weight.dtype) for weight, value in each]
-    result: tuple[Tensor, ...] = StraightThrough.apply(*weights, *quantized)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = StraightThrough.apply(len(weights), *weights, *quantized)  # type: ignore[no-untyped-call]
     return list(result)

@@ -40,17 +40,22 @@ class Levels(NamedTuple):
         return ratio.round_()
 
 
+def positive(scales: Tensor) -> Tensor:
+    """Learned scales without sign or zero, in float32."""
+    return scales.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Drawn:
     """Equation 1 of the LSQ paper: the nearest level times the scale; without graph.
 
     Args:
         flat: the tensors.
         weights: of one dtype and device, any strides.
-        scales: of each tensor, positive, [tensors] in float32.
+        scales: of each tensor, [tensors].
         levels: those of all tensors.
     """
     joined = flat.join(weights, weights[0])
-    of_rows = flat.rows.spread(scales.to(joined.dtype))
+    of_rows = flat.rows.spread(positive(scales).to(joined.dtype))
     for rows, scale in flat.pieces(joined, of_rows):
         rows.div_(scale[:, None])
         levels.nearest(rows, scale[:, None], weights[0].dtype).mul_(scale[:, None])
@@ -62,15 +67,15 @@ class LearnedScale(torch.autograd.Function):
 
     Where w / s is within the levels, the weight gets the gradient unchanged and the scale
     (value - w) / s times it; outside, the weight gets none, and the scale value / s times
-    it. The scale's sum is multiplied by 1 / sqrt(weights * highest level).
+    it. The scale's sum is multiplied by 1 / sqrt(weights * highest level). A scale's sign does
+    not count.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, drawn: Drawn, levels: Levels, scales: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Takes the weights, then their values; returns these in the weights' dtype."""
-        weights, values = halves(tensors)
+    def forward(ctx: Any, drawn: Drawn, levels: Levels, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Takes scales, weights, and their values; returns these in the weights' dtype."""
+        scales, *others = tensors
+        weights, values = halves(others)
         ctx.drawn, ctx.levels, ctx.kept = drawn, levels, Kept((scales, *weights))
         ctx.set_materialize_grads(False)
         each = zip(weights, values, strict=True)
@@ -85,13 +90,14 @@ class LearnedScale(torch.autograd.Function):
         drawn, levels, like = ctx.drawn, ctx.levels, weights[0]
         flat = drawn.flat
         upstream, joined = flat.join(grads, like), flat.join(weights, like)
-        ratio = joined / flat.rows.spread(scales.to(joined.dtype))[:, None]
+        wide = positive(scales).to(joined.dtype)
+        ratio = joined / flat.rows.spread(wide)[:, None]
         inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
         error = (drawn.values - joined * inside) * upstream
         counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
         divisor = flat.constants.get(levels, counts, error.dtype, error.device)
         totals = flat.rows.sums(row_sums(error)) / divisor
-        for_scales = (totals / scales).to(scales.dtype)
+        for_scales = (totals / wide * scales.sign()).to(scales.dtype)
         for_weights = flat.split(upstream * inside)
         each = zip(for_weights, grads, strict=True)
         found = [None if grad is None else part.to(like.dtype) for part, grad in each]
@@ -110,7 +116,7 @@ def pass_scale(
     Args:
         drawn: what `scale_all` gave.
         levels: as there.
-        scales: of each tensor, positive, [tensors]; differentiable.
+        scales: as there; differentiable.
         weights: in place of which the values are.
         values: of each weight, in its shape and strides.
 

@@ -99,6 +99,8 @@ class Constants:
     ) -> Tensor:
         """The numbers as a tensor, the same for one name."""
         key = name, dtype, device
+        if torch.compiler.is_compiling():
+            return torch.tensor(numbers, dtype=dtype, device=device)
         if key not in self._kept:
             with torch.inference_mode(False):
                 self._kept[key] = torch.tensor(numbers, dtype=dtype, device=device)

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
-from diffq.attach.weight import Batch, Run, WeightQuantizer
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
 from diffq.errors import ConfigError
 from diffq.numerics import noise
+from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import NoisyBatch, only_of
-from diffq.quantizers.grid import GridQuantizer
+from diffq.quantizers.batches import drawn_of, only_of, samples_of
+from diffq.quantizers.grid import GridQuantizer, zeros_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +121,7 @@ class DiffQWeight(GridQuantizer):
     @property
     def alike(self) -> Hashable:
         """Tensors of one law and stage, whose noise is drawn together."""
-        scale, fixed = self.settings.noise_scale, self.settings.bits is not None
+        scale, fixed = self.settings.noise_scale, self.settings.bits
         return self.noise, scale, self.law, self.row_size, self.stage, fixed
 
     @property
@@ -139,9 +141,9 @@ class DiffQWeight(GridQuantizer):
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
-        drawn = only_of(sample)
+        drawn, values = only_of(sample)
         logits = learned if self.learning else None
-        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], [sample.value])
+        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], values)
         return connected
 
     def size_bits(self) -> Tensor | float:
@@ -199,6 +201,41 @@ class DiffQWeight(GridQuantizer):
         self.stage, self.frozen_bits = stage, frozen
         # Kept, because it is asked for in each step.
         self._frozen_size = None if frozen is None else total_bits(frozen, self._grouping)
+
+
+class NoisyBatch(Batch):
+    """DiffQ's tensors of one law, group size, kind of noise and stage of the bitwidths."""
+
+    def __init__(self, quantizers: Sequence[DiffQWeight]) -> None:
+        super().__init__(quantizers)
+        self._first, self._all = quantizers[0], tuple(quantizers)
+        self.flat = Flat([q.plan.shape for q in quantizers], self._first.row_size)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 6 of the DiffQ paper."""
+        first, bits = self._first, self._bits(weights[0], learned.flat)
+        if first.noise == "rounding":
+            drawn = noise.round_all(self.flat, weights, torch.round(bits), zeros_of(self._all))
+        else:
+            kind, scale = first.noise, first.settings.noise_scale
+            drawn = noise.perturb(self.flat, weights, bits, kind, scale, zeros_of(self._all))
+        return samples_of(drawn, weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The gradient of Equation 6 to the weights, their ranges and bitwidths."""
+        drawn, values = drawn_of(samples)
+        logits = learned.flat if self._first.learning else None
+        return noise.pass_noise(drawn, self._first.law, logits, weights, values)
+
+    def _bits(self, weight: Tensor, logits: Tensor | None) -> Tensor:
+        first = self._first
+        if first.learning and logits is not None:
+            return first.law.bits(logits)
+        if first.settings.bits is not None:
+            return first.bits(weight, None)
+        return torch.cat([q.bits(weight, logits) for q in self._all])
 
 
 class DiffQuantizer(BaseQuantizer):

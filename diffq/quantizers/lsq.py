@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
 from diffq.attach.sample import Sample
-from diffq.attach.weight import Batch, Run, WeightQuantizer
+from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
 from diffq.numerics import scaled
-from diffq.numerics.scaled import Levels
+from diffq.numerics.flat import Flat
+from diffq.numerics.scaled import Levels, positive
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import ScaledBatch, only_of, positive
+from diffq.quantizers.batches import drawn_of, only_of, samples_of
 from diffq.torch_inside.graph import is_plain
 
 if TYPE_CHECKING:
@@ -82,21 +84,20 @@ class LSQWeight(WeightQuantizer):
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        scales = positive(learned)
-        (connected,) = scaled.pass_scale(
-            only_of(sample), self.levels, scales, [weight], [sample.value]
-        )
+        drawn, values = only_of(sample)
+        rule = self.levels, cast(Tensor, learned)
+        (connected,) = scaled.pass_scale(drawn, *rule, [weight], values)
         return connected
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Nearest level times the scale, rounded to float32."""
-        scale = positive(learned)[0].detach()
+        scale = positive(cast(Tensor, learned))[0].detach()
         return (self._levels(weight, scale) * scale).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor, learned: Tensor | None) -> ScaledRecord:
         """Levels, counted from the lowest, and the scale."""
-        scale = positive(learned)[0]
+        scale = positive(cast(Tensor, learned))[0]
         levels = (self._levels(weight, scale) - self.levels.lowest).reshape(-1)
         return ScaledRecord(
             shape=tuple(weight.shape),
@@ -142,6 +143,29 @@ def _mean_magnitude(weight: Tensor) -> Tensor:
     # torch 2.6 gives powers of whole numbers the default dtype.
     exponent = exponent.to(magnitudes.dtype)
     return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
+
+
+class ScaledBatch(Batch):
+    """LSQ's tensors of one bitwidth, each with its learned scale."""
+
+    def __init__(self, quantizers: Sequence[LSQWeight]) -> None:
+        super().__init__(quantizers)
+        self._first = quantizers[0]
+        self.flat = Flat([q.plan.shape for q in quantizers], None)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 1 of the LSQ paper."""
+        scales = cast(Tensor, learned.flat)
+        drawn = scaled.scale_all(self.flat, weights, scales, self._first.levels)
+        return samples_of(drawn, weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """Equations 2 and 3 of the LSQ paper."""
+        drawn, values = drawn_of(samples)
+        scales = cast(Tensor, learned.flat)
+        return scaled.pass_scale(drawn, self._first.levels, scales, weights, values)
 
 
 class LSQQuantizer(BaseQuantizer):

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
-from diffq.attach.weight import Batch
 from diffq.checks import check_bits, check_flag
+from diffq.numerics import noise
+from diffq.numerics.flat import Flat
+from diffq.numerics.noise import Drawn, straight_through
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import RoundedBatch
-from diffq.quantizers.grid import GridQuantizer
+from diffq.quantizers.batches import drawn_of, samples_of
+from diffq.quantizers.grid import GridQuantizer, zeros_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,6 +80,29 @@ class QATWeight(GridQuantizer):
     def meaning(self) -> dict[str, Any]:
         """The bitwidth and the number of ranges."""
         return {"bits": self.settings.bits, "per_channel": self.ranges_per_group}
+
+
+class RoundedBatch(Batch):
+    """QAT's tensors of one bitwidth, each on a grid of its own."""
+
+    def __init__(self, quantizers: Sequence[QATWeight]) -> None:
+        super().__init__(quantizers)
+        self._first, self._all = quantizers[0], tuple(quantizers)
+        self.flat = Flat([q.plan.shape for q in quantizers], None)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 1 of the DiffQ paper."""
+        return samples_of(self._rounded(weights), weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The straight-through estimator."""
+        return straight_through(weights, drawn_of(samples)[1])
+
+    def _rounded(self, weights: Sequence[Tensor]) -> Drawn:
+        bits = self._first.whole_bits(weights[0], None)
+        return noise.round_all(self.flat, weights, bits, zeros_of(self._all))
 
 
 class QATQuantizer(BaseQuantizer):

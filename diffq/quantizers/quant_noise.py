@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
-from diffq.attach.weight import Batch
 from diffq.checks import check_bits, check_number, check_whole
 from diffq.numerics.flat import WIDTH
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import PartlyRoundedBatch
-from diffq.quantizers.qat import QATSettings, QATWeight
+from diffq.quantizers.batches import samples_of
+from diffq.quantizers.qat import QATSettings, QATWeight, RoundedBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,6 +83,25 @@ class QuantNoiseWeight(QATWeight):
     def meaning(self) -> dict[str, Any]:
         """The bitwidth and how the ranges are found."""
         return {"bits": self.settings.bits, "observer": self.noise_settings.observer}
+
+
+class PartlyRoundedBatch(RoundedBatch):
+    """Quant-Noise's tensors: blocks picked at random are rounded."""
+
+    def __init__(self, quantizers: Sequence[QuantNoiseWeight]) -> None:
+        super().__init__(quantizers)
+        self._settings = quantizers[0].noise_settings
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equations 6 and 10 of the Quant-Noise paper."""
+        drawn, rate = self._rounded(weights), self._settings.p
+        if rate < 1:
+            size = self._settings.block_size
+            exact = self.flat.join(weights, weights[0]).view(-1, size)
+            blocks = drawn.values.view(-1, size)
+            kept = torch.rand(len(blocks), 1, dtype=torch.float32, device=exact.device) >= rate
+            torch.where(kept, exact, blocks, out=blocks)
+        return samples_of(drawn, weights)
 
 
 class QuantNoiseQuantizer(BaseQuantizer):
