@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from diffq.numerics import grid, noise
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
-from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer
 from diffq.torch_inside import foreach
 
@@ -37,8 +37,8 @@ class DiffQSettings:
     max_bits: int
     init_bits: float
     bits: int | None
-    noise: Noise
-    noise_scale: float
+    noise: Noise = field(metadata=FOR_ALL)
+    noise_scale: float = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.min_bits, "min_bits")
@@ -252,7 +252,7 @@ def _bits(
     return grid.bits_of_all([q.law for q in quantizers], logits)
 
 
-class DiffQuantizer(BaseQuantizer):
+class DiffQuantizer(BaseQuantizer[DiffQSettings]):
     """Learns how many bits each group of weights deserves, while the model trains.
 
     Each group of a weight has a real bitwidth b (Equation 11). In training the
@@ -293,9 +293,7 @@ class DiffQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset(
-        {"group_size", "min_bits", "max_bits", "init_bits", "bits"}
-    )
+    _weight_quantizer = DiffQWeight
 
     def __init__(
         self,
@@ -342,8 +340,3 @@ class DiffQuantizer(BaseQuantizer):
         self._attachment.each_quantizer(freeze)
         self._attachment.learned.settle()
         self._attachment.forget()
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: DiffQSettings, weight: Tensor
-    ) -> DiffQWeight:
-        return DiffQWeight(plan, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def _mean_magnitude(weight: Tensor) -> Tensor:
     return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
 
 
-class LSQQuantizer(BaseQuantizer):
+class LSQQuantizer(BaseQuantizer[LSQSettings]):
     """Quantization-aware training with one learned step size per tensor.
 
     Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
@@ -193,7 +193,7 @@ class LSQQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits"})
+    _weight_quantizer = LSQWeight
 
     def __init__(
         self,
@@ -209,6 +209,3 @@ class LSQQuantizer(BaseQuantizer):
         super().__init__(
             model, LSQSettings(bits), Rules(min_size, include, exclude, overrides), float16
         )
-
-    def _make_quantizer(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> LSQWeight:
-        return LSQWeight(plan, settings)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_flag
-from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
 from diffq.quantizers.grid import GridQuantizer
 
 
@@ -22,7 +22,7 @@ class QATSettings:
 
     bits: int
     per_channel: bool
-    training: bool
+    training: bool = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -61,7 +61,7 @@ class QATWeight(GridQuantizer):
         return {"bits": self.settings.bits, "per_channel": self.ranges_per_group}
 
 
-class QATQuantizer(BaseQuantizer):
+class QATQuantizer(BaseQuantizer[QATSettings]):
     """Rounds the weights in training too, and passes their gradient straight through.
 
     The baseline of the DiffQ paper (Krishnamoorthi, arXiv:1806.08342): min-max
@@ -87,7 +87,7 @@ class QATQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "per_channel"})
+    _weight_quantizer = QATWeight
 
     def __init__(
         self,
@@ -104,6 +104,3 @@ class QATQuantizer(BaseQuantizer):
     ) -> None:
         settings = QATSettings(bits, per_channel, training)
         super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
-
-    def _make_quantizer(self, plan: TensorPlan, settings: QATSettings, weight: Tensor) -> QATWeight:
-        return QATWeight(plan, settings)

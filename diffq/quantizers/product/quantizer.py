@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from diffq.quantizers.product.weight import BlockNoise, Picked, ProductSettings,
 from diffq.quantizers.report import ProgressBar
 
 
-class ProductQuantizer(BaseQuantizer):
+class ProductQuantizer(BaseQuantizer[ProductSettings]):
     """Stores weights as indices into codebooks of blocks, and trains models to bear it.
 
     Product quantization with Quant-Noise ("Training with Quantization Noise for Extreme
@@ -72,7 +71,7 @@ class ProductQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset(ProductSettings.__dataclass_fields__)
+    _weight_quantizer = ProductWeight
 
     def __init__(
         self,
@@ -122,11 +121,6 @@ class ProductQuantizer(BaseQuantizer):
             check_blocks(plan.name, kind, plan.shape, size, settings.codebook_size)
             settings = replace(settings, block_size=size)
         return super()._choose(plan, settings, float16, model)
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: ProductSettings, weight: Tensor
-    ) -> ProductWeight:
-        return ProductWeight(plan, settings, weight.device)
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:

@@ -87,7 +87,7 @@ class ProductWeight(WeightQuantizer):
 
     method = "ProductQuantizer"
 
-    def __init__(self, plan: TensorPlan, settings: ProductSettings, device: torch.device) -> None:
+    def __init__(self, plan: TensorPlan, settings: ProductSettings) -> None:
         super().__init__(plan)
         self.settings = settings
         # One number for this tensor by now.
@@ -96,7 +96,7 @@ class ProductWeight(WeightQuantizer):
         self.blocks = plan.numel // block_size
         self.may_have_zeros = False
         self.size = settings.codebook_size
-        self.indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+        self.indices = torch.zeros(self.blocks, dtype=torch.int32, device="cpu")
         self.counts = torch.ones_like(self.indices[:1]).repeat(self.size)
 
     @property
@@ -212,7 +212,7 @@ class ProductWeight(WeightQuantizer):
                     f"The state dict was made with another codebook_size for {self.plan.name}. "
                     "Make the quantizer with the same arguments."
                 )
-            self._set_indices(kept)
+            self._set_indices(kept.to(self.indices.device))
         self.stage = stage
         if learned is not None and not learned.is_meta and self.fixed:
             self.look(learned, learned)
@@ -225,7 +225,7 @@ class ProductWeight(WeightQuantizer):
         return int(entries["_extra_state"][0]), entries.get("indices")
 
     def _set_indices(self, indices: Tensor) -> None:
-        self.indices = indices.to(self.indices.device, torch.int32)
+        self.indices = indices.to(torch.int32)
         counts = torch.bincount(self.indices, minlength=self.size)
         self.counts = counts.clamp(min=1).to(torch.int32)
 
