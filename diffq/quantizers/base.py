@@ -19,7 +19,7 @@ from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.quantizers.half import HalfQuantizer
-from diffq.quantizers.report import size_table, tensor_size
+from diffq.quantizers.report import level_bits, size_table, tensor_size
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
 from diffq.storage.state import Snapshot, raw_record, to_state
@@ -176,9 +176,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        totals = self._attachment.each_quantizer(lambda q, part: q.level_totals(part))
-        weights = sum(count for _, count in totals)
-        return sum(bits for bits, _ in totals) / weights if weights else float("nan")
+        sizes = self._attachment.each_quantizer(lambda q, part: (level_bits(q, part), q.plan.numel))
+        weights = sum(numel for bits, numel in sizes if bits)
+        return sum(bits for bits, _ in sizes) / weights if weights else float("nan")
 
     def snapshot(self) -> Snapshot:
         """The whole model as frozen records: what is stored in a state or a file.

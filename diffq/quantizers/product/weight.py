@@ -34,8 +34,6 @@ BlockNoise = Literal["exact", "proxy", "mean"]
 #: Blocks are picked one by one, or all those of a codeword together.
 Picked = Literal["blocks", "clusters"]
 
-_CENTROID_BITS = {"float32": 32, "float16": 16, "int8": 8}
-
 
 @dataclass(frozen=True)
 class ProductSettings:
@@ -96,6 +94,7 @@ class ProductWeight(WeightQuantizer):
         self.blocks = plan.numel // block_size
         self.may_have_zeros = False
         self.size = settings.codebook_size
+        self.index_bits = index_bits(self.size) * self.blocks
         self.indices = torch.zeros(self.blocks, dtype=torch.int32, device="cpu")
         self.counts = torch.ones_like(self.indices[:1]).repeat(self.size)
 
@@ -148,12 +147,8 @@ class ProductWeight(WeightQuantizer):
     def size_bits(self) -> float:
         """Equation 5 without activations: codebook and ceil(log2 K) bits a block."""
         scale = SCALE_BITS if self.settings.centroids == "int8" else 0
-        words = _CENTROID_BITS[self.settings.centroids] * self.size * self.group_size
-        return float(words + scale + self.level_totals(None)[0])
-
-    def level_totals(self, learned: Tensor | None) -> tuple[int, int]:
-        """Bits of all indices, and the number of weights."""
-        return index_bits(self.size) * self.blocks, self.plan.numel
+        word = 8 * self.group_size * getattr(torch, self.settings.centroids).itemsize
+        return float(self.size * word + scale + self.index_bits)
 
     def meaning(self) -> dict[str, Any]:
         """The shape of the codebook, and what it is stored in."""
