@@ -17,10 +17,11 @@ from torch import Tensor
 
 from diffq.attach.plan import Rules
 from diffq.checks import check_bits, check_flag, check_group_size, plain
-from diffq.errors import ConfigError, WeightError
+from diffq.errors import ConfigError
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.numerics import grid
 from diffq.quantizers.grid import WeightGrid, check_range
+from diffq.quantizers.half import to_half
 from diffq.storage.state import Snapshot, raw_record
 
 #: The running statistics of BatchNorm, and the ranges of activations: never quantized nor
@@ -181,9 +182,5 @@ def _half_record(name: str, tensor: Tensor) -> RawRecord:
     """A tensor as float16 if it is of a wider float, else as it is."""
     if tensor.dtype not in (torch.float32, torch.float64):
         return raw_record(tensor)
-    if (torch.isinf(tensor.half()) & ~torch.isinf(tensor)).any():
-        raise WeightError(
-            f"float16 holds magnitudes up to 65504, got {tensor.abs().max().item()} in {name}. "
-            "Store it as it is: leave float16 out."
-        )
-    return raw_record(tensor, torch.float16)
+    half = to_half(tensor, name, "Store it as it is: leave float16 out.")
+    return raw_record(half.to(tensor.dtype), torch.float16)

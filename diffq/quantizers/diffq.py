@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
-from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
+from diffq.checks import (
+    MAX_BITS,
+    check_bits,
+    check_choice,
+    check_flag,
+    check_group_size,
+    check_number,
+)
 from diffq.errors import ConfigError
 from diffq.numerics import grid, noise
 from diffq.numerics.grid import BitsLaw
@@ -52,8 +59,7 @@ class DiffQSettings:
             )
         check_number(self.init_bits, "init_bits", self.min_bits, self.max_bits)
         check_group_size(self.group_size)
-        if self.noise not in NOISES:
-            raise ConfigError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}.")
+        check_choice(self.noise, "noise", NOISES)
         check_number(self.noise_scale, "noise_scale", 0)
 
 
@@ -80,8 +86,7 @@ class DiffQWeight(GridQuantizer):
 
     def __init__(self, plan: TensorPlan, settings: DiffQSettings) -> None:
         fixed = settings.bits
-        whole = fixed is not None or not settings.group_size
-        group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
+        group_size = plan.numel if fixed else min(settings.group_size or plan.numel, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")

@@ -15,6 +15,7 @@ from torch import nn
 
 from diffq.checks import check_whole
 from diffq.errors import ConfigError
+from diffq.torch_inside.modules import CONVOLUTIONS
 
 #: Kinds of layers, as far as blocks are concerned. Whatever is neither an embedding nor a
 #: convolution is linear: recurrent layers, attention, parameters of your own.
@@ -26,15 +27,6 @@ BlockSize = int | Mapping[str, int]
 
 #: Blocks along the inputs where a mapping leaves a kind out (the paper's sizes).
 _ALONG_INPUTS = {"linear": 8, "embedding": 8, "conv1x1": 4}
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 def check_block_size(block_size: Any) -> None:
@@ -56,7 +48,7 @@ def layer_kind(owner: nn.Module, shape: torch.Size) -> str:
     """The kind of layer that a tensor of this shape in this module belongs to."""
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if not isinstance(owner, _CONVOLUTIONS) or len(shape) < 3:
+    if not isinstance(owner, CONVOLUTIONS) or len(shape) < 3:
         return "linear"
     if shape[2:].numel() == 1:
         return "conv1x1"

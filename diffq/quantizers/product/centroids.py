@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from diffq.torch_inside.graph import is_exported
 
 #: What codewords are stored in.
 Centroids = Literal["float32", "float16", "int8"]
-CENTROIDS: tuple[str, ...] = get_args(Centroids)
 
 _LAST_LEVEL = 255
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from diffq.attach.plan import TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
-from diffq.checks import check_number, check_whole
+from diffq.checks import check_choice, check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
 from diffq.format.kinds.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
 from diffq.numerics.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
 from diffq.quantizers.product.blocks import BlockSize, check_block_size
 from diffq.quantizers.product.centroids import (
-    CENTROIDS,
     Centroids,
     StoredCodebook,
     pass_to_centroids,
@@ -56,14 +55,9 @@ class ProductSettings:
             )
         check_number(self.p, "p", 0, 1)
         check_whole(self.iterations, "iterations")
-        for name, known in (
-            ("noise", get_args(BlockNoise)),
-            ("picked", get_args(Picked)),
-            ("centroids", CENTROIDS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        check_choice(self.noise, "noise", get_args(BlockNoise))
+        check_choice(self.picked, "picked", get_args(Picked))
+        check_choice(self.centroids, "centroids", get_args(Centroids))
 
 
 class ProductWeight(WeightQuantizer):
