@@ -165,10 +165,7 @@ class Rules:
         return merged
 
     def check_patterns(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Checks that each pattern has an effect.
-
-        Args:
-            shapes: every name of a parameter to its shape.
+        """Checks that each pattern has an effect, by the shape under every name of a parameter.
 
         Raises:
             ConfigError: a pattern matches no name; or one of `include` or `overrides`
@@ -232,11 +229,7 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
     """Lists every unique tensor of a model's state dict, in its order.
 
     Ties are found by memory: a tensor under two names is one entry, and so are two parameters
-    with the same elements.
-
-    Args:
-        model: a plain model; nothing is changed in it.
-        rules: what to quantize.
+    with the same elements. Nothing is changed in the model.
 
     Raises:
         AttachError: a lazy module has not seen its first input, a tensor is sparse, or a tensor

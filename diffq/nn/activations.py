@@ -243,19 +243,10 @@ class LayerInput:
 
 
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Rounds to the grid from `low` to `high`; numbers outside go to its ends.
+    """Rounds to the grid of 2**bits levels from `low` to `high`; numbers outside go to its ends.
 
-    The gradient passes unchanged for numbers within the range, both ends included, and is
-    zero for those outside.
-
-    Args:
-        x: any shape.
-        low: of a shape that broadcasts to that of `x`.
-        high: like `low`.
-        bits: the grid has 2**bits levels.
-
-    Returns:
-        Like `x`.
+    The ends broadcast to the shape of `x`. The gradient passes unchanged for numbers within the
+    range, both ends included, and is zero for those outside.
     """
     wide = widen(x)
     low, high = low.to(wide.dtype), high.to(wide.dtype)

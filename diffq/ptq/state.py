@@ -101,10 +101,6 @@ def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
 class StatePlan:
     """A state dict's unique tensors: those to quantize on their grids, others as records.
 
-    Args:
-        state: name to tensor.
-        settings: what is quantized, and how.
-
     Attributes:
         grids: the tensors to quantize.
         raw: name to record of the others.

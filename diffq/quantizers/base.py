@@ -39,7 +39,8 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
 
     In training mode the model computes with perturbed weights, in eval mode with
     the true quantized ones. A subclass names its settings, which are a frozen dataclass,
-    and the class that quantizes one tensor by them.
+    and the class that quantizes one tensor by them. After `detach()`, every method that
+    needs the model raises AttachError.
 
     After FSDP2's `fully_shard(model)`, what reads whole weights or bitwidths gathers
     them from all ranks, one tensor after the other: every rank must call it, and each

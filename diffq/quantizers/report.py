@@ -46,10 +46,7 @@ def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
 def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
     """The table of a quantizer: tensor, shape, groups, mean bits, MB.
 
-    Args:
-        sizes: one for each tensor with a weight quantizer.
-        raw_bits: bits of all other tensors.
-        tensors: number of all tensors.
+    `raw_bits` are those of all `tensors` without a weight quantizer.
     """
     levels = [size for size in sizes if size.level_bits]
     total = raw_bits + sum(size.stored_bits for size in sizes)

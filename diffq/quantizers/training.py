@@ -34,9 +34,6 @@ class OptimizerSetup:
 
             >>> bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=1e-2)
             >>> quantizer.setup_optimizer(bits_optimizer)
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         return self._attachment.learned.parameters()
 
@@ -82,9 +79,6 @@ class OptimizerSetup:
 
         The optimizer that was set up before loses them. One that you make afterwards from
         `model.parameters()` holds them, unless you leave out the `learned_parameters()`.
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         optimizer = self._optimizer
         if optimizer is not None:

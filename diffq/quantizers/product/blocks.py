@@ -56,13 +56,7 @@ def layer_kind(owner: nn.Module, shape: torch.Size) -> str:
 
 
 def choose_block_size(block_size: BlockSize, kind: str, shape: torch.Size) -> int:
-    """The block size of one tensor: as the user says for its kind, or a whole kernel.
-
-    Args:
-        block_size: a number for blocks along inputs, or a mapping by kind.
-        kind: the tensor's kind of layer.
-        shape: the tensor's shape.
-    """
+    """The block size of one tensor: as the user says for its kind, or a whole kernel."""
     if isinstance(block_size, Mapping):
         chosen = {**_ALONG_INPUTS, **block_size}
     else:
