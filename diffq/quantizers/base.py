@@ -244,7 +244,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
                 values = attachment.each_weight(
                     lambda q, weight, learned: (q, q.quantize(weight, learned))
                 )
-        self._forget_optimizer()
+        self._end_checks()
         attachment.detach()
         self._attached = None
         for quantizer, value in values:

@@ -72,7 +72,8 @@ class OptimizerSetup:
         learned = list(self.learned_parameters())
         add_learned(optimizer, attachment.model, learned, options, self._optimizer)
         self._end_checks()
-        self._step_watch = StepWatch(optimizer, attachment) if learned else None
+        if learned:
+            self._step_watch = StepWatch(optimizer, attachment)
 
     def no_optimizer(self) -> None:
         """Allows training without `setup_optimizer`: the learned parameters stay as they are.
@@ -84,7 +85,6 @@ class OptimizerSetup:
         if optimizer is not None:
             release(optimizer, list(self.learned_parameters()))
         self._end_checks()
-        self._step_watch = None
 
     @property
     def _optimizer(self) -> Optimizer | None:
@@ -92,16 +92,13 @@ class OptimizerSetup:
         return self._step_watch.optimizer if self._step_watch is not None else None
 
     def _end_checks(self) -> None:
+        """Ends all checks of training."""
         self._attachment.forwards.expects_optimizer = False
         if self._step_watch is not None:
             self._step_watch.stop()
+        self._step_watch = None
 
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""
         self._attachment.forwards.expects_optimizer = True
-        self._step_watch = None
-
-    def _forget_optimizer(self) -> None:
-        """Ends all checks of training."""
-        self._end_checks()
         self._step_watch = None
