@@ -152,9 +152,8 @@ class Rules:
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
-        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.shape):
-            return False
-        return self._allow(names)
+        fits = tensor.dtype in QUANTIZABLE and not self._is_small(tensor.shape)
+        return fits and allowed(names, self.include, self.exclude)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""
@@ -196,16 +195,16 @@ class Rules:
             for plan in plans
             if plan.learned and plan.dtype in QUANTIZABLE and len(plan.shape) >= self.least_dims
         ]
-        allowed = [plan for plan in weights if self._allow(plan.names)]
+        chosen = [p for p in weights if allowed(p.names, self.include, self.exclude)]
         if not weights:
             dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
             return (
                 f"Nothing is quantized: the model has no floating-point parameter{dims}. "
                 "Attach the quantizer to the model that holds the weights."
             )
-        largest = max(allowed or weights, key=lambda plan: plan.numel)
+        largest = max(chosen or weights, key=lambda plan: plan.numel)
         size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
-        if allowed:
+        if chosen:
             return (
                 f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "
                 f"are, and the largest, {size}. Pass min_size=0 to quantize small ones too."
@@ -214,12 +213,6 @@ class Rules:
             "Nothing is quantized: include and exclude leave every parameter out. "
             f"The largest, {size}. Change the patterns."
         )
-
-    def _allow(self, names: Sequence[str]) -> bool:
-        """Whether the patterns let a parameter be quantized."""
-        if self.include and not matches(self.include, names):
-            return False
-        return not matches(self.exclude, names)
 
     def _is_small(self, shape: torch.Size) -> bool:
         return len(shape) < self.least_dims or shape.numel() <= self.min_size * MEGABYTE / 4
@@ -326,6 +319,11 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         skipped = non_persistent_buffers(module)
         names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)
+
+
+def allowed(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns let a tensor or a layer be quantized."""
+    return (not include or matches(include, names)) and not matches(exclude, names)
 
 
 def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:

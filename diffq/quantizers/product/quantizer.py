@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -157,21 +158,12 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
             waiting = [q for q in self._products() if q.plan.name in names and not q.fixed]
             if waiting:
                 self._learn(waiting, warm=True)
-                self._fix(waiting)
+                codebooks = self._attachment.each_quantizer(lambda _, codebook: codebook)
+                for quantizer in waiting:
+                    quantizer.fix(cast(Tensor, codebooks[quantizer.index]))
+                self._attachment.forget()
                 return names
         return ()
-
-    def _fix(self, waiting: Sequence[ProductWeight]) -> None:
-        def fix(quantizer: WeightQuantizer, learned: Tensor | None) -> None:
-            if (
-                isinstance(quantizer, ProductWeight)
-                and quantizer in waiting
-                and learned is not None
-            ):
-                quantizer.fix(learned)
-
-        self._attachment.each_quantizer(fix)
-        self._attachment.forget()
 
     def _products(self) -> list[ProductWeight]:
         return [q for q in self._attachment.quantizers if isinstance(q, ProductWeight)]
