@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from diffq.attach.pruning import is_pruned
 from diffq.attach.ties import have_common_elements, tie_key
-from diffq.checks import check_number, check_overrides, check_patterns
+from diffq.checks import check_flag, check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
 from diffq.numerics.size import MEGABYTE
@@ -132,6 +132,7 @@ class Rules:
         include: name patterns; if there are any, only parameters that match are quantized.
         exclude: name patterns of parameters that stay raw.
         overrides: name pattern to settings; where several match, later ones win.
+        float16: whether parameters that are not quantized are stored as float16.
         least_dims: parameters of fewer dimensions stay raw.
 
     A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
@@ -142,6 +143,7 @@ class Rules:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     overrides: Overrides | None = None
+    float16: bool = False
     least_dims: int = 0
 
     def __post_init__(self) -> None:
@@ -149,11 +151,16 @@ class Rules:
         check_patterns(self.include, "include")
         check_patterns(self.exclude, "exclude")
         check_overrides(self.overrides)
+        check_flag(self.float16, "float16")
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
         fits = tensor.dtype in QUANTIZABLE and not self._is_small(tensor.shape)
         return fits and allowed(names, self.include, self.exclude)
+
+    def halves(self, dtype: torch.dtype) -> bool:
+        """Whether a parameter of this dtype that is not quantized is stored as float16."""
+        return self.float16 and dtype in (torch.float32, torch.float64)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""

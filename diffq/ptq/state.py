@@ -38,19 +38,16 @@ class Settings:
         group_size: consecutive weights that share a bitwidth; None or 0 for the tensor.
         per_channel: one range and one bitwidth for each slice along the first dimension
             (tensors of one dimension: one for all), whatever `group_size` says.
-        rules: which tensors are quantized.
-        float16: store float tensors that are not quantized as float16.
+        rules: which tensors are quantized, and which are stored as float16.
     """
 
     group_size: int | None = None
     per_channel: bool = False
     rules: Rules = field(default_factory=Rules)
-    float16: bool = False
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
         check_flag(self.per_channel, "per_channel")
-        check_flag(self.float16, "float16")
 
 
 def quantize_state(
@@ -123,8 +120,9 @@ class StatePlan:
             statistic = name.rpartition(".")[2] in STATISTICS
             if not statistic and tensor.numel() and settings.rules.select(names[name], tensor):
                 self.grids.append(StateGrid(name, tensor, settings))
-            elif settings.float16 and not statistic:
-                self.raw[name] = _half_record(name, tensor)
+            elif settings.rules.halves(tensor.dtype) and not statistic:
+                half = to_half(tensor, name, "Store it as it is: leave float16 out.")
+                self.raw[name] = raw_record(half.to(tensor.dtype), torch.float16)
             else:
                 self.raw[name] = raw_record(tensor)
 
@@ -172,11 +170,3 @@ def _check_dense(name: str, tensor: Any) -> None:
         f"A state dict to quantize holds dense tensors only, got {got} for {name!r}. "
         "Take it out, or make it dense."
     )
-
-
-def _half_record(name: str, tensor: Tensor) -> RawRecord:
-    """A tensor as float16 if it is of a wider float, else as it is."""
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return raw_record(tensor)
-    half = to_half(tensor, name, "Store it as it is: leave float16 out.")
-    return raw_record(half.to(tensor.dtype), torch.float16)

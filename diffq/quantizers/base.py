@@ -50,8 +50,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     Args:
         model: a plain model. Attach before wrapping it in DDP, sharding or compiling it.
         settings: how one tensor is quantized.
-        rules: which tensors are quantized, and their overrides of `settings`.
-        float16: store parameters that are not quantized as float16.
+        rules: which tensors are quantized or halved, and their overrides of `settings`.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -62,16 +61,16 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     #: Makes the quantizer of one tensor.
     _weight_quantizer: Callable[[TensorPlan, Settings], WeightQuantizer]
 
-    def __init__(self, model: nn.Module, settings: Settings, rules: Rules, float16: bool) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, rules: Rules) -> None:
         check_model(model)
-        check_flag(float16, "float16")
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
-        quantizers = [
-            self._choose(plan, own, float16, model)
-            for plan, own in zip(self._plans, chosen, strict=True)
-        ]
-        self._by_name = {q.plan.name: q for q in quantizers if q is not None}
+        self._by_name: dict[str, WeightQuantizer] = {}
+        for plan, own in zip(self._plans, chosen, strict=True):
+            if plan.quantized:
+                self._by_name[plan.name] = self._make_quantizer(plan, own, model)
+            elif plan.learned and rules.halves(plan.dtype):
+                self._by_name[plan.name] = HalfQuantizer(plan)
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._expect_optimizer()
         self._warned_of_unread = False
@@ -294,21 +293,17 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
                 f"{', '.join(changed[:5])} came or went since. detach() and make a new quantizer."
             )
 
-    def _choose(
-        self, plan: TensorPlan, settings: Settings, float16: bool, model: nn.Module
-    ) -> WeightQuantizer | None:
-        if plan.quantized:
-            check_owners(plan, model)
-            weight = plan.sites[0].read(model)
-            check_finite(plan.name, weight)
-            quantizer = self._weight_quantizer(plan, settings)
-            if not weight.is_meta:
-                quantizer.check(weight.detach())
-                quantizer.look(weight.detach(), None)
-            return quantizer
-        if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
-            return HalfQuantizer(plan)
-        return None
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: Settings, model: nn.Module
+    ) -> WeightQuantizer:
+        check_owners(plan, model)
+        weight = plan.sites[0].read(model)
+        check_finite(plan.name, weight)
+        quantizer = self._weight_quantizer(plan, settings)
+        if not weight.is_meta:
+            quantizer.check(weight.detach())
+            quantizer.look(weight.detach(), None)
+        return quantizer
 
     def _override(self, plan: TensorPlan, settings: Settings) -> Settings:
         known = sorted(f.name for f in fields(settings) if f.metadata != FOR_ALL)

@@ -320,7 +320,7 @@ class DiffQuantizer(BaseQuantizer[DiffQSettings]):
         settings = DiffQSettings(
             group_size, min_bits, max_bits, init_bits, bits, noise, noise_scale
         )
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
 
     def freeze_bits(self, rounding: bool = False) -> None:
         """Rounds the bitwidths and learns them no more, for the last part of a training.

@@ -206,6 +206,5 @@ class LSQQuantizer(BaseQuantizer[LSQSettings]):
         overrides: Overrides | None = None,
         float16: bool = False,
     ) -> None:
-        super().__init__(
-            model, LSQSettings(bits), Rules(min_size, include, exclude, overrides), float16
-        )
+        rules = Rules(min_size, include, exclude, overrides, float16)
+        super().__init__(model, LSQSettings(bits), rules)

@@ -103,4 +103,4 @@ class QATQuantizer(BaseQuantizer[QATSettings]):
         float16: bool = False,
     ) -> None:
         settings = QATSettings(bits, per_channel, training)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))

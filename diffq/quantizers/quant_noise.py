@@ -116,4 +116,4 @@ class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):
         float16: bool = False,
     ) -> None:
         settings = QuantNoiseSettings(bits, p, observer, block_size)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))

@@ -97,8 +97,8 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
             block_size, codebook_size, p, noise, picked, centroids, iterations
         )
         self._seed = seed
-        rules = Rules(min_size, include, exclude, overrides, least_dims=2)
-        super().__init__(model, settings, rules, float16)
+        rules = Rules(min_size, include, exclude, overrides, float16, least_dims=2)
+        super().__init__(model, settings, rules)
         try:
             self._stages = _group_stages([q.plan for q in self._products()], stages)
             self._learn(self._products(), warm=False)
@@ -106,22 +106,20 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
             self.detach()
             raise
 
-    def _choose(
-        self, plan: TensorPlan, settings: ProductSettings, float16: bool, model: nn.Module
-    ) -> WeightQuantizer | None:
-        if plan.quantized and plan.pruned:
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: ProductSettings, model: nn.Module
+    ) -> WeightQuantizer:
+        if plan.pruned:
             raise ConfigError(
                 f"A block is stored as its codeword, so the pruned weights of {plan.name} would "
                 f"not stay zero. Pass exclude=[{plan.name!r}], or make the pruning permanent with "
                 "torch.nn.utils.parametrize.remove_parametrizations."
             )
-        if plan.quantized:
-            kind, size = layer_kind(plan.sites[0].owner(model), plan.shape), settings.block_size
-            if isinstance(size, Mapping) or "block_size" not in plan.overrides:
-                size = choose_block_size(size, kind, plan.shape)
-            check_blocks(plan.name, kind, plan.shape, size, settings.codebook_size)
-            settings = replace(settings, block_size=size)
-        return super()._choose(plan, settings, float16, model)
+        kind, size = layer_kind(plan.sites[0].owner(model), plan.shape), settings.block_size
+        if isinstance(size, Mapping) or "block_size" not in plan.overrides:
+            size = choose_block_size(size, kind, plan.shape)
+        check_blocks(plan.name, kind, plan.shape, size, settings.codebook_size)
+        return super()._make_quantizer(plan, replace(settings, block_size=size), model)
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
