@@ -18,7 +18,7 @@ from diffq.torch_inside.sharding import reshard
 class OptimizerSetup:
     """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
 
-    _step_watch: StepWatch | None
+    _step_watch: StepWatch | None = None
 
     @property
     @abstractmethod
@@ -101,4 +101,3 @@ class OptimizerSetup:
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""
         self._attachment.forwards.expects_optimizer = True
-        self._step_watch = None

@@ -8,7 +8,7 @@ A block is made of consecutive weights of the flattened tensor. In a linear laye
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,7 @@ from diffq.torch_inside.modules import CONVOLUTIONS
 
 #: Kinds of layers, as far as blocks are concerned. Whatever is neither an embedding nor a
 #: convolution is linear: recurrent layers, attention, parameters of your own.
-LayerKind = Literal["linear", "embedding", "conv1x1", "conv", "depthwise"]
-LAYER_KINDS: tuple[str, ...] = get_args(LayerKind)
+LAYER_KINDS = ("linear", "embedding", "conv1x1", "conv", "depthwise")
 
 #: One number for inputs of layers, or numbers by the kind of layer.
 BlockSize = int | Mapping[str, int]

@@ -182,7 +182,7 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
             found = list(filter(None, attachment.each_weight(learn)))
         codebooks: list[Tensor | None] = [None] * len(attachment.quantizers)
         for quantizer, clusters in found:
-            quantizer.take(clusters)
+            quantizer.take(clusters.indices)
             codebooks[quantizer.index] = clusters.codebook
         attachment.learned.write(codebooks)
         attachment.forget()

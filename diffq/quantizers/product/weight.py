@@ -167,11 +167,6 @@ class ProductWeight(WeightQuantizer):
         """
         self._check_finite(weight)
         self._check_zeros(weight, learned)
-        step = self.plan.numel
-
-        def report(iteration: int) -> None:
-            bar.advance(step, self.plan.name)
-
         blocks = self._in_blocks(weight).float()
         found = kmeans_with_zeros(
             blocks,
@@ -179,14 +174,16 @@ class ProductWeight(WeightQuantizer):
             start=learned,
             iterations=self.settings.iterations,
             generator=torch.Generator().manual_seed(seed),
-            report=report,
+            report=lambda _: bar.advance(self.plan.numel, self.plan.name),
         )
         stored = store_codebook(found.codebook, self.settings.centroids)
         return replace(found, indices=self._nearest(blocks, stored.values()))
 
-    def take(self, found: Clustering) -> None:
-        """Takes the indices of what was learned."""
-        self._set_indices(found.indices)
+    def take(self, indices: Tensor) -> None:
+        """Takes the codeword of each block, [blocks]."""
+        self.indices = indices.to(torch.int32)
+        counts = torch.bincount(self.indices, minlength=self.size)
+        self.counts = counts.clamp(min=1).to(torch.int32)
 
     def fix(self, learned: Tensor) -> None:
         """Has each block keep the codeword that it was given last."""
@@ -201,7 +198,7 @@ class ProductWeight(WeightQuantizer):
                     f"The state dict was made with another codebook_size for {self.plan.name}. "
                     "Make the quantizer with the same arguments."
                 )
-            self._set_indices(kept.to(self.indices.device))
+            self.take(kept.to(self.indices.device))
         self.stage = stage
         if learned is not None and not learned.is_meta and self.fixed:
             self.look(learned, learned)
@@ -212,11 +209,6 @@ class ProductWeight(WeightQuantizer):
         """Reads the codebook, the indices, and whether they are fixed."""
         super().read_earlier(entries, learned)
         return int(entries["_extra_state"][0]), entries.get("indices")
-
-    def _set_indices(self, indices: Tensor) -> None:
-        self.indices = indices.to(torch.int32)
-        counts = torch.bincount(self.indices, minlength=self.size)
-        self.counts = counts.clamp(min=1).to(torch.int32)
 
     def _move(self, device: torch.device) -> None:
         if self.indices.device != device:
