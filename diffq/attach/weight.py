@@ -32,7 +32,6 @@ from diffq.attach.plan import TensorPlan
 from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
-from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
@@ -53,6 +52,7 @@ class WeightQuantizer(ABC):
     Attributes:
         plan: the tensor.
         group_size: weights that share a bitwidth or an index.
+        index_bits: bits of all indices that stand for the weights in place of levels; else 0.
         index: the place in the model's list of weight quantizers.
         stage: 0 to 9, what training does with the tensor; part of the state dict.
         readings: who has read the weight, which decides whether its bits learn.
@@ -66,6 +66,7 @@ class WeightQuantizer(ABC):
     def __init__(self, plan: TensorPlan) -> None:
         self.plan = plan
         self.group_size = plan.numel
+        self.index_bits = 0
         self.index = 0
         self.stage = 0
         self.readings = Readings()
@@ -183,11 +184,3 @@ class WeightQuantizer(ABC):
     def group_bits(self, learned: Tensor | None) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None
-
-    def level_totals(self, learned: Tensor | None) -> tuple[int, int]:
-        """Bits of all levels or indices, and the number of weights that they stand for."""
-        bits = self.group_bits(learned)
-        if bits is None:
-            return 0, 0
-        counts = stream_counts(bits, self.group_size, self.plan.numel)
-        return sum(width * count for width, count in counts.items()), self.plan.numel

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,21 @@ from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
-from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
+from diffq.checks import (
+    MAX_BITS,
+    check_bits,
+    check_choice,
+    check_flag,
+    check_group_size,
+    check_number,
+)
 from diffq.errors import ConfigError
 from diffq.numerics import noise
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
-from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
 from diffq.quantizers.batches import drawn_of, only_of, samples_of
 from diffq.quantizers.grid import GridQuantizer, zeros_of
 
@@ -38,8 +45,8 @@ class DiffQSettings:
     max_bits: int
     init_bits: float
     bits: int | None
-    noise: Noise
-    noise_scale: float
+    noise: Noise = field(metadata=FOR_ALL)
+    noise_scale: float = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.min_bits, "min_bits")
@@ -53,8 +60,7 @@ class DiffQSettings:
             )
         check_number(self.init_bits, "init_bits", self.min_bits, self.max_bits)
         check_group_size(self.group_size)
-        if self.noise not in NOISES:
-            raise ConfigError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}.")
+        check_choice(self.noise, "noise", NOISES)
         check_number(self.noise_scale, "noise_scale", 0)
 
 
@@ -81,8 +87,7 @@ class DiffQWeight(GridQuantizer):
 
     def __init__(self, plan: TensorPlan, settings: DiffQSettings) -> None:
         fixed = settings.bits
-        whole = fixed is not None or not settings.group_size
-        group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
+        group_size = plan.numel if fixed else min(settings.group_size or plan.numel, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
@@ -238,7 +243,7 @@ class NoisyBatch(Batch):
         return torch.cat([q.bits(weight, logits) for q in self._all])
 
 
-class DiffQuantizer(BaseQuantizer):
+class DiffQuantizer(BaseQuantizer[DiffQSettings]):
     """Learns how many bits each group of weights deserves, while the model trains.
 
     Each group of a weight has a real bitwidth b (Equation 11). In training the
@@ -279,9 +284,7 @@ class DiffQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset(
-        {"group_size", "min_bits", "max_bits", "init_bits", "bits"}
-    )
+    _weight_quantizer = DiffQWeight
 
     def __init__(
         self,
@@ -303,7 +306,7 @@ class DiffQuantizer(BaseQuantizer):
         settings = DiffQSettings(
             group_size, min_bits, max_bits, init_bits, bits, noise, noise_scale
         )
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
 
     def freeze_bits(self, rounding: bool = False) -> None:
         """Rounds the bitwidths and learns them no more, for the last part of a training.
@@ -328,8 +331,3 @@ class DiffQuantizer(BaseQuantizer):
         self._attachment.each_quantizer(freeze)
         self._attachment.learned.settle()
         self._attachment.forget()
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: DiffQSettings, weight: Tensor
-    ) -> DiffQWeight:
-        return DiffQWeight(plan, settings)

@@ -119,9 +119,7 @@ class GridQuantizer(WeightQuantizer):
     def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Rounded bitwidths, float32 [groups], or [1] for one that all share.
 
-        Args:
-            weight: gives the device where nothing is learned.
-            learned: as everywhere.
+        Where nothing is learned, they are on the device of the weight.
         """
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ class ScaledBatch(Batch):
         return scaled.pass_scale(drawn, self._first.levels, scales, weights, values)
 
 
-class LSQQuantizer(BaseQuantizer):
+class LSQQuantizer(BaseQuantizer[LSQSettings]):
     """Quantization-aware training with one learned step size per tensor.
 
     Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
@@ -191,7 +191,7 @@ class LSQQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits"})
+    _weight_quantizer = LSQWeight
 
     def __init__(
         self,
@@ -204,9 +204,5 @@ class LSQQuantizer(BaseQuantizer):
         overrides: Overrides | None = None,
         float16: bool = False,
     ) -> None:
-        super().__init__(
-            model, LSQSettings(bits), Rules(min_size, include, exclude, overrides), float16
-        )
-
-    def _make_quantizer(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> LSQWeight:
-        return LSQWeight(plan, settings)
+        rules = Rules(min_size, include, exclude, overrides, float16)
+        super().__init__(model, LSQSettings(bits), rules)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from diffq.checks import check_bits, check_flag
 from diffq.numerics import noise
 from diffq.numerics.flat import Flat
 from diffq.numerics.noise import Drawn, straight_through
-from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
 from diffq.quantizers.batches import drawn_of, samples_of
 from diffq.quantizers.grid import GridQuantizer, zeros_of
 
@@ -30,7 +30,7 @@ class QATSettings:
 
     bits: int
     per_channel: bool
-    training: bool
+    training: bool = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -105,7 +105,7 @@ class RoundedBatch(Batch):
         return noise.round_all(self.flat, weights, bits, zeros_of(self._all))
 
 
-class QATQuantizer(BaseQuantizer):
+class QATQuantizer(BaseQuantizer[QATSettings]):
     """Rounds the weights in training too, and passes their gradient straight through.
 
     The baseline of the DiffQ paper (Krishnamoorthi, arXiv:1806.08342): min-max
@@ -131,7 +131,7 @@ class QATQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "per_channel"})
+    _weight_quantizer = QATWeight
 
     def __init__(
         self,
@@ -147,7 +147,4 @@ class QATQuantizer(BaseQuantizer):
         float16: bool = False,
     ) -> None:
         settings = QATSettings(bits, per_channel, training)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
-
-    def _make_quantizer(self, plan: TensorPlan, settings: QATSettings, weight: Tensor) -> QATWeight:
-        return QATWeight(plan, settings)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class PartlyRoundedBatch(RoundedBatch):
         return samples_of(drawn, weights)
 
 
-class QuantNoiseQuantizer(BaseQuantizer):
+class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):
     """Quantizes a random part of the weights in each training forward.
 
     Scalar Quant-Noise (Fan et al., arXiv:2004.07320, Equations 6 to 8 and 10): the other
@@ -136,7 +136,7 @@ class QuantNoiseQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "p", "observer", "block_size"})
+    _weight_quantizer = QuantNoiseWeight
 
     def __init__(
         self,
@@ -153,9 +153,4 @@ class QuantNoiseQuantizer(BaseQuantizer):
         float16: bool = False,
     ) -> None:
         settings = QuantNoiseSettings(bits, p, observer, block_size)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: QuantNoiseSettings, weight: Tensor
-    ) -> QuantNoiseWeight:
-        return QuantNoiseWeight(plan, settings)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
