@@ -10,6 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from diffq.kernels.weights import is_aligned
+
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -30,7 +32,7 @@ class Launch:
         num_warps: warps of 32 threads in a program.
     """
 
-    #: Whether what is compiled is launched directly; see `diffq.kernels.availability`.
+    #: Whether what is compiled is launched directly; see `diffq.kernels.probe`.
     direct = False
 
     def __init__(self, kernel: Any, constants: Sequence[Any], num_warps: int = 4) -> None:
@@ -94,11 +96,6 @@ class Addresses:
         # From pinned memory, so that the host does not wait for the device.
         pinned = torch.tensor(rows, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         self.table = pinned.to(self._device, non_blocking=True)
-
-
-def is_aligned(weight: Tensor) -> bool:
-    """Whether a weight is read 16 bytes at a time, if all of its batch are."""
-    return weight.data_ptr() % 16 == 0 and weight.numel() % 16 == 0
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -12,10 +12,6 @@ from torch import Tensor
 
 from diffq.torch_inside import flat
 
-#: The largest group that a tile holds.
-MAX_GROUP = 1024
-#: The largest tensor: places of weights are int32.
-MAX_NUMEL = 2**31 - 2**16
 #: Most pieces of one tensor's weights, and of its groups: a program reads what all of them found.
 PARTS, GROUP_PARTS = 256, 64
 
@@ -45,8 +41,8 @@ class Layout:
     """The tables of a batch, and the places of its tensors in buffers of values and gradients.
 
     Args:
-        shapes: of the tensors; each has 1 to `MAX_NUMEL` elements.
-        group_size: weights of a group, up to `MAX_GROUP`; None if each tensor is one group.
+        shapes: of the tensors; each has an element.
+        group_size: weights of a group; None if each tensor is one group.
         device: of the tensors.
 
     Attributes:

@@ -13,11 +13,11 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         # One tensor would be flattened to a view of itself.
         return tensors[0].reshape(-1).clone()
-    flat: Tensor = _flatten_dense_tensors(tensors)
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return flat
 
 
 def cut(buffer: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views of a buffer, one after the other in the shapes of some tensors."""
-    views: tuple[Tensor, ...] = _unflatten_dense_tensors(buffer, like)
+    views: tuple[Tensor, ...] = _unflatten_dense_tensors(buffer, like)  # type: ignore[no-untyped-call]
     return views

@@ -26,4 +26,6 @@ def gradients_close(found, expected, dtype):
     eps = torch.finfo(dtype).eps
     scale = expected.double().square().mean().sqrt().item()
     rtol = 1e-4 if dtype == torch.float32 else eps
-    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-4 * scale + 1e-12)
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=rtol, atol=1e-4 * scale + 1e-12
+    )

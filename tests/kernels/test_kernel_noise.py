@@ -66,7 +66,7 @@ class Batch:
         return [w.grad for w in weights], logits.grad
 
 
-@settings(max_examples=8, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(
     numels=st.lists(st.integers(1, 400), min_size=1, max_size=3),
     group_size=st.sampled_from([None, 1, 3, 8, 12, 64]),
@@ -93,8 +93,8 @@ def test_gradients(numels, group_size, kind, dtype, learned):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_large_tensors(kind):
     """Sums over many programs are right, with the first of two equal extremes."""
-    batch = Batch([20000, 4], None, kind)
-    batch.weights[0][[50, 19000, 60, 19001]] = torch.tensor([1.0, 1.0, -1.0, -1.0], device=DEVICE)
+    batch = Batch([10000, 4], None, kind)
+    batch.weights[0][[50, 9000, 60, 9001]] = torch.tensor([1.0, 1.0, -1.0, -1.0], device=DEVICE)
     sampled, wide = batch.sample()
     grads = [torch.ones_like(w) for w in batch.weights]
     weights, logits = batch.gradients(wide, grads)
@@ -119,8 +119,9 @@ def test_values_not_used():
     assert same_bits(batch.noisy.gradients(*none)[1], torch.zeros_like(for_logits))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rounding"])
-@pytest.mark.parametrize("group_size", [1, 12, None])
+@pytest.mark.parametrize(
+    ("kind", "group_size"), [("gaussian", 1), ("gaussian", None), ("rounding", 12)]
+)
 def test_size(kind, group_size):
     """The size and its gradient are those of `learned_bits`."""
     numels = [4500, 30, 1]
@@ -152,8 +153,9 @@ def test_autocast(out):
     backend.gradients_close(for_logits, logits, torch.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*zip(KINDS, DTYPES, strict=True), ("rounding", torch.float32)]
+)
 def test_zeros(kind, dtype):
     """Zeros stay where they are to stay, and give no gradient to logits; others get noise."""
     batch = Batch([64, 64], 8, kind, dtype)

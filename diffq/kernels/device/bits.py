@@ -37,9 +37,7 @@ def of_logit(logit, least, interval, WHOLE_BITS: tl.constexpr):
 
 
 @triton.jit
-def load(
-    given, at, mask, least, interval, LEARNED: tl.constexpr, WHOLE_BITS: tl.constexpr
-):
+def load(given, at, mask, least, interval, LEARNED: tl.constexpr, WHOLE_BITS: tl.constexpr):
     """Bitwidths at places of a flat tensor of logits or, if they are fixed, of bitwidths."""
     read = tl.load(given + at, mask=mask, other=1.0)
     if LEARNED:
@@ -56,7 +54,7 @@ def top(bits):
 
 @triton.jit
 def slopes(logit, least, interval, WHOLE_BITS: tl.constexpr):
-    """d log(step) / d logit and d bits / d logit."""
+    """The slopes of log(step) and of the bitwidth by the logit."""
     share = sigmoid(logit)
     slope = share * (1.0 - share) * interval
     bits = of_logit(logit, least, interval, WHOLE_BITS)

@@ -23,7 +23,7 @@ _WHOLE = tl.constexpr(12582912.0)
 
 @triton.jit
 def add(a, b):
-    """a + b, of one shape."""
+    """The sum of tensors of one shape."""
     if PTX:
         return tl.inline_asm_elementwise(
             "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
@@ -33,7 +33,7 @@ def add(a, b):
 
 @triton.jit
 def mul(a, b):
-    """a * b, of one shape."""
+    """The product of tensors of one shape."""
     if PTX:
         return tl.inline_asm_elementwise(
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
@@ -43,7 +43,7 @@ def mul(a, b):
 
 @triton.jit
 def div(a, b):
-    """a / b, in the shape of b."""
+    """The quotient a / b, in the shape of b."""
     return tl.div_rn(tl.broadcast_to(a, b.shape), b)
 
 

@@ -10,7 +10,6 @@ from diffq.kernels.device.columns import (
     CHUNKS,
     COLUMNS,
     GROUP,
-    GROUP_COUNT,
     NUMEL,
     PLACE,
     ROUNDING,
@@ -22,9 +21,7 @@ from diffq.kernels.device.scan import load_ends, load_places, load_zero
 
 
 @triton.jit
-def _load_tensor(
-    addresses, table, tensor, WTYPE: tl.constexpr, ALIGNED: tl.constexpr
-):
+def _load_tensor(addresses, table, tensor, WTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """A tensor's row of the table, weights, number of weights, and whether its zeros stay zero."""
     row = table + tensor * COLUMNS
     numel = tl.load(row + NUMEL).to(tl.int32)
@@ -49,9 +46,7 @@ def _draw(seed, chunk, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    row0, numel, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr, WHOLE: tl.constexpr
-):
+def _tile(row0, numel, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr, WHOLE: tl.constexpr):
     """A tile of R rows of G weights, in C columns.
 
     Returns:
@@ -193,14 +188,14 @@ def backward_kernel(
     G: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program for each chunk. With e = grad * (value - weight), see `PseudoNoise`:
+    """One program for each chunk: the gradients of `PseudoNoise`, with noise drawn again.
 
     Args:
         grads: gradients of the values of all tensors.
         weight_grads: with COPIES, gets them in the weights' dtype.
         logit_grads: with LEARNED, gets the gradients of logits, float32 [groups], but for
             groups that are WHOLE tensors.
-        totals: float32 [chunks], gets the sum of e.
+        totals: float32 [chunks], gets the sums of grad * (value - weight).
         size_grad: float32 0-dim, the gradient of the size in MB.
     """
     pid = tl.program_id(0)

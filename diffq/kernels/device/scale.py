@@ -48,7 +48,14 @@ def _load_chunk(
     inside = i < numel
     x = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     scale = _positive(tl.load(scales + tensor + tl.arange(0, 1)))
-    return place + i, inside, x, scale, tl.load(levels + tensor * 2), tl.load(levels + tensor * 2 + 1)
+    return (
+        place + i,
+        inside,
+        x,
+        scale,
+        tl.load(levels + tensor * 2),
+        tl.load(levels + tensor * 2 + 1),
+    )
 
 
 @triton.jit
@@ -123,9 +130,7 @@ def scaled_backward_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["scales"])
-def scaled_finish_kernel(
-    table, scales, levels, scale_grads, totals, BLOCK: tl.constexpr
-):
+def scaled_finish_kernel(table, scales, levels, scale_grads, totals, BLOCK: tl.constexpr):
     """One program for each tensor: the gradient of its scale, float32 [tensors]."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS

@@ -17,8 +17,9 @@ from diffq.kernels.device.columns import (
 _NOWHERE = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["weight_pieces", "group_pieces"],
-            do_not_specialize_on_alignment=["given"])
+@triton.jit(
+    do_not_specialize=["weight_pieces", "group_pieces"], do_not_specialize_on_alignment=["given"]
+)
 def scan_kernel(
     addresses,
     table,
