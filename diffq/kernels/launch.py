@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffq.kernels.weights import is_aligned
 
-DTYPES: dict[torch.dtype, Any] = {
+TYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,

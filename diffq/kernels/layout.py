@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffq.kernels.weights import DTYPES
 from diffq.torch_inside import flat
 
 #: Most pieces of one tensor's weights, and of its groups: a program reads what all of them found.
@@ -78,6 +79,7 @@ class Layout:
         self.chunks = chunks[:, :2].to(device, torch.int32).contiguous()
         self._shapes = shapes
         self._gaps = [end - numel for end, numel in zip(padded, self.numels, strict=True)]
+        self._zeros = {t: torch.zeros(_ALIGNMENT, dtype=t, device=device) for t in DTYPES}
         # Only their shapes are read.
         self._like = [
             like
@@ -91,7 +93,7 @@ class Layout:
 
     def join(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """A fresh buffer with copies of the tensors, with zeros for those that are None."""
-        gap = self.table.new_zeros(_ALIGNMENT, dtype=dtype)
+        gap = self._zeros[dtype]
         parts = []
         for tensor, shape, missing in zip(tensors, self._shapes, self._gaps, strict=True):
             parts.append(gap.new_zeros(shape) if tensor is None else tensor)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffq.kernels.device.noise import backward_kernel, finish_kernel
 from diffq.kernels.launch import on
 from diffq.kernels.layout import PARTS
-from diffq.kernels.sampler import Sampled, Sampler, Settings
+from diffq.kernels.sampler import Sampler, Settings, State
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import Noise
 
@@ -50,7 +50,7 @@ class Noisy(Sampler):
     @torch.no_grad()
     def gradients(
         self,
-        sampled: Sampled,
+        state: State,
         weights: Sequence[Tensor],
         given: Tensor,
         grads: Sequence[Tensor | None],
@@ -59,7 +59,7 @@ class Noisy(Sampler):
         """Gradients of weights and logits, in three launches.
 
         Args:
-            sampled: what `sample` gave.
+            state: that of the sample.
             weights: as they were then; they may have moved.
             given: as it was then.
             grads: of the values, in their dtype; None for values that were not used.
@@ -71,18 +71,18 @@ class Noisy(Sampler):
         """
         layout, new = self._layout, self._layout.table.new_empty
         with on(self._device):
-            self._addresses.update(weights, sampled.zeros)
-            flat = layout.join(grads, sampled.values[0].dtype)
+            self._addresses.update(weights, state.zeros)
+            flat = layout.join(grads, state.dtype)
             copies = flat.dtype != self._dtype
             for_weights = new(layout.total, dtype=self._dtype) if copies else flat
             for_logits = new(layout.groups if self._learned else 0, dtype=torch.float32)
             totals = new(layout.chunk_count, dtype=torch.float32)
-            found = sampled.ends, sampled.places
+            found = state.ends, state.places
             into = for_weights, for_logits, totals, self._zero if size_grad is None else size_grad
             self._launches.get(backward_kernel, self._constants(copies), flat.dtype)(
                 layout.chunk_count,
                 *(self._addresses.table, layout.table, layout.chunks, given, *found),
-                *(sampled.seed, flat, *into, layout.weight_pieces, *self._law, self._noise[0]),
+                *(state.seed, flat, *into, layout.weight_pieces, *self._law, self._noise[0]),
             )
             constants = self._kind, self._learned, self._whole, PARTS, _FINISH_BLOCK
             self._launches.get(finish_kernel, constants)(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from diffq.format.records import RANGE_BITS, WIDTH_BITS
 from diffq.kernels.device.columns import GAUSSIAN, ROUNDING, UNIFORM
 from diffq.kernels.device.noise import sample_kernel
 from diffq.kernels.device.scan import scan_kernel
-from diffq.kernels.launch import DTYPES, Addresses, Launches, on
+from diffq.kernels.launch import TYPES, Addresses, Launches, on
 from diffq.kernels.layout import GROUP_PARTS, PARTS, Layout
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import Noise
@@ -44,24 +44,36 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Values of a batch, and what their gradients need; all of it is on the device.
+class State:
+    """What gradients need of a sample; no values, so that their autograd node may hold it.
 
     Attributes:
-        values: one for each weight, in its shape; views of one buffer.
-        size: the size in MB, float32 0-dim, if it was asked for.
+        dtype: of the values.
         zeros: of each tensor, whether its zeros stay zero.
         seed: int64 [1], the key of the noise.
         ends: float32 [2, pieces], minimum and maximum of each piece of a weight.
         places: int32 [3, pieces], their first places, and whether a weight is zero.
     """
 
-    values: list[Tensor]
-    size: Tensor | None
+    dtype: torch.dtype
     zeros: Sequence[bool]
     seed: Tensor
     ends: Tensor
     places: Tensor
+
+
+class Sampled(NamedTuple):
+    """The values of a batch.
+
+    Attributes:
+        values: one for each weight, in its shape; views of one buffer.
+        size: the size in MB, float32 0-dim, if it was asked for.
+        state: for `gradients`.
+    """
+
+    values: list[Tensor]
+    size: Tensor | None
+    state: State
 
 
 class Sampler:
@@ -93,7 +105,8 @@ class Sampler:
         self._random = settings.kind != "rounding" or self._masked
         law = settings.law or BitsLaw(0, 0)
         self._law = float(law.min_bits), float(law.max_bits - law.min_bits)
-        self._noise = settings.scale, settings.rate, settings.block_size
+        # Triton compiles an int for itself.
+        self._noise = float(settings.scale), float(settings.rate), settings.block_size
 
     @torch.no_grad()
     def sample(
@@ -127,8 +140,8 @@ class Sampler:
             total = new((), dtype=torch.float32)
             self._scan(given, ends, places, sums, size)
             self._fill(values, total, given, ends, places, sums, seed, size)
-        found = total if size else None
-        return Sampled(layout.cut(values), found, zeros, seed, ends, places)
+        state = State(values.dtype, zeros, seed, ends, places)
+        return Sampled(layout.cut(values), total if size else None, state)
 
     def _scan(self, given: Tensor, ends: Tensor, places: Tensor, sums: Tensor, size: bool) -> None:
         layout, addresses = self._layout, self._addresses
@@ -166,4 +179,4 @@ class Sampler:
     @property
     def _reading(self) -> tuple[Any, bool]:
         """The constants of kernels that read weights."""
-        return DTYPES[self._dtype], self._addresses.aligned
+        return TYPES[self._dtype], self._addresses.aligned

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffq.kernels.device.scale import scaled_backward_kernel, scaled_finish_kernel, scaled_kernel
-from diffq.kernels.launch import DTYPES, Addresses, Launches, on
+from diffq.kernels.launch import TYPES, Addresses, Launches, on
 from diffq.kernels.layout import Layout
 
 # Sums that a program adds up at a time.
@@ -54,7 +54,7 @@ class Scaled:
         with on(self._device):
             self._take(weights)
             values = self._new(self._layout.total, dtype or self._dtype)
-            self._launches.get(scaled_kernel, self._constants, values.dtype)(
+            self._launches.get(scaled_kernel, self._constants, values.dtype, num_warps=8)(
                 self._layout.chunk_count, *self._arguments(scales), values
             )
         return self._layout.cut(values)
@@ -87,7 +87,7 @@ class Scaled:
             for_weights = flat if same else self._new(layout.total, self._dtype)
             totals = self._new(layout.chunk_count, torch.float32)
             for_scales = self._new(len(layout.numels), torch.float32)
-            self._launches.get(scaled_backward_kernel, self._constants, flat.dtype)(
+            self._launches.get(scaled_backward_kernel, self._constants, flat.dtype, num_warps=8)(
                 layout.chunk_count, *self._arguments(scales), flat, for_weights, totals
             )
             self._launches.get(scaled_finish_kernel, (_FINISH_BLOCK,))(
@@ -108,4 +108,4 @@ class Scaled:
     @property
     def _constants(self) -> tuple[object, ...]:
         chunk = 4 * self._layout.tile.rows
-        return DTYPES[self._dtype], self._addresses.aligned, chunk
+        return TYPES[self._dtype], self._addresses.aligned, chunk

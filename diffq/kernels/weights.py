@@ -10,14 +10,15 @@ MAX_GROUP = 1024
 #: The largest tensor: places of weights are int32.
 MAX_NUMEL = 2**31 - 2**16
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of weights and values.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def handles(weight: Tensor, group_size: int | None) -> bool:
     """Whether kernels take a weight in groups of a size; None for a tensor of one group."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.dtype in _DTYPES
+        and weight.dtype in DTYPES
         and weight.is_contiguous()
         and 0 < weight.numel() <= MAX_NUMEL
         and (group_size is None or group_size <= MAX_GROUP)

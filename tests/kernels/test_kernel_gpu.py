@@ -33,7 +33,7 @@ def step(noisy, weights, logits):
     """Values, size and gradients of one step."""
     sampled = noisy.sample(weights, logits, size=True)
     grads = [torch.ones_like(value) for value in sampled.values]
-    found = noisy.gradients(sampled, weights, logits, grads, torch.ones_like(sampled.size))
+    found = noisy.gradients(sampled.state, weights, logits, grads, torch.ones_like(sampled.size))
     return sampled.values, sampled.size, *found
 
 

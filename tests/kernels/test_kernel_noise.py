@@ -81,7 +81,7 @@ def test_gradients(numels, group_size, kind, dtype, learned):
     grads = [torch.randn(n, device=DEVICE).to(dtype) for n in numels]
     values = sampled.values if kind == "rounding" else wide
     weights, logits = batch.gradients(values, grads)
-    found, for_logits = batch.noisy.gradients(sampled, batch.weights, batch.given, grads)
+    found, for_logits = batch.noisy.gradients(sampled.state, batch.weights, batch.given, grads)
     for one, other in zip(found, weights, strict=True):
         assert one.dtype == dtype
         backend.gradients_close(one, other, dtype)
@@ -98,7 +98,7 @@ def test_gradients_of_large_tensors(kind):
     sampled, wide = batch.sample()
     grads = [torch.ones_like(w) for w in batch.weights]
     weights, logits = batch.gradients(wide, grads)
-    found, for_logits = batch.noisy.gradients(sampled, batch.weights, batch.given, grads)
+    found, for_logits = batch.noisy.gradients(sampled.state, batch.weights, batch.given, grads)
     backend.gradients_close(found[0], weights[0], torch.float32)
     assert (found[0] != 1).nonzero().flatten().tolist() == [50, 60]
     backend.gradients_close(for_logits, logits, torch.float32)
@@ -110,12 +110,12 @@ def test_values_not_used():
     sampled, wide = batch.sample(size=True)
     grads = [torch.randn(40, device=DEVICE), None]
     weights, logits = batch.gradients(wide, grads)
-    inputs = sampled, batch.weights, batch.given, grads
+    inputs = sampled.state, batch.weights, batch.given, grads
     found, for_logits = batch.noisy.gradients(*inputs)
     assert found[1] is None
     backend.gradients_close(found[0], weights[0], torch.float32)
     backend.gradients_close(for_logits, logits, torch.float32)
-    none = sampled, batch.weights, batch.given, [None, None]
+    none = sampled.state, batch.weights, batch.given, [None, None]
     assert same_bits(batch.noisy.gradients(*none)[1], torch.zeros_like(for_logits))
 
 
@@ -135,7 +135,7 @@ def test_size(kind, group_size):
     torch.testing.assert_close(sampled.size, expected.detach(), rtol=1e-6, atol=0)
     (1000 * expected).backward()
     grad, none = torch.tensor(1000.0, device=DEVICE), [None] * 3
-    _, found = batch.noisy.gradients(sampled, batch.weights, batch.given, none, grad)
+    _, found = batch.noisy.gradients(sampled.state, batch.weights, batch.given, none, grad)
     backend.gradients_close(found, logits.grad, torch.float32)
 
 
@@ -147,7 +147,7 @@ def test_autocast(out):
     assert all(same_bits(v, w.to(out)) for v, w in zip(sampled.values, wide, strict=True))
     grads = [torch.randn(n, device=DEVICE).to(out) for n in (64, 33)]
     weights, logits = batch.gradients(wide, grads)
-    found, for_logits = batch.noisy.gradients(sampled, batch.weights, batch.given, grads)
+    found, for_logits = batch.noisy.gradients(sampled.state, batch.weights, batch.given, grads)
     for one, other in zip(found, weights, strict=True):
         backend.gradients_close(one, other, torch.float32)
     backend.gradients_close(for_logits, logits, torch.float32)
@@ -166,7 +166,7 @@ def test_zeros(kind, dtype):
     assert (sampled.values[1][8:24] != 0).any()
     grads = [torch.randn(64, device=DEVICE).to(dtype) for _ in range(2)]
     _, logits = batch.gradients(sampled.values if kind == "rounding" else wide, grads)
-    _, found = batch.noisy.gradients(sampled, batch.weights, batch.given, grads)
+    _, found = batch.noisy.gradients(sampled.state, batch.weights, batch.given, grads)
     backend.gradients_close(found, logits, torch.float32)
     assert (found[1:3] == 0).all()
 
@@ -182,7 +182,7 @@ def test_float16_stays_finite():
     assert (value.abs() == 65504).any()
     grad = torch.randn(200, device=DEVICE).half()
     _, logits = batch.gradients([wide[0].clamp(-65504, 65504)], [grad])
-    _, found = batch.noisy.gradients(sampled, batch.weights, batch.given, [grad])
+    _, found = batch.noisy.gradients(sampled.state, batch.weights, batch.given, [grad])
     backend.gradients_close(found, logits, torch.float32)
 
 
@@ -196,7 +196,7 @@ def test_nan_and_constants():
     assert same_bits(sampled.values[1], batch.weights[1])
     assert sampled.values[2].isfinite().all()
     grads = [torch.randn(40, device=DEVICE) for _ in range(3)]
-    found, for_logits = batch.noisy.gradients(sampled, batch.weights, batch.given, grads)
+    found, for_logits = batch.noisy.gradients(sampled.state, batch.weights, batch.given, grads)
     assert same_bits(found[1], grads[1])
     assert (for_logits[5:10] == 0).all()
 
@@ -231,7 +231,7 @@ def test_weights_that_moved():
     sampled, _ = batch.sample()
     grads = [torch.randn(n, device=DEVICE) for n in (64, 40)]
     inputs = batch.given, grads
-    found, logits = batch.noisy.gradients(sampled, batch.weights, *inputs)
+    found, logits = batch.noisy.gradients(sampled.state, batch.weights, *inputs)
     moved = [torch.cat([w[:1], w])[1:] for w in batch.weights]
-    again, same = batch.noisy.gradients(sampled, moved, *inputs)
+    again, same = batch.noisy.gradients(sampled.state, moved, *inputs)
     assert same_bits([*found, logits], [*again, same])
