@@ -2,8 +2,10 @@
 
 A batch is tensors of one dtype, device and group size. It is given tensors and numbers, and knows
 neither modules nor autograd. `Noisy` is for DiffQ, `Rounded` for QAT, Quant-Noise and true
-quantization, `Scaled` for LSQ. A custom autograd function calls `sample` in its forward and
-`gradients` in its backward.
+quantization, `Scaled` for LSQ. One autograd node serves a batch: its forward calls `sample` and
+keeps the state, its backward calls `gradients`. Weights and gradients are lists of tensors of any
+shapes. What groups or tensors have one of is flat: logits, bitwidths and their gradients are
+float32 [groups], scales and their gradients float32 [tensors].
 
 | launches | forward | backward |
 | --- | --- | --- |

@@ -128,6 +128,7 @@ class Sampler:
                 `diffq.numerics.size` counts them; takes a law, and no launch of its own.
             dtype: of the values; that of the weights by default.
         """
+        assert self._learned or not size
         zeros = [False] * len(weights) if zeros is None else zeros
         layout, new = self._layout, self._layout.table.new_empty
         with on(self._device):
