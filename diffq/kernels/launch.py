@@ -94,7 +94,8 @@ class Addresses:
         self._rows = rows
         self.aligned = all(is_aligned(weight) for weight in weights)
         # From pinned memory, so that the host does not wait for the device.
-        pinned = torch.tensor(rows, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        pinned = table.pin_memory() if self._device.type == "cuda" else table
         self.table = pinned.to(self._device, non_blocking=True)
 
 

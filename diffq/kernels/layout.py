@@ -74,17 +74,20 @@ class Layout:
         for cuts in (weights, of_groups, chunks):
             counts = torch.bincount(cuts[:, 0], minlength=len(rows)).tolist()
             columns += [_starts(counts), counts]
-        self.table = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
+        self.table = (
+            torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous().to(device)
+        )
         self.pieces = torch.cat([weights, of_groups]).to(device, torch.int32)
         self.chunks = chunks[:, :2].to(device, torch.int32).contiguous()
         self._shapes = shapes
         self._gaps = [end - numel for end, numel in zip(padded, self.numels, strict=True)]
         self._zeros = {t: torch.zeros(_ALIGNMENT, dtype=t, device=device) for t in DTYPES}
         # Only their shapes are read.
+        one = torch.empty((), device="cpu")
         self._like = [
             like
             for shape, gap in zip(shapes, self._gaps, strict=True)
-            for like in (torch.empty(()).expand(tuple(shape)), torch.empty(gap))
+            for like in (one.expand(tuple(shape)), one.expand(gap))
         ]
 
     def cut(self, buffer: Tensor) -> list[Tensor]:
@@ -116,9 +119,10 @@ def _piece_length(numel: int) -> int:
 
 def _cut(totals: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Cuts ranges from 0 in pieces of a length: index of the range, start and end, int64 [n, 3]."""
-    total, length = torch.tensor(totals), torch.tensor(lengths)
+    total = torch.tensor(totals, device="cpu")
+    length = torch.tensor(lengths, device="cpu")
     counts = (total + length - 1) // length
-    owner = torch.repeat_interleave(torch.arange(len(totals)), counts)
+    owner = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
-    start = (torch.arange(len(owner)) - first[owner]) * length[owner]
+    start = (torch.arange(len(owner), device="cpu") - first[owner]) * length[owner]
     return torch.stack([owner, start, torch.minimum(start + length[owner], total[owner])], dim=1)

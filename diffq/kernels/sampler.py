@@ -137,32 +137,24 @@ class Sampler:
             ends = new((2, layout.weight_pieces), dtype=torch.float32)
             places = new((3, layout.weight_pieces), dtype=torch.int32)
             sums = new((2, layout.group_pieces), dtype=torch.float32)
-            values = new(layout.total, dtype=dtype or self._dtype)
             total = new((), dtype=torch.float32)
-            self._scan(given, ends, places, sums, size)
-            self._fill(values, total, given, ends, places, sums, seed, size)
-        state = State(values.dtype, zeros, seed, ends, places)
+            state = State(dtype or self._dtype, zeros, seed, ends, places)
+            values = new(layout.total, dtype=state.dtype)
+            self._scan(given, state, sums, size)
+            self._fill(values, total, given, state, sums, size)
         return Sampled(layout.cut(values), total if size else None, state)
 
-    def _scan(self, given: Tensor, ends: Tensor, places: Tensor, sums: Tensor, size: bool) -> None:
+    def _scan(self, given: Tensor, state: State, sums: Tensor, size: bool) -> None:
         layout, addresses = self._layout, self._addresses
         constants = *self._reading, self._kind == ROUNDING.value, _SCAN_BLOCK
         self._launches.get(scan_kernel, constants, num_warps=8)(
             layout.weight_pieces + size * layout.group_pieces,
-            *(addresses.table, layout.table, layout.pieces, given, ends, places, sums),
+            *(addresses.table, layout.table, layout.pieces, given, state.ends, state.places, sums),
             *(layout.weight_pieces, layout.group_pieces, *self._law),
         )
 
     def _fill(
-        self,
-        values: Tensor,
-        total: Tensor,
-        given: Tensor,
-        ends: Tensor,
-        places: Tensor,
-        sums: Tensor,
-        seed: Tensor,
-        size: bool,
+        self, values: Tensor, total: Tensor, given: Tensor, state: State, sums: Tensor, size: bool
     ) -> None:
         layout, addresses = self._layout, self._addresses
         tensors = len(layout.numels)
@@ -172,8 +164,15 @@ class Sampler:
         )
         self._launches.get(sample_kernel, constants, values.dtype)(
             layout.chunk_count + size,
-            *(addresses.table, layout.table, layout.chunks, given, ends, places, sums, seed),
-            *(values, total, layout.chunk_count, layout.weight_pieces, layout.group_pieces),
+            *(addresses.table, layout.table, layout.chunks, given, state.ends, state.places, sums),
+            *(
+                state.seed,
+                values,
+                total,
+                layout.chunk_count,
+                layout.weight_pieces,
+                layout.group_pieces,
+            ),
             *(tensors, float(tensors * (RANGE_BITS + WIDTH_BITS)), *self._law, *self._noise),
         )
 

@@ -36,7 +36,7 @@ class Scaled:
     ) -> None:
         self._dtype, self._device = dtype, device
         self._layout = Layout(shapes, 1, device)
-        self._levels = torch.tensor(levels, dtype=torch.float32).to(device)
+        self._levels = torch.tensor(levels, dtype=torch.float32, device=device)
         self._addresses = Addresses(device)
         self._launches = Launches()
 

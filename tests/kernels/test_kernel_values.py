@@ -110,6 +110,14 @@ def test_other_dtype(out):
     assert all(same_bits(a, b.to(out)) for a, b in zip(other, plain, strict=True))
 
 
+def test_default_device():
+    """Tables are made on the CPU, whatever the default device is."""
+    weight, bits = torch.randn(20, device=DEVICE), torch.full((1,), 4.0, device=DEVICE)
+    with torch.device("meta"):
+        value = Rounded([(20,)], None, torch.float32, DEVICE).sample([weight], bits)[0]
+    assert same_bits(value, expected(weight, None, bits, False))
+
+
 def test_new_addresses():
     """Weights that moved, or became unaligned, are read where they are."""
     rounded = Rounded([(64,)], None, torch.float32, DEVICE)
