@@ -125,10 +125,11 @@ class Sampler:
             given: logits of all groups or, without a law, their bitwidths; float32 [groups].
             zeros: of each tensor, whether weights that are exactly zero stay so; none by default.
             size: whether to compute the size too, Equation 8 with ranges and bit maps as
-                `diffq.numerics.size` counts them; takes a law, and no launch of its own.
+                `diffq.numerics.size` counts them, without a launch of its own; none without a law,
+                since bitwidths that are given have a size once and for all.
             dtype: of the values; that of the weights by default.
         """
-        assert self._learned or not size
+        size = size and self._learned
         zeros = [False] * len(weights) if zeros is None else zeros
         layout, new = self._layout, self._layout.table.new_empty
         with on(self._device):

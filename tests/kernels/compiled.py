@@ -58,6 +58,8 @@ def ptx(kernel, constants, buffers, capability):
     names = list(inspect.signature(kernel.fn).parameters)
     types = {name: {**TYPES, **buffers}.get(name, "i32") for name in names}
     types |= dict.fromkeys(constants, "constexpr")
+    # A launch past Triton's Python would reuse what is compiled for a number as a constant.
+    assert all(p.do_not_specialize for p in kernel.params if types[p.name] == "i32")
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)

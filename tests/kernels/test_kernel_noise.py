@@ -139,6 +139,11 @@ def test_size(kind, group_size):
     backend.gradients_close(found, logits.grad, torch.float32)
 
 
+def test_no_size_of_given_bitwidths():
+    """Bitwidths that are not learned have no size to compute in each step."""
+    assert Batch([20], 8, "rounding", learned=False).sample(size=True)[0].size is None
+
+
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
 def test_autocast(out):
     """Values of another dtype are rounded to it; gradients come back in the weights' dtype."""
