@@ -28,6 +28,7 @@ STAGES = [
     "format",
     "torch_inside",
     "numerics",
+    "kernels",
     "attach",
     "storage",
     "quantizers",
@@ -197,6 +198,7 @@ def test_package_is_typed():
         for name, tree in MODULES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.returns is None and node.name != "__init__"
+        if not name.startswith("diffq.kernels.device.")  # Triton gives them their types
     ]
     assert missing == []
 
@@ -314,6 +316,8 @@ def test_modules_say_what_they_do(name):
     """Every module has a docstring, and can be imported unless it is there to be run."""
     assert ast.get_docstring(MODULES[name])
     if not name.endswith("__main__"):
+        if name.startswith("diffq.kernels."):
+            pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 
 
