@@ -31,3 +31,8 @@ def is_aligned(weight: Tensor) -> bool:
     One that cannot makes kernels read its whole batch in smaller pieces, so it is best in another.
     """
     return weight.data_ptr() % 16 == 0 and weight.numel() % 16 == 0
+
+
+def traits(weight: Tensor) -> tuple[bool, bool] | None:
+    """What weights of one batch of kernels have in common: `handles` and `is_aligned`."""
+    return (handles(weight, None), is_aligned(weight)) if weight.is_cuda else None

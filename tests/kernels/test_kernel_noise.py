@@ -11,9 +11,10 @@ from tests.kernels import backend
 DEVICE = backend.device()
 
 from diffq.kernels.noisy import Noisy  # noqa: E402
+from diffq.numerics.flat import Flat  # noqa: E402
 from diffq.numerics.grid import BitsLaw  # noqa: E402
-from diffq.numerics.noise import pass_noise  # noqa: E402
-from diffq.numerics.size import MEGABYTE_BITS, Grouping, Sized, learned_bits  # noqa: E402
+from diffq.numerics.noise import Drawn, pass_noise  # noqa: E402
+from diffq.numerics.size import MEGABYTE_BITS, Grouping, Sized, Sizes, learned_bits  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["gaussian", "uniform", "rounding"]
@@ -42,7 +43,7 @@ class Batch:
         self.noisy = Noisy([(n,) for n in numels], *rule, dtype, DEVICE)
         # Noise does not depend on the dtype, so float32 shows it before it is rounded.
         self.wide = Noisy([(n,) for n in numels], *rule, torch.float32, DEVICE)
-        self.learned = learned
+        self.learned, self.group_size = learned, group_size
 
     def sample(self, **options):
         """What the kernels sample from one seed, and the same in float32."""
@@ -56,11 +57,12 @@ class Batch:
         """Those of weights and logits by `pass_noise` in float64, from the values."""
         weights = [w.double().requires_grad_() for w in self.weights]
         logits = self.logits.double().requires_grad_()
-        rows = zip(weights, values, logits.split(self.counts), self.sizes, strict=True)
-        noisy = [
-            pass_noise(w, v.double(), part if self.learned else None, self.law, size)
-            for w, v, part, size in rows
-        ]
+        flat, values = (
+            Flat([w.shape for w in weights], self.group_size),
+            [v.double() for v in values],
+        )
+        drawn = Drawn.of(flat, weights, values)
+        noisy = pass_noise(drawn, self.law, logits if self.learned else None, weights, values)
         used = [(n, g.double()) for n, g in zip(noisy, grads, strict=True) if g is not None]
         torch.autograd.backward(*zip(*used, strict=True))
         return [w.grad for w in weights], logits.grad
@@ -131,7 +133,7 @@ def test_size(kind, group_size):
     for size, numel, count in zip(batch.sizes, numels, batch.counts, strict=True):
         held.append(Sized(Grouping(batch.law, size, numel), start))
         start += count
-    expected = learned_bits(logits, held) / MEGABYTE_BITS
+    expected = learned_bits(logits, Sizes(held), [True] * len(held)) / MEGABYTE_BITS
     torch.testing.assert_close(sampled.size, expected.detach(), rtol=1e-6, atol=0)
     (1000 * expected).backward()
     grad, none = torch.tensor(1000.0, device=DEVICE), [None] * 3
