@@ -14,6 +14,9 @@ from diffq.numerics.grid import finite_levels, is_narrow
 from diffq.numerics.noise import Drawn, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
+# The least positive scale.
+_LEAST = torch.finfo(torch.float32).tiny
+
 
 class Levels(NamedTuple):
     """Whole numbers from the lowest to the highest that a bitwidth can tell apart.
@@ -42,7 +45,7 @@ class Levels(NamedTuple):
 
 def positive(scales: Tensor) -> Tensor:
     """Learned scales without sign or zero, in float32."""
-    return scales.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return scales.float().abs().clamp(min=_LEAST)
 
 
 def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Drawn:
@@ -108,7 +111,9 @@ def scale_gradients(
     counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
     divisor = flat.constants.get(levels, counts, error.dtype, error.device)
     totals = flat.rows.sums(row_sums(error)) / divisor
-    for_scales = (totals / wide * scales.sign()).to(scales.dtype)
+    # What is below the least positive scale counts as that.
+    signs = scales.sign() * (scales.abs() >= _LEAST)
+    for_scales = (totals / wide * signs).to(scales.dtype)
     each = zip(flat.split(upstream * inside), grads, strict=True)
     return for_scales, [None if grad is None else part.to(like.dtype) for part, grad in each]
 

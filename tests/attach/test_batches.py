@@ -21,7 +21,7 @@ MADE = {
     "fixed": (36, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
     "qat": (30, lambda model: diffq.QATQuantizer(model, min_size=0)),
     "quant-noise": (35, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
-    "lsq": (36, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+    "lsq": (40, lambda model: diffq.LSQQuantizer(model, min_size=0)),
 }
 
 

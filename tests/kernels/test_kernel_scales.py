@@ -1,5 +1,7 @@
 """Kernels of LSQ: values and gradients are those of the quantizer's own operations."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -10,45 +12,49 @@ from tests.kernels import backend
 
 DEVICE = backend.device()
 
-from diffq.attach.plan import TensorPlan  # noqa: E402
+from diffq.format.records import MAX_RANGE  # noqa: E402
 from diffq.kernels.scaled import Scaled  # noqa: E402
-from diffq.quantizers.lsq import LSQSettings, LSQWeight  # noqa: E402
+from diffq.numerics.flat import Flat  # noqa: E402
+from diffq.numerics.scaled import Levels, pass_scale, scale_all  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Batch:
-    """Random tensors with their kernels and their quantizers."""
+    """Random tensors with their kernels."""
 
     def __init__(self, numels, bits, dtype, strength=1.0):
         self.weights = [torch.randn(n, device=DEVICE).mul_(strength).to(dtype) for n in numels]
-        plans = [
-            TensorPlan(("w",), (), w.shape, dtype, True, True, False, False, {})
-            for w in self.weights
-        ]
-        self.quantizers = [
-            LSQWeight(plan, LSQSettings(b)) for plan, b in zip(plans, bits, strict=True)
-        ]
-        starts = [q.start(w) for q, w in zip(self.quantizers, self.weights, strict=True)]
-        self.scales = torch.cat(starts)
+        self.levels = [Levels(-(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in bits]
+        each = zip(self.weights, self.levels, strict=True)
+        starts = [2 * w.double().abs().mean() / math.sqrt(levels.highest) for w, levels in each]
+        most = [MAX_RANGE / -levels.lowest for levels in self.levels]
+        starts = [start.clamp(max=limit) for start, limit in zip(starts, most, strict=False)]
+        self.scales = torch.stack(starts).float()
         self.scales[::2].neg_()  # the sign does not count
-        levels = [(q.lowest, q.highest) for q in self.quantizers]
-        self.scaled = Scaled([(n,) for n in numels], levels, dtype, DEVICE)
+        self.scaled = Scaled([(n,) for n in numels], self.levels, dtype, DEVICE)
 
     def values(self):
         """What training computes with, by torch's operations; without graph."""
-        parts = zip(self.quantizers, self.weights, self.scales.split(1), strict=True)
-        return [q.draw(w, s).value for q, w, s in parts]
+        return [drawn.flat.split(drawn.values)[0] for drawn in self._drawn(self.weights)]
 
     def gradients(self, grads):
         """Those of weights and scales, by torch's operations."""
         weights = [w.clone().requires_grad_() for w in self.weights]
         scales = self.scales.clone().requires_grad_()
-        parts = zip(self.quantizers, weights, scales.split(1), strict=True)
-        values = [q.connect(w, q.draw(w, s), s) for q, w, s in parts]
+        parts = zip(self._drawn(weights), self.levels, scales.split(1), weights, strict=True)
+        values = [
+            pass_scale(drawn, levels, s, [w], drawn.flat.split(drawn.values))[0]
+            for drawn, levels, s, w in parts
+        ]
         used = [(v, g) for v, g in zip(values, grads, strict=True) if g is not None]
         torch.autograd.backward(*zip(*used, strict=True))
         return [w.grad for w in weights], scales.grad
+
+    @torch.no_grad()
+    def _drawn(self, weights):
+        parts = zip(weights, self.scales.split(1), self.levels, strict=True)
+        return [scale_all(Flat([w.shape], None), [w], s, levels) for w, s, levels in parts]
 
 
 @settings(max_examples=8, phases=[Phase.generate])
