@@ -2,7 +2,7 @@
 
 import torch
 
-from diffq.torch_inside import flat
+from diffq.torch_inside import unflatten
 from tests.compare import same_bits
 
 
@@ -10,7 +10,7 @@ def test_joined_tensors_are_copies():
     """The buffer holds all elements, in C order, and shares memory with no tensor."""
     tensors = [torch.randn(2, 3).t(), torch.randn(()), torch.randn(4).expand(2, 4)]
     for some in (tensors, tensors[:1], tensors[1:2]):
-        buffer = flat.joined(some)
+        buffer = unflatten.joined(some)
         assert same_bits(buffer, torch.cat([tensor.reshape(-1) for tensor in some]))
         assert all(buffer.data_ptr() != tensor.data_ptr() for tensor in some)
 
@@ -18,7 +18,7 @@ def test_joined_tensors_are_copies():
 def test_cut_gives_views():
     """The views have the shapes of their models, one after the other, in the buffer's memory."""
     buffer = torch.arange(11.0)
-    views = flat.cut(buffer, [torch.empty(2, 3), torch.empty(0), torch.empty(()), torch.empty(4)])
+    views = unflatten.cut(buffer, [torch.empty(2, 3), torch.empty(0), torch.empty(()), torch.empty(4)])
     assert [tuple(view.shape) for view in views] == [(2, 3), (0,), (), (4,)]
     buffer.add_(1)
     assert same_bits(views[3], torch.tensor([8.0, 9.0, 10.0, 11.0]))
