@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffq.kernels.weights import DTYPES
-from diffq.torch_inside import flat
+from diffq.torch_inside import unflatten
 
 #: Most pieces of one tensor's weights, and of its groups: a program reads what all of them found.
 PARTS, GROUP_PARTS = 256, 64
@@ -92,7 +92,7 @@ class Layout:
 
     def cut(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer, as views."""
-        return list(flat.cut(buffer, self._like)[::2])
+        return list(unflatten.cut(buffer, self._like)[::2])
 
     def join(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """A fresh buffer with copies of the tensors, with zeros for those that are None."""
@@ -102,7 +102,7 @@ class Layout:
             parts.append(gap.new_zeros(shape) if tensor is None else tensor)
             if missing:
                 parts.append(gap[:missing])
-        return flat.joined(parts)
+        return unflatten.joined(parts)
 
 
 def _ceil(a: int, b: int) -> int:

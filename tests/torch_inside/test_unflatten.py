@@ -18,8 +18,9 @@ def test_joined_tensors_are_copies():
 def test_cut_gives_views():
     """The views have the shapes of their models, one after the other, in the buffer's memory."""
     buffer = torch.arange(11.0)
-    views = unflatten.cut(buffer, [torch.empty(2, 3), torch.empty(0), torch.empty(()), torch.empty(4)])
-    assert [tuple(view.shape) for view in views] == [(2, 3), (0,), (), (4,)]
+    shapes = [(2, 3), (0,), (), (4,)]
+    views = unflatten.cut(buffer, [torch.empty(shape) for shape in shapes])
+    assert [tuple(view.shape) for view in views] == shapes
     buffer.add_(1)
     assert same_bits(views[3], torch.tensor([8.0, 9.0, 10.0, 11.0]))
     assert views[2].item() == 7
