@@ -118,7 +118,12 @@ class Contexts:
             classes = piece.classes(own, self.lowest, self.highest)
             for width, part in split_groups(classes, bits, group_size).items():
                 streams.setdefault(width, []).append(part)
-        return {width: np.concatenate(parts) for width, parts in streams.items()}
+        return {width: _joined(parts) for width, parts in streams.items()}
+
+
+def _joined(parts: list[Classes]) -> Classes:
+    # A long tensor fills a segment alone: a copy would double its memory.
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def choose(

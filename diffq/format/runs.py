@@ -6,7 +6,7 @@ runs of a segment are its marks, its bit map, and the levels of each bitwidth an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,7 @@ def encode(pieces: Sequence[LevelPiece]) -> tuple[RunCoding, bytes]:
         runs.append(np.concatenate([piece.bits for piece in pieces]))
     classes = contexts.streams([(piece.bits, piece.group_size) for piece in pieces])
     for width, levels in streams.items():
-        own = classes[width]
-        runs += [levels[own == number] for number in np.flatnonzero(np.bincount(own))]
+        runs += [levels[chosen] for chosen in _chosen(contexts, classes[width])]
     counts = [np.bincount(run) for run in runs]
     models = [rans.Model.of(count) for count in counts]
     states, words = rans.encode(list(zip(models, runs, strict=True)), _lanes(counts))
@@ -95,9 +94,22 @@ def decode(
     shares = Shares.of(bits, pieces, coding.widths, where)
     pairs = zip(shares.maps, pieces, strict=True)
     classes = contexts.streams([(bits, piece.group_size) for bits, piece in pairs])
-    streams = {width: _read_stream(reader, width, classes[width]) for width in coding.widths}
+    streams = {}
+    for width in coding.widths:
+        levels = np.empty(classes[width].size, np.uint8 if width <= 8 else np.uint16)
+        for chosen in _chosen(contexts, classes.pop(width)):
+            levels[chosen] = reader.run(int(chosen.sum()), 1 << width)
+        streams[width] = levels
     reader.end()
     return shares.deal(streams)
+
+
+def _chosen(contexts: Contexts, classes: NDArray[np.uint8]) -> Iterator[NDArray[np.bool_]]:
+    """Which levels each class has, without those that have none."""
+    for number in range(contexts.lowest, contexts.highest + 1):
+        chosen = classes == number
+        if chosen.any():
+            yield chosen
 
 
 class _Reader:
@@ -154,12 +166,3 @@ def _read_map(reader: _Reader, coding: RunCoding, groups: int) -> NDArray[np.uin
     if len(coding.widths) == 1:
         return np.full(groups, coding.widths[0], np.uint8)
     return reader.run(groups, MAX_BITS + 1)
-
-
-def _read_stream(reader: _Reader, width: int, classes: NDArray[np.uint8]) -> NDArray[Any]:
-    """The levels of one bitwidth: a run for each class that has some."""
-    counts = np.bincount(classes)
-    levels = np.empty(classes.size, np.uint8 if width <= 8 else np.uint16)
-    for number in np.flatnonzero(counts):
-        levels[classes == number] = reader.run(int(counts[number]), 1 << width)
-    return levels
