@@ -191,8 +191,8 @@ class _Levels:
         for columns in dict.fromkeys((0, piece.columns * (piece.columns <= numbers.size))):
             cut = Rows(columns, piece.start, numbers.size)
             marks = self._marks(cut, sizes)
-            cells = cut.classes(marks, 0, CLASSES - 1) * np.int32(self.count) + numbers
-            counts = np.bincount(cells, minlength=CLASSES * self.count)
+            classes = cut.classes(marks, 0, CLASSES - 1).astype(np.int32)
+            counts = np.bincount(classes * self.count + numbers, minlength=CLASSES * self.count)
             found.append((cut, marks, counts.reshape(CLASSES, self.count)))
         return min(found, key=lambda one: self._shared_cost(one[1], one[2]))
 

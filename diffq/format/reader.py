@@ -106,6 +106,8 @@ class Reader:
             raise damaged("Chunk DATA", rule, data.stop - data.start)
         self.overhead = self.size - (data.stop - data.start)
         self._shared: dict[int, _Content] = {}
+        self._kept: dict[int, _Content] = {}
+        self._keeps = False
 
     def record(self, name: str) -> Record:
         """Decodes one tensor, by its name or an alias.
@@ -202,12 +204,17 @@ class Reader:
         last = self._layout.homes[self._number(name)][-1:]
         return sorted({self._storages[number].method for home in last for number in home})
 
-    def verify(self) -> None:
+    def verify(self, keep: bool = False) -> None:
         """Checks every byte of the file, without keeping what it decodes.
+
+        Args:
+            keep: keep levels in rANS, a byte or two each, until the reader is closed: they
+                take longest to decode, and reading them next takes no time.
 
         Raises:
             FormatError: something is damaged.
         """
+        self._keeps = keep
         targets = {
             number: quantized_target(entry, None)
             for number, entry in enumerate(self._entries)
@@ -223,6 +230,7 @@ class Reader:
     def close(self) -> None:
         """Closes the file, or releases the buffer."""
         self._shared.clear()
+        self._kept.clear()
         self._source.close()
 
     def _number(self, name: str) -> int:
@@ -273,6 +281,10 @@ class Reader:
 
     def _content(self, number: int) -> _Content:
         """What a segment holds: uint8 [elements, item], or levels piece by piece."""
+        if self._keeps and isinstance(self._storages[number].coding, RunCoding):
+            if number not in self._kept:
+                self._kept[number] = self._read_content(number)
+            return self._kept[number]
         if len(self._layout.segments[number].pieces) == 1:
             return self._read_content(number)
         # Short tensors read one by one must not decode what they share each time.

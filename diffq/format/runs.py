@@ -21,7 +21,7 @@ from diffq.format.layout import Piece
 from diffq.format.wire import Cursor, damaged, varint
 
 # A lane takes 4 bytes of a segment, and a row of lanes the time of some 500 symbols.
-_BYTES_PER_LANE = 512
+_BYTES_PER_LANE = 480
 _MOST_ROWS = 9 << 10
 _MOST_LANES = 1 << 10
 

@@ -192,7 +192,7 @@ def _fill(model: nn.Module, stored: StoredModel, strict: bool) -> nn.Module:
         stored.aliases,
     )
     targets = match(model, header, strict)
-    stored.reader.verify()
+    stored.reader.verify(keep=True)
     unique = unique_targets(targets, header, lambda name: stored[name])
     # Large tensors are decoded where they belong, without a copy in between.
     direct = {name: target for name, target in unique if _decodes_into(stored, name, target)}

@@ -78,7 +78,7 @@ def test_codecs_load_the_same(method, codec, tmp_path):
 
 
 def test_packed_is_packed(tmp_path):
-    """"rans" makes the smallest file of levels that repeat, then "zstd", which is the default."""
+    """ "rans" makes the smallest file of levels that repeat, then "zstd", which is the default."""
     layer = nn.Linear(64, 64)
     with torch.no_grad():
         layer.weight.normal_().pow_(3)
