@@ -4,7 +4,9 @@
     python benchmarks/coder.py out/mnist/*.diffq            # also the models of these files
     python benchmarks/coder.py --rows 'LSQ, 2*' '*λ 20'     # also rows of benchmarks/methods.py
 
-The last trains the language model of benchmarks/methods.py, some minutes for each row. Each row's levels are encoded to a file in memory and decoded to float32 on one core. Speeds are
+The last trains the language model of benchmarks/methods.py, some minutes for each row.
+
+Each row's levels are encoded to a file in memory and decoded to float32 on one core. Speeds are
 millions of weights a second of processor time, the best of the repeats. The entropy is that of
 the levels of each tensor and bitwidth, bit maps, and everything else at its full size.
 """

@@ -113,9 +113,10 @@ def read_prologue(source: Source) -> int:
     _check_room(source, 0, _PROLOGUE_BYTES, "the signature")
     major, minor = data[len(MAGIC) :]
     if major != VERSION or minor > MINOR:
+        known, got = f"{VERSION}.0 to {VERSION}.{MINOR}", f"{major}.{minor}"
         raise FormatError(
-            f"This diffq reads versions {VERSION}.0 to {VERSION}.{MINOR} of the file format, "
-            f"got version {major}.{minor}. Install a diffq that reads it."
+            f"This diffq reads versions {known} of the file format, got version {got}. "
+            "Install a diffq that reads it."
         )
     return minor
 
