@@ -26,6 +26,12 @@ TOTAL = 1 << 16
 #: Most lanes that a reader accepts.
 MAX_LANES = 1 << 12
 
+#: Most rows of lanes that a reader accepts, in all and for each stored byte: a row takes the time
+#: of many symbols, however few lanes it has.
+MAX_ROWS = 1 << 14
+ROWS_PER_BYTE = 16
+
+_SLOTS = np.arange(TOTAL, dtype="<u8")
 # As an array, NumPy compares with it in half the time.
 _LEAST = np.array(TOTAL, "<u4")
 
@@ -172,20 +178,25 @@ class Decoder:
         states: a state of at least `TOTAL` for each lane.
         words: the words.
         where: what is decoded, for errors.
+        rows: most rows of lanes that runs of several symbols may take.
     """
 
-    def __init__(self, states: States, words: Words, where: str) -> None:
+    def __init__(self, states: States, words: Words, where: str, rows: int = MAX_ROWS) -> None:
         self._states, self._words, self._where = states.astype("<u4"), words, where
-        self._used = 0
+        self._used, self._rows, self._most_rows = 0, 0, rows
 
     def run(self, model: Model, count: int, dtype: type[np.unsignedinteger]) -> NDArray[Any]:
         """The next `count` symbols.
 
         Raises:
-            FormatError: there are too few words.
+            FormatError: there are too few words, or too few lanes for so many symbols.
         """
         if model.certain:
             return np.full(count, model.symbols[0], dtype)
+        self._rows += -(-count // self._states.size)
+        if self._rows > self._most_rows:
+            rule = f"the runs may take {self._most_rows} rows of {self._states.size} lanes"
+            raise damaged(self._where, rule, self._rows)
         symbols = np.repeat(model.symbols, model.frequencies).astype(dtype)
         steps = _steps(model)
         out = np.empty(count, dtype)
@@ -242,9 +253,9 @@ class Decoder:
 
 def _steps(model: Model) -> NDArray[np.uint64]:
     """For each slot what makes the next state: its symbol's frequency above, its offset below."""
-    frequencies = np.repeat(model.frequencies, model.frequencies).astype("<u8")
-    offsets = np.arange(TOTAL) - np.repeat(model.starts, model.frequencies)
-    return np.asarray(frequencies << np.uint64(32) | offsets.astype("<u8"))
+    steps = np.repeat((model.frequencies << 32) - model.starts, model.frequencies).astype("<u8")
+    steps += _SLOTS
+    return steps
 
 
 def _rows(lanes: int) -> int:

@@ -24,6 +24,8 @@ from diffq.format.wire import Cursor, damaged, varint
 _BYTES_PER_LANE = 480
 _MOST_ROWS = 9 << 10
 _MOST_LANES = 1 << 10
+# Bytes that a segment takes at least beside its words.
+_LEAST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def _lanes(counts: Sequence[NDArray[np.int64]]) -> int:
     """As many lanes as pay by their speed for what their states take."""
     size = sum(int(costs.entropy(count)) for count in counts) // (8 * costs.UNIT)
     symbols = sum(int(count.sum()) for count in counts if np.count_nonzero(count) > 1)
-    return min(max(size // _BYTES_PER_LANE, symbols // _MOST_ROWS, 1), _MOST_LANES)
+    least = -(-symbols // min(_MOST_ROWS, rans.ROWS_PER_BYTE * (size + _LEAST_BYTES)))
+    return min(max(size // _BYTES_PER_LANE, least, 1), _MOST_LANES)
 
 
 def decode(
@@ -124,6 +127,7 @@ class _Reader:
 
     def __init__(self, cursor: Cursor) -> None:
         self.cursor = cursor
+        rows = min(rans.MAX_ROWS, rans.ROWS_PER_BYTE * cursor.remaining)
         lanes, words = cursor.varint("the number of lanes"), cursor.varint("the number of words")
         if not 1 <= lanes <= rans.MAX_LANES:
             raise damaged(cursor.where, f"there are from 1 to {rans.MAX_LANES} lanes", lanes)
@@ -131,7 +135,7 @@ class _Reader:
         if states.min() < rans.TOTAL:
             raise damaged(cursor.where, f"a state is at least {rans.TOTAL}", states.min())
         stored = np.frombuffer(cursor.take(2 * words, "the words"), "<u2")
-        self._decoder = rans.Decoder(states, stored, cursor.where)
+        self._decoder = rans.Decoder(states, stored, cursor.where, rows)
 
     def run(self, count: int, limit: int) -> NDArray[Any]:
         """The next run: `count` symbols below `limit`, a byte each if that holds them."""

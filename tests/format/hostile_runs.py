@@ -20,6 +20,9 @@ EVEN = dict.fromkeys(range(4), TOTAL // 4)
 RUN = (0, 1, 2, 3, 3, 2, 1, 0), EVEN
 # Levels that need a word each: the rarest one eight times.
 RARE = (1,) * 8, {0: TOTAL - 1, 1: 1}
+# Runs that hardly need bytes.
+SKEWED = (0,) * 1000, {0: TOTAL - 1, 1: 1}
+IDLE_RUN = (0,) * TOTAL, SKEWED[1]
 SEVEN = [TOTAL - 1] * 7
 # The states of lanes with a symbol of `RUN` each, and of one that has none.
 IDLE = [*(4 * TOTAL + level * TOTAL // 4 for level in RUN[0]), TOTAL + 1]
@@ -59,6 +62,19 @@ CASES = {
     "rANS of no bitwidths": (coded(in_runs(RUN), used=0), "some of the bitwidths 1 to 16"),
     "checksum of rANS": (coded(in_runs(RUN), crc=1), r"Segment 1 \(tensor 'w'\): the checksum"),
     "no lanes": (coded(in_runs(RUN, states=[])), "from 1 to 4096 lanes, got 0"),
+    "too few lanes": (
+        one(
+            grid((TOTAL,), TOTAL),
+            PARAMETERS,
+            Runs(in_runs(IDLE_RUN, tail=bytes(2000))),
+            version=(1, 1),
+        ),
+        "may take 16384 rows of 1 lanes, got 65536",
+    ),
+    "too few lanes for so few bytes": (
+        one(grid((1000,), 1000), PARAMETERS, Runs(in_runs(SKEWED)), version=(1, 1)),
+        r"may take \d{3} rows of 1 lanes, got 1000",
+    ),
     "4097 lanes": (coded(leb(4097) + leb(0)), "from 1 to 4096 lanes, got 4097"),
     "2^62 lanes": (coded(leb(HUGE) + leb(0)), "from 1 to 4096 lanes"),
     "lanes without states": (coded(leb(4096) + leb(0)), "the states needs 16384 more bytes"),
