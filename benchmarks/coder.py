@@ -43,15 +43,17 @@ _Result = TypeVar("_Result")
 
 
 def synthetic(draw: str, rate: float) -> dict[str, Record]:
-    """A tensor of independent levels of so many bits of entropy."""
+    """A tensor of independent levels of so many bits of entropy, at the bitwidth that they need."""
     samples = getattr(np.random.default_rng(0), draw)(size=SHAPE)
     least, most = 1e-3, 1e3
     while most / least > 1.0001:
         scale = (least * most) ** 0.5
-        levels = np.rint(samples * scale).clip(-128, 127).astype(np.int64) + 128
-        below = entropy_bits(np.bincount(levels.reshape(-1))) < rate * levels.size
+        signed = np.rint(samples * scale).astype(np.int64).reshape(-1)
+        below = entropy_bits(np.bincount(signed - signed.min())) < rate * signed.size
         least, most = (scale, most) if below else (least, scale)
-    head = SHAPE, "float32", levels.size, 8, np.uint8([8]), levels.reshape(-1).astype(np.uint16)
+    bits = int(abs(signed).max()).bit_length() + 1
+    levels = (signed + (1 << bits - 1)).astype(np.uint16)
+    head = SHAPE, "float32", levels.size, bits, np.uint8([bits]), levels
     return {"weight": ScaledRecord(*head, np.float32([0.01]))}
 
 
