@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from diffq.format import contexts, layout, runs
 from diffq.format.container import decode, encode
+from diffq.format.entropy import LevelPiece
 from diffq.format.reader import Reader
 from diffq.format.records import GridRecord, ProductRecord, ScaledRecord
 from tests.format.samples import RECORDS, as_stored, assert_same, grid, matrix, product, raw
@@ -183,6 +184,20 @@ def test_any_number_of_threads(threads):
     data = encode(model, codec="rans", threads=1)
     assert encode(model, codec="rans", threads=threads) == data
     assert_same(Reader(data, LARGE, threads).record("a"), model["a"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 700, 9000, 300_000])
+@pytest.mark.parametrize("rare", [1, 5, 200])
+def test_a_writer_takes_lanes_enough(count, rare):
+    """However few bytes levels need, their rows stay within what a reader accepts."""
+    levels = np.zeros(count, np.uint16)
+    levels[:: max(count // rare, 1)] = 3
+    columns = max(count // 50, 1)
+    piece = LevelPiece("w", np.uint8([2]), levels, count, 0, columns)
+    coding, stored = runs.encode([piece])
+    place = layout.Piece(0, layout.Part(layout.LEVELS, count, count), 0, count)
+    (decoded,) = runs.decode(memoryview(stored), coding, [place], "here")
+    assert np.array_equal(decoded.streams[2], levels)
 
 
 def test_lanes():
