@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,19 @@ class Ends(NamedTuple):
         joined.view(-1).index_add_(0, self.places.view(-1), both.view(-1).to(joined.dtype))
 
 
+class Piece(NamedTuple):
+    """Consecutive rows, and what they are of.
+
+    Attributes:
+        rows: which rows.
+        parts: for each tensor in them its number, its first element and the one after its last,
+            and the zeros that follow.
+    """
+
+    rows: slice
+    parts: tuple[tuple[int, int, int, int], ...]
+
+
 class Flat:
     """Tensors one after the other, each flattened and padded with zeros to whole rows.
 
@@ -72,34 +85,64 @@ class Flat:
         self.rows = Segments([group_count(numel, self.width) for numel in self._numels])
         self.groups = self.rows if self.grouped else Segments([1] * len(self.shapes))
         self._sizes = [count * self.width for count in self.rows.counts]
-        self._padded = sum(self._sizes) > sum(self._numels)
         self.constants = Constants()
+        self._whole = Piece(slice(0, self.rows.total), tuple(self._parts(0, self.rows.total)))
+        self._pieces: list[Piece] = []
 
-    def join(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Copies tensors in one.
+    def join(
+        self, tensors: Sequence[Tensor | None], like: Tensor, piece: Piece | None = None
+    ) -> Tensor:
+        """Copies tensors, or a piece of them, in one.
 
         Args:
             tensors: of the shapes; zeros in place of None.
             like: gives dtype and device of zeros.
+            piece: which rows; all by default.
 
         Returns:
             [rows, width], in float32 at least.
         """
-        pieces, padding = [], like.new_zeros(self.width if self._padded else 0)
-        for tensor, numel, size in zip(tensors, self._numels, self._sizes, strict=True):
+        parts, zeros = [], None
+        for number, first, end, padding in (piece or self._whole).parts:
+            tensor = tensors[number]
             if tensor is None:
-                pieces.append(like.new_zeros(size))
-                continue
-            pieces.append(tensor.reshape(-1))
-            if size > numel:
-                pieces.append(padding[: size - numel])
-        return widen(torch.cat(pieces)).view(-1, self.width)
+                parts.append(like.new_zeros(end - first))
+            else:
+                whole = end - first == self._numels[number]
+                parts.append(tensor.reshape(-1) if whole else tensor.reshape(-1)[first:end])
+            if padding:
+                zeros = like.new_zeros(self.width) if zeros is None else zeros
+                parts.append(zeros[:padding])
+        return widen(torch.cat(parts)).view(-1, self.width)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The tensors in what `join` gave, as views."""
         parts = torch.split(joined.view(-1), self._sizes)
         each = zip(parts, self._numels, self._sizes, self.shapes, strict=True)
         return [(p if n == size else p[:n]).view(shape) for p, n, size, shape in each]
+
+    def compute(
+        self, like: Tensor, function: Callable[[Piece], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What a function of rows gives for all rows.
+
+        A CPU computes piece by piece, so that what is in between stays in its cache.
+
+        Args:
+            like: one of the tensors.
+            function: gives tensors that have its rows as their first dimension, or less of
+                them.
+        """
+        pieces = self._in_cache(like)
+        first = function(pieces[0])
+        if len(pieces) == 1:
+            return first
+        wholes = [part.new_empty((self.rows.total, *part.shape[1:])) for part in first]
+        for piece in pieces:
+            found = first if piece is pieces[0] else function(piece)
+            for whole, part in zip(wholes, found, strict=True):
+                whole[piece.rows] = part
+        return tuple(wholes)
 
     def to_rows(self, groups: Tensor) -> Tensor:
         """What each row has of its group, [rows] or [1], of what groups have, [groups]."""
@@ -109,37 +152,46 @@ class Flat:
         """The sum of each group, [groups], of what its rows have, [rows]."""
         return rows if self.grouped else self.rows.sums(rows)
 
-    def pieces(self, joined: Tensor, *by_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Consecutive rows that a CPU has in its cache, with what belongs to each row.
-
-        Args:
-            joined: [rows, width].
-            by_row: each [rows], or [1] for what all rows share.
-        """
-        count = max(1, _PIECE // self.width)
-        if not in_numpy(joined) or len(joined) <= count:
-            yield joined, *by_row
-            return
-        for start in range(0, len(joined), count):
-            each = (r if len(r) == 1 else r[start : start + count] for r in by_row)
-            yield joined[start : start + count], *each
-
-    def ends(self, joined: Tensor) -> Ends:
+    def ends(self, tensors: Sequence[Tensor]) -> Ends:
         """Minimum and maximum of each tensor, and the first place of each, without graph."""
-        flat = joined.detach().view(-1)
-        if not in_numpy(flat):
-            parts = [part.view(-1) for part in self.split(flat.view(-1, self.width))]
-            found = [each for part in parts for each in (*part.min(0), *part.max(0))]
+        flat = [widen(tensor.detach()).reshape(-1) for tensor in tensors]
+        starts = self.rows.starts
+        if not in_numpy(flat[0]):
+            found = [each for part in flat for each in (*part.min(0), *part.max(0))]
             low, high = torch.stack(found[::2]).view(-1, 2).unbind(1)
             places = torch.stack(found[1::2]).view(-1, 2)
-            if len(self._sizes) > 1:
-                places = places + self.width * self.rows.starts_on(flat.device)[:, None]
+            if len(starts) > 1:
+                places = places + self.width * self.rows.starts_on(low.device)[:, None]
             return Ends(low, high, places)
-        array, spots = flat.numpy(), []
-        for row, numel in zip(self.rows.starts, self._numels, strict=True):
-            start = row * self.width
-            part = array[start : start + numel]
-            spots += [start + part.argmin(), start + part.argmax()]
-        where = np.array(spots)
-        low, high = torch.from_numpy(array[where]).view(-1, 2).unbind(1)
-        return Ends(low, high, torch.from_numpy(where).view(-1, 2))
+        values, spots = np.empty((2, len(flat)), flat[0].numpy().dtype), []
+        for number, (part, row) in enumerate(zip(flat, starts, strict=True)):
+            array = part.numpy()
+            least, most = array.argmin(), array.argmax()
+            values[:, number] = array[least], array[most]
+            spots.append((row * self.width + least, row * self.width + most))
+        low, high = torch.from_numpy(values).unbind()
+        return Ends(low, high, torch.from_numpy(np.array(spots)))
+
+    def _in_cache(self, like: Tensor) -> list[Piece]:
+        count = max(1, _PIECE // self.width)
+        if not in_numpy(like.detach()) or torch.is_grad_enabled() or self.rows.total <= count:
+            return [self._whole]
+        if not self._pieces:
+            for start in range(0, self.rows.total, count):
+                end = min(start + count, self.rows.total)
+                self._pieces.append(Piece(slice(start, end), tuple(self._parts(start, end))))
+        return self._pieces
+
+    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """The parts of tensors in some rows; see `Piece`."""
+        each = zip(self.rows.starts, self.rows.counts, self._numels, strict=True)
+        for number, (row, count, numel) in enumerate(each):
+            low, high = max(start, row) - row, min(end, row + count) - row
+            if low < high:
+                last = min(high * self.width, numel)
+                yield number, low * self.width, last, high * self.width - last
+
+
+def rows_of(numbers: Tensor, piece: Piece) -> Tensor:
+    """What the rows of a piece have, [rows], of what all have; [1] for what they share."""
+    return numbers if len(numbers) == 1 else numbers[piece.rows]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffq.numerics import draws, grid
-from diffq.numerics.flat import Ends, Flat
+from diffq.numerics.flat import Ends, Flat, Piece, rows_of
 from diffq.numerics.grid import BitsLaw
 from diffq.torch_inside.graph import Kept, is_transformed
 
@@ -48,8 +48,7 @@ class Drawn:
     def of(cls, flat: Flat, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Drawn:
         """What some values are, where each is known and not what they were drawn with."""
         with torch.no_grad():
-            ends = flat.ends(flat.join(weights, weights[0]))
-            return cls(flat, flat.join(values, values[0]), ends)
+            return cls(flat, flat.join(values, values[0]), flat.ends(weights))
 
 
 def perturb(
@@ -70,32 +69,31 @@ def perturb(
         scale: steps per unit of noise.
         zeros: for each tensor, whether weights that are exactly zero stay so.
     """
-    joined = flat.join(weights, weights[0])
-    ends = flat.ends(joined)
+    ends, like = flat.ends(weights), weights[0]
     spans = (ends.high - ends.low).mul_(scale)
     counts = torch.exp2(bits).sub_(1)
-    steps = flat.to_rows(spans / counts) if not flat.grouped else flat.rows.spread(spans) / counts
-    fill = draws.source(kind, joined.numel(), joined)
-    unit: Tensor | None = None
-    for rows, step, *stay in flat.pieces(joined, steps, *_marked(flat, zeros, joined.device)):
-        if unit is None:
-            unit = torch.empty_like(rows)
-        zero = [(rows == 0) & mark[:, None] for mark in stay]
-        rows.addcmul_(fill(unit[: len(rows)]), step[:, None])
-        for mask in zero:
-            rows.masked_fill_(mask, 0)
-    if weights[0].dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        joined.clamp_(-largest, largest)
-    return Drawn(flat, joined, ends)
+    steps = flat.rows.spread(spans) / counts if flat.grouped else flat.rows.spread(spans / counts)
+    marks = _marked(flat, zeros, like.device)
+    fill = draws.source(kind, flat.rows.total * flat.width, grid.widen(like[:0]))
+    largest = torch.finfo(torch.float16).max
+
+    def perturbed(piece: Piece) -> tuple[Tensor]:
+        rows = flat.join(weights, like, piece)
+        unit = fill(torch.empty_like(rows))
+        noisy = torch.addcmul(rows, unit, rows_of(steps, piece)[:, None], out=unit)
+        if marks is not None:
+            noisy.masked_fill_((rows == 0) & rows_of(marks, piece)[:, None], 0)
+        return (noisy.clamp_(-largest, largest) if like.dtype == torch.float16 else noisy,)
+
+    (values,) = flat.compute(like, perturbed)
+    return Drawn(flat, values, ends)
 
 
-def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> list[Tensor]:
-    """Which rows are of tensors whose zeros stay, bool; nothing if none are."""
+def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> Tensor | None:
+    """Which rows are of tensors whose zeros stay, bool; None if none are."""
     if not any(zeros):
-        return []
-    marks = flat.constants.get(("zeros", *zeros), zeros, torch.bool, device)
-    return [flat.rows.spread(marks)]
+        return None
+    return flat.rows.spread(flat.constants.get(("zeros", *zeros), zeros, torch.bool, device))
 
 
 def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Drawn:
@@ -107,20 +105,25 @@ def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequen
         bits: of each group, whole ones, [groups] in float32; or [1] for all.
         zeros: for each tensor, whether its grid has a zero point if a weight is exactly zero.
     """
-    joined = flat.join(weights, weights[0])
-    ends = flat.ends(joined)
-    by_row = [flat.rows.spread(end.float()) for end in (ends.low, ends.high)]
-    by_row.append(bits if len(bits) == 1 else flat.to_rows(bits))
+    ends, like = flat.ends(weights), weights[0]
+    low, high = (flat.rows.spread(end.float()) for end in (ends.low, ends.high))
+    widths = bits if len(bits) == 1 else flat.to_rows(bits)
+    points: Tensor | None = None
     if any(zeros):
-        none = torch.zeros((), dtype=torch.bool, device=joined.device)
+        none = torch.zeros((), dtype=torch.bool, device=like.device)
         each = zip(weights, zeros, strict=True)
-        wanted = torch.stack([(weight == 0).any() if zero else none for weight, zero in each])
-        by_row.append(flat.rows.spread(wanted))
-    for rows, low, high, widths, *zero in flat.pieces(joined, *by_row):
-        point = zero[0] if zero else None
-        levels = grid.to_levels(rows.float(), low, high, widths, point, weights[0].dtype)
-        rows.copy_(grid.from_levels(levels, low, high, widths, point))
-    return Drawn(flat, joined, ends)
+        found = [(weight == 0).any() if zero else none for weight, zero in each]
+        points = flat.rows.spread(torch.stack(found))
+
+    def rounded(piece: Piece) -> tuple[Tensor]:
+        rows = flat.join(weights, like, piece)
+        rule = rows_of(low, piece), rows_of(high, piece), rows_of(widths, piece)
+        point = None if points is None else rows_of(points, piece)
+        levels = grid.to_levels(rows.float(), *rule, point, like.dtype)
+        return (grid.from_levels(levels, *rule, point).to(rows.dtype),)
+
+    (values,) = flat.compute(like, rounded)
+    return Drawn(flat, values, ends)
 
 
 class PseudoNoise(torch.autograd.Function):
@@ -166,11 +169,14 @@ def _gradients(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    flat, (like, *_) = drawn.flat, weights
-    upstream = flat.join(grads, like)
-    error = flat.join(weights, like)
-    torch.sub(drawn.values, error, out=error)
-    sums = row_sums(error.mul_(upstream))
+    flat, like = drawn.flat, weights[0]
+
+    def passed(piece: Piece) -> tuple[Tensor, Tensor]:
+        upstream = flat.join(grads, like, piece)
+        error = drawn.values[piece.rows] - flat.join(weights, like, piece)
+        return upstream, row_sums(error.mul_(upstream))
+
+    upstream, sums = flat.compute(like, passed)
     totals = flat.rows.sums(sums)
     for_logits = None
     if logits is not None and needs[0]:

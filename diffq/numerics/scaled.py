@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffq.numerics.flat import Flat
-from diffq.numerics.grid import finite_levels, is_narrow
+from diffq.numerics.flat import Flat, Piece, rows_of
+from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.numerics.noise import Drawn, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
@@ -57,12 +57,16 @@ def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Lev
         scales: of each tensor, [tensors].
         levels: those of all tensors.
     """
-    joined = flat.join(weights, weights[0])
-    of_rows = flat.rows.spread(positive(scales).to(joined.dtype))
-    for rows, scale in flat.pieces(joined, of_rows):
-        rows.div_(scale[:, None])
-        levels.nearest(rows, scale[:, None], weights[0].dtype).mul_(scale[:, None])
-    return Drawn(flat, joined, None)
+    like = weights[0]
+    of_rows = flat.rows.spread(positive(scales).to(widen(like[:0]).dtype))
+
+    def scaled(piece: Piece) -> tuple[Tensor]:
+        scale = rows_of(of_rows, piece)[:, None]
+        ratio = flat.join(weights, like, piece).div_(scale)
+        return (levels.nearest(ratio, scale, like.dtype).mul_(scale),)
+
+    (values,) = flat.compute(like, scaled)
+    return Drawn(flat, values, None)
 
 
 class LearnedScale(torch.autograd.Function):
@@ -103,19 +107,26 @@ def scale_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of `LearnedScale`: of scales, [tensors], and weights; differentiable."""
     flat, like = drawn.flat, weights[0]
-    upstream, joined = flat.join(grads, like), flat.join(weights, like)
-    wide = positive(scales).to(joined.dtype)
-    ratio = joined / flat.rows.spread(wide)[:, None]
-    inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
-    error = (drawn.values - joined * inside) * upstream
+    wide = positive(scales).to(drawn.values.dtype)
+    of_rows = flat.rows.spread(wide)
+
+    def passed(piece: Piece) -> tuple[Tensor, Tensor]:
+        rows = flat.join(weights, like, piece)
+        ratio = rows / rows_of(of_rows, piece)[:, None]
+        inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
+        upstream = flat.join(grads, like, piece)
+        error = (drawn.values[piece.rows] - rows * inside) * upstream
+        return upstream * inside, row_sums(error)
+
+    joined, sums = flat.compute(like, passed)
     counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
-    divisor = flat.constants.get(levels, counts, error.dtype, error.device)
-    totals = flat.rows.sums(row_sums(error)) / divisor
+    divisor = flat.constants.get(levels, counts, sums.dtype, sums.device)
     # What is below the least positive scale counts as that.
     signs = scales.sign() * (scales.abs() >= _LEAST)
-    for_scales = (totals / wide * signs).to(scales.dtype)
-    each = zip(flat.split(upstream * inside), grads, strict=True)
-    return for_scales, [None if grad is None else part.to(like.dtype) for part, grad in each]
+    for_scales = flat.rows.sums(sums) / divisor / wide * signs
+    each = zip(flat.split(joined), grads, strict=True)
+    for_weights = [None if grad is None else part.to(like.dtype) for part, grad in each]
+    return for_scales.to(scales.dtype), for_weights
 
 
 def pass_scale(

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from diffq.format import contexts, layout, runs
 from diffq.format.container import decode, encode
 from diffq.format.entropy import LevelPiece
+from diffq.format.kinds.product import ProductRecord
 from diffq.format.reader import Reader
-from diffq.format.records import GridRecord, ProductRecord, ScaledRecord
+from diffq.format.records import GridRecord, ScaledRecord
 from tests.format.samples import RECORDS, as_stored, assert_same, grid, matrix, product, raw
 
 LARGE = 1 << 30

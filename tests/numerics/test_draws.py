@@ -16,7 +16,9 @@ FEW, MANY = 2**14, 2**20 + 7
 def _drawn(kind, *counts, dtype=torch.float32):
     samples = [torch.empty(count, dtype=dtype) for count in counts]
     fill = draws.source(kind, sum(counts), samples[0])
-    return [fill(sample) for sample in samples]
+    for sample in samples:
+        fill(sample)
+    return samples
 
 
 def _probability(kind, numbers):

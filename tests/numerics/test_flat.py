@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffq.numerics import flat as module
-from diffq.numerics.flat import WIDTH, Flat
+from diffq.numerics.flat import WIDTH, Flat, rows_of
 from tests.compare import same_bits
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=5)
@@ -50,8 +50,7 @@ def test_ends_are_the_first_extremes(shapes, group_size):
     """Minimum and maximum of each tensor, and the first place of each among all elements."""
     tensors = _tensors(shapes)
     flat = _flat(tensors, group_size)
-    joined = flat.join(tensors, tensors[0])
-    ends = flat.ends(joined)
+    ends = flat.ends(tensors)
     starts = [row * flat.width for row in flat.rows.starts]
     for tensor, start, low, high, places in zip(tensors, starts, *ends, strict=True):
         assert (low, high) == (tensor.min(), tensor.max())
@@ -74,14 +73,23 @@ def test_groups_have_rows(shapes, group_size):
 
 
 def test_pieces_are_all_rows_in_order():
-    """The pieces of a large tensor are its rows, each with its numbers."""
-    tensor = torch.arange(2**19).float()
-    flat = _flat([tensor], 8)
-    joined, numbers = flat.join([tensor], tensor), torch.arange(2**16).float()
-    found = list(flat.pieces(joined, numbers, torch.ones(1)))
-    assert same_bits(torch.cat([rows for rows, _, _ in found]), joined)
-    assert same_bits(torch.cat([own for _, own, _ in found]), numbers)
-    assert all(len(shared) == 1 for _, _, shared in found)
-    # In the memory of what was joined.
-    found[-1][0].zero_()
-    assert not joined[-1].any()
+    """What is computed piece by piece is what is computed at once, for tensors of all sizes."""
+    sizes = [5, 2**18 + 3, 1, 2**17, 70]
+    tensors = [torch.randn(size) for size in sizes]
+    flat = _flat(tensors, 8)
+    numbers, seen = torch.randn(flat.rows.total), []
+
+    def product(piece):
+        seen.append(piece)
+        rows = flat.join(tensors, tensors[0], piece) * rows_of(numbers, piece)[:, None]
+        return rows, rows.amax(1)
+
+    with torch.no_grad():
+        rows, most = flat.compute(tensors[0], product)
+    whole = flat.join(tensors, tensors[0]) * numbers[:, None]
+    assert same_bits(rows, whole)
+    assert same_bits(most, whole.amax(1))
+    # On other devices and where there is a graph, all at once.
+    on_cpu = module.in_numpy(tensors[0])
+    assert (len(seen) > 3) == on_cpu
+    assert [piece.rows.start for piece in seen[1:]] == [piece.rows.stop for piece in seen[:-1]]

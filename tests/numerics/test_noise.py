@@ -151,8 +151,7 @@ def test_noise_does_not_depend_on_strides():
 def _pass_noise(weight, value, logits, law, group_size):
     """The value of one tensor, with the gradient of its noise."""
     flat = Flat([weight.shape], group_size)
-    joined = flat.join([weight.detach()], weight)
-    drawn = noise.Drawn(flat, flat.join([value], value), flat.ends(joined))
+    drawn = noise.Drawn.of(flat, [weight], [value])
     (passed,) = noise.pass_noise(drawn, law, logits, [weight], [value])
     return passed
 
