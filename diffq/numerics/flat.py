@@ -74,6 +74,7 @@ class Flat:
         rows: the rows of each tensor.
         groups: the groups of each tensor.
         grouped: whether rows are groups.
+        whole: the piece of all rows.
         constants: numbers that belong to the tensors, by device.
     """
 
@@ -86,13 +87,13 @@ class Flat:
         self.groups = self.rows if self.grouped else Segments([1] * len(self.shapes))
         self._sizes = [count * self.width for count in self.rows.counts]
         self.constants = Constants()
-        self._whole = Piece(slice(0, self.rows.total), tuple(self._parts(0, self.rows.total)))
+        self.whole = Piece(slice(0, self.rows.total), tuple(self._parts(0, self.rows.total)))
         self._pieces: list[Piece] = []
 
     def join(
         self, tensors: Sequence[Tensor | None], like: Tensor, piece: Piece | None = None
     ) -> Tensor:
-        """Copies tensors, or a piece of them, in one.
+        """Tensors, or a piece of them, as one.
 
         Args:
             tensors: of the shapes; zeros in place of None.
@@ -100,10 +101,10 @@ class Flat:
             piece: which rows; all by default.
 
         Returns:
-            [rows, width], in float32 at least.
+            [rows, width], in float32 at least. It may be a view of a tensor.
         """
         parts, zeros = [], None
-        for number, first, end, padding in (piece or self._whole).parts:
+        for number, first, end, padding in (piece or self.whole).parts:
             tensor = tensors[number]
             if tensor is None:
                 parts.append(like.new_zeros(end - first))
@@ -113,7 +114,8 @@ class Flat:
             if padding:
                 zeros = like.new_zeros(self.width) if zeros is None else zeros
                 parts.append(zeros[:padding])
-        return widen(torch.cat(parts)).view(-1, self.width)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return widen(joined).view(-1, self.width)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The tensors in what `join` gave, as views."""
@@ -175,7 +177,7 @@ class Flat:
     def _in_cache(self, like: Tensor) -> list[Piece]:
         count = max(1, _PIECE // self.width)
         if not in_numpy(like.detach()) or torch.is_grad_enabled() or self.rows.total <= count:
-            return [self._whole]
+            return [self.whole]
         if not self._pieces:
             for start in range(0, self.rows.total, count):
                 end = min(start + count, self.rows.total)

@@ -74,7 +74,7 @@ def perturb(
     counts = torch.exp2(bits).sub_(1)
     steps = flat.rows.spread(spans) / counts if flat.grouped else flat.rows.spread(spans / counts)
     marks = _marked(flat, zeros, like.device)
-    fill = draws.source(kind, flat.rows.total * flat.width, grid.widen(like[:0]))
+    fill = draws.source(kind, flat.rows.total * flat.width, grid.widen(like.detach()))
     largest = torch.finfo(torch.float16).max
 
     def perturbed(piece: Piece) -> tuple[Tensor]:
@@ -170,11 +170,14 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     flat, like = drawn.flat, weights[0]
+    is_view = len(weights) == 1
 
     def passed(piece: Piece) -> tuple[Tensor, Tensor]:
         upstream = flat.join(grads, like, piece)
         error = drawn.values[piece.rows] - flat.join(weights, like, piece)
-        return upstream, row_sums(error.mul_(upstream))
+        sums = row_sums(error.mul_(upstream))
+        # Others may hold the gradient that came in.
+        return upstream.clone() if is_view and piece is flat.whole else upstream, sums
 
     upstream, sums = flat.compute(like, passed)
     totals = flat.rows.sums(sums)

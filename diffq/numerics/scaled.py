@@ -58,11 +58,11 @@ def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Lev
         levels: those of all tensors.
     """
     like = weights[0]
-    of_rows = flat.rows.spread(positive(scales).to(widen(like[:0]).dtype))
+    of_rows = flat.rows.spread(positive(scales).to(widen(like.detach()[:0]).dtype))
 
     def scaled(piece: Piece) -> tuple[Tensor]:
         scale = rows_of(of_rows, piece)[:, None]
-        ratio = flat.join(weights, like, piece).div_(scale)
+        ratio = flat.join(weights, like, piece) / scale
         return (levels.nearest(ratio, scale, like.dtype).mul_(scale),)
 
     (values,) = flat.compute(like, scaled)

@@ -157,3 +157,29 @@ def test_kinds_that_differ_are_batches_of_their_own():
     trained = [bits_of(tensor) for tensor in _read(model, quantizer)]
     model.eval()
     assert [bits_of(tensor) for tensor in _read(model, quantizer)] == trained
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "one bitwidth"])
+def test_many_numbers_are_drawn_the_fast_way(kind, monkeypatch):
+    """On a CPU, all noise of a large batch comes from 16 bits a number."""
+    drawn, codes = [], draws._codes
+    monkeypatch.setattr(draws, "_codes", lambda *args: drawn.append(args[1]) or codes(*args))
+    model = Holder({f"weight{index}": torch.randn(200, 320) for index in range(3)})
+    quantizer = MADE[kind][1](model)
+    quantizer.no_optimizer()
+    _read(model, quantizer)
+    assert sum(drawn) == 3 * 200 * 320
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_that_come_in_are_left_alone(kind, count):
+    """A backward does not write to the gradients of its values, which others may hold."""
+    model = _tensors(count)
+    quantizer = MADE[kind][1](model)
+    quantizer.no_optimizer()
+    read = _read(model, quantizer)
+    upstream = [torch.randn(6, 8) for _ in read]
+    before = [bits_of(gradient) for gradient in upstream]
+    torch.autograd.backward(read, upstream)
+    assert [bits_of(gradient) for gradient in upstream] == before
