@@ -124,7 +124,9 @@ class Flat:
         return [(p if n == size else p[:n]).view(shape) for p, n, size, shape in each]
 
     def compute(
-        self, like: Tensor, function: Callable[[Piece], tuple[Tensor, ...]]
+        self,
+        like: Tensor,
+        function: Callable[[Piece, Tensor], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
         """What a function of rows gives for all rows.
 
@@ -132,19 +134,23 @@ class Flat:
 
         Args:
             like: one of the tensors.
-            function: gives tensors that have its rows as their first dimension, or less of
-                them.
+            function: takes rows, and memory [rows, width] that it may use for its first result;
+                gives tensors whose first dimension is the rows.
         """
+        room = widen(like.detach()[:0]).new_empty((self.rows.total, self.width))
         pieces = self._in_cache(like)
-        first = function(pieces[0])
         if len(pieces) == 1:
-            return first
-        wholes = [part.new_empty((self.rows.total, *part.shape[1:])) for part in first]
+            return function(self.whole, room)
+        others: list[Tensor] = []
         for piece in pieces:
-            found = first if piece is pieces[0] else function(piece)
-            for whole, part in zip(wholes, found, strict=True):
-                whole[piece.rows] = part
-        return tuple(wholes)
+            part = room[piece.rows]
+            result, *found = function(piece, part)
+            if result is not part:
+                part.copy_(result)
+            others = others or [each.new_empty(self.rows.total) for each in found]
+            for other, each in zip(others, found, strict=True):
+                other[piece.rows] = each
+        return room, *others
 
     def to_rows(self, groups: Tensor) -> Tensor:
         """What each row has of its group, [rows] or [1], of what groups have, [groups]."""

@@ -210,6 +210,13 @@ class BitsLaw:
         bits = self.min_bits + share * (self.max_bits - self.min_bits)
         return bits + (torch.round(bits) - bits).detach() if self.whole else bits
 
+    @torch.no_grad()
+    def bits_now(self, logits: Tensor) -> Tensor:
+        """The same without graph, in fresh memory; rounded if bitwidths are."""
+        bits = torch.sigmoid(widen(logits))
+        bits.mul_(self.max_bits - self.min_bits).add_(self.min_bits)
+        return bits.round_() if self.whole else bits
+
     def log_step_slope(self, logits: Tensor) -> Tensor:
         """The slope of log(step) = log(range / (2**b - 1)): -log(2) / (1 - 2**-b) * db/dl."""
         share = torch.sigmoid(widen(logits))

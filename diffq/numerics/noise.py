@@ -71,15 +71,17 @@ def perturb(
     """
     ends, like = flat.ends(weights), weights[0]
     spans = (ends.high - ends.low).mul_(scale)
-    counts = torch.exp2(bits).sub_(1)
-    steps = flat.rows.spread(spans) / counts if flat.grouped else flat.rows.spread(spans / counts)
+    shares = torch.exp2(bits).sub_(1).reciprocal_()
+    # Few tensors as long as the groups, whose memory is new in each step.
+    steps = (
+        shares.mul_(flat.rows.spread(spans)) if flat.grouped else flat.rows.spread(spans * shares)
+    )
     marks = _marked(flat, zeros, like.device)
     fill = draws.source(kind, flat.rows.total * flat.width, grid.widen(like.detach()))
     largest = torch.finfo(torch.float16).max
 
-    def perturbed(piece: Piece) -> tuple[Tensor]:
-        rows = flat.join(weights, like, piece)
-        unit = fill(torch.empty_like(rows))
+    def perturbed(piece: Piece, room: Tensor) -> tuple[Tensor]:
+        rows, unit = flat.join(weights, like, piece), fill(room)
         noisy = torch.addcmul(rows, unit, rows_of(steps, piece)[:, None], out=unit)
         if marks is not None:
             noisy.masked_fill_((rows == 0) & rows_of(marks, piece)[:, None], 0)
@@ -115,7 +117,7 @@ def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequen
         found = [(weight == 0).any() if zero else none for weight, zero in each]
         points = flat.rows.spread(torch.stack(found))
 
-    def rounded(piece: Piece) -> tuple[Tensor]:
+    def rounded(piece: Piece, room: Tensor) -> tuple[Tensor]:
         rows = flat.join(weights, like, piece)
         rule = rows_of(low, piece), rows_of(high, piece), rows_of(widths, piece)
         point = None if points is None else rows_of(points, piece)
@@ -170,14 +172,12 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     flat, like = drawn.flat, weights[0]
-    is_view = len(weights) == 1
 
-    def passed(piece: Piece) -> tuple[Tensor, Tensor]:
+    def passed(piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
         upstream = flat.join(grads, like, piece)
         error = drawn.values[piece.rows] - flat.join(weights, like, piece)
-        sums = row_sums(error.mul_(upstream))
-        # Others may hold the gradient that came in.
-        return upstream.clone() if is_view and piece is flat.whole else upstream, sums
+        # In memory of its own, because others may hold the gradient that came in.
+        return room.copy_(upstream), row_sums(error.mul_(upstream))
 
     upstream, sums = flat.compute(like, passed)
     totals = flat.rows.sums(sums)

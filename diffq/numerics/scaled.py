@@ -60,9 +60,9 @@ def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Lev
     like = weights[0]
     of_rows = flat.rows.spread(positive(scales).to(widen(like.detach()[:0]).dtype))
 
-    def scaled(piece: Piece) -> tuple[Tensor]:
+    def scaled(piece: Piece, room: Tensor) -> tuple[Tensor]:
         scale = rows_of(of_rows, piece)[:, None]
-        ratio = flat.join(weights, like, piece) / scale
+        ratio = torch.div(flat.join(weights, like, piece), scale, out=room)
         return (levels.nearest(ratio, scale, like.dtype).mul_(scale),)
 
     (values,) = flat.compute(like, scaled)
@@ -110,7 +110,7 @@ def scale_gradients(
     wide = positive(scales).to(drawn.values.dtype)
     of_rows = flat.rows.spread(wide)
 
-    def passed(piece: Piece) -> tuple[Tensor, Tensor]:
+    def passed(piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
         rows = flat.join(weights, like, piece)
         ratio = rows / rows_of(of_rows, piece)[:, None]
         inside = (ratio >= levels.lowest) & (ratio <= levels.highest)

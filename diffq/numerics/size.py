@@ -100,6 +100,8 @@ class Sizes:
 
     def bits(self, logits: Tensor) -> Tensor:
         """Bitwidths of logits, as each law's `bits` gives them; without graph."""
+        if len(self._laws) == 1:
+            return self._laws[0].bits_now(logits)
         share = torch.sigmoid(widen(logits))
         least = self._for_groups("min", [law.min_bits for law in self._all_laws], share)
         bits = self._intervals(share) * share + least

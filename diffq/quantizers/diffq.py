@@ -227,7 +227,9 @@ class NoisyBatch(Batch):
             given = self._bits(weights[0], learned.flat) if logits is None else logits
             sampled = kernels.sample(weights, given, zeros=zeros)
             return samples_of(Launched(kernels, sampled.state, given), weights, sampled.values)
-        bits = self._bits(weights[0], learned.flat) if logits is None else self._law.bits(logits)
+        bits = (
+            self._bits(weights[0], learned.flat) if logits is None else self._law.bits_now(logits)
+        )
         kind, scale = self._first.noise, self._first.settings.noise_scale
         if kind == "rounding":
             drawn = noise.round_all(self._flat, weights, torch.round(bits), zeros)

@@ -79,8 +79,9 @@ def test_pieces_are_all_rows_in_order():
     flat = _flat(tensors, 8)
     numbers, seen = torch.randn(flat.rows.total), []
 
-    def product(piece):
+    def product(piece, room):
         seen.append(piece)
+        assert room.shape == (piece.rows.stop - piece.rows.start, 8)
         rows = flat.join(tensors, tensors[0], piece) * rows_of(numbers, piece)[:, None]
         return rows, rows.amax(1)
 
