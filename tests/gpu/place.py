@@ -28,6 +28,10 @@ OUTPUTS = 2**10
 
 DEVICE = torch.device(os.environ.get("DIFFQ_GPU_TESTS_ON", "cuda"))
 
+adam = partial(torch.optim.AdamW, lr=0.01)
+#: Moves weights no further than gradients differ.
+sgd = partial(torch.optim.SGD, lr=0.05)
+
 #: For tests of what a CPU does not have.
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA alone has this")
 
@@ -54,7 +58,7 @@ class Training:
         model="mlp",
         kind="diffq",
         dtype=torch.float32,
-        optimizer=partial(torch.optim.AdamW, lr=0.01),
+        optimizer=adam,
         **options,
     ):
         make, make_input = MODELS.get(model, model)

@@ -11,14 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.compare import close
 from tests.gpu import place
-from tests.gpu.place import KINDS, Training
+from tests.gpu.place import KINDS, Training, sgd
 from tests.models import SUMS, gradients, step
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = place.device()
-
-sgd = partial(torch.optim.SGD, lr=0.05)
 
 
 class Layers(nn.Module):
@@ -32,10 +30,9 @@ class Layers(nn.Module):
     def forward(self, x):
         x = x.detach().requires_grad_()  # without which a reentrant checkpoint has no gradient
         for layer in self.layers:
-            if self.use_reentrant is None:
-                x = layer(x).tanh()
-            else:
-                x = checkpoint(lambda x, layer=layer: layer(x).tanh(), x, use_reentrant=self.use_reentrant)
+            run = nn.Sequential(layer, nn.Tanh())
+            reentrant = self.use_reentrant
+            x = run(x) if reentrant is None else checkpoint(run, x, use_reentrant=reentrant)
         return x
 
 

@@ -2,13 +2,14 @@
 
 import shutil
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
 from tests.compare import close, same_bits
 from tests.gpu import place
-from tests.gpu.place import OUTPUTS, Training, cuda_only
+from tests.gpu.place import OUTPUTS, Training, adam, cuda_only, sgd
 from tests.models import SUMS, computed_weight, gradients, snapshot_of, step
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +19,6 @@ DEVICE = place.device()
 KINDS = ["diffq", "diffq-tensor", "diffq-rounding", "qat", "lsq", "quant-noise", "product"]
 #: Those that compute with the same values in each forward, while nothing changes.
 EXACT = ["diffq-rounding", "qat", "lsq"]
-
-sgd = partial(torch.optim.SGD, lr=0.05)
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_compiled_noise(options):
         training.optimizer.zero_grad()
         compiled(training.inputs).square().mean().backward()
         found.append(gradients(training.model))
-    assert all(not close(one, other, SUMS) for one, other in zip(found, found[1:], strict=False))
+    assert all(not close(one, other, SUMS) for one, other in pairwise(found))
 
 
 def _warmed(training):
@@ -96,15 +95,16 @@ def test_steps_in_a_cuda_graph(kind):
 @pytest.mark.parametrize("kind", ["diffq", "diffq-tensor", "diffq-uniform", "quant-noise"])
 def test_noise_in_a_cuda_graph(kind):
     """Each replay of a CUDA graph draws other noise, and the optimizer of the graph learns."""
-    adam = partial(torch.optim.AdamW, lr=0.01, capturable=True)
-    training, graph = _warmed(Training("mlp", kind, optimizer=adam)), torch.cuda.CUDAGraph()
+    capturable = partial(adam, capturable=True)
+    training, graph = _warmed(Training("mlp", kind, optimizer=capturable)), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        noise = computed_weight(training.model, "0.weight") - training.model[0].weight
+        drawn = computed_weight(training.model, "0.weight").detach()
+        noise = drawn - training.model[0].weight.detach()
         training.step()
     seen = []
     for _ in range(3):
         graph.replay()
-        seen.append((noise.detach().clone(), snapshot_of(training.model)))
+        seen.append((noise.clone(), snapshot_of(training.model)))
     assert not same_bits(seen[0][0], seen[1][0])
     assert not same_bits(seen[1][0], seen[2][0])
     assert not same_bits(seen[1][1], seen[2][1])

@@ -11,7 +11,7 @@ from torch import nn
 import diffq
 from tests.compare import close, same_bits
 from tests.gpu import place
-from tests.gpu.place import KINDS, LAYERS, OUTPUTS, Training, cuda_only
+from tests.gpu.place import KINDS, LAYERS, OUTPUTS, Training, adam, cuda_only, sgd
 from tests.holder import reloaded
 from tests.models import MODELS, SUMS, ConvNet, computed, gradients, pairs, seeded, snapshot_of
 from tests.processors import repeatable
@@ -20,8 +20,6 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = place.device()
 DEVICES = list({DEVICE.type, "cpu"})
-
-sgd = partial(torch.optim.SGD, lr=0.05)
 
 
 def _assert_files_hold_what_eval_computes(training, path):
@@ -38,7 +36,7 @@ def _assert_files_hold_what_eval_computes(training, path):
 
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS, MODELS))
 def test_train_evaluate_save_load(kind, name, tmp_path):
-    """Training moves the weights; the file holds what eval computes with, and is as large as said."""
+    """Training moves the weights. The file holds those of eval, and is as large as said."""
     training = Training(name, kind)
     before = snapshot_of(training.model)
     training.steps(3)
@@ -70,7 +68,7 @@ def test_no_synchronisation(kind, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "name"), pairs(KINDS, LAYERS))
 def test_autocast(kind, name, dtype):
-    """Under autocast, with a scaled loss and clipped gradients, the weights learn and stay finite."""
+    """Under autocast, with a scaled loss and clipped gradients, weights learn and stay finite."""
     training = Training(name, kind)
     model, optimizer = training.model, training.optimizer
     before = snapshot_of(model)
@@ -121,23 +119,21 @@ def test_several_dtypes_and_group_sizes(kind, tmp_path):
     sizes = {"layers.1.weight": 1, "layers.2.weight": 12, "layers.3.weight": None, "*.bias": 2000}
     overrides = {pattern: {"group_size": size} for pattern, size in sizes.items()}
     options = {"overrides": overrides} if kind.startswith("diffq") else {}
-    mixed = partial(_make_mixed), lambda: torch.randn(4, 64)
+    mixed = Mixed, lambda: torch.randn(4, 64)
     training = Training(mixed, kind, dtype=None, optimizer=sgd, **options)
     found = training.gradients()
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
     _assert_files_hold_what_eval_computes(training, tmp_path / "model.diffq")
 
 
-def _make_mixed():
-    return Mixed()
-
-
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=str
+)
 def test_implementations_of_adam(options):
     """Each implementation of Adam takes what is learned, and moves it as the plain loop does."""
     if "capturable" in options and DEVICE.type == "cpu":
         pytest.skip("CUDA alone has this")
-    kinds = [partial(torch.optim.AdamW, lr=0.01, **each) for each in ({"foreach": False}, options)]
+    kinds = [partial(adam, **each) for each in ({"foreach": False}, options)]
     plain, other = (Training("mlp", "diffq-rounding", optimizer=kind) for kind in kinds)
     for training in (plain, other):
         training.step()
@@ -146,9 +142,9 @@ def test_implementations_of_adam(options):
 
 def test_channels_last(tmp_path):
     """Convolutions in channels_last are quantized as contiguous ones, and train alike."""
-    make, make_input = MODELS["conv"]
+    _, make_input = MODELS["conv"]
     last = {"memory_format": torch.channels_last}
-    pair = lambda: ConvNet().to(**last), lambda: make_input().contiguous(**last)  # noqa: E731
+    pair = lambda: ConvNet().to(**last), lambda: make_input().contiguous(**last)
     plain, other = (Training(each, "qat", optimizer=sgd) for each in ("conv", pair))
     found = [training.gradients() for training in (plain, other)]
     assert close(*found, SUMS)
@@ -156,7 +152,7 @@ def test_channels_last(tmp_path):
 
 
 def test_attach_then_move(tmp_path):
-    """A model that was attached on a CPU trains where it is moved, and evaluates where it returns."""
+    """A model that is attached on a CPU trains where it is moved, and evaluates on its return."""
     there = Training("mlp", "diffq-rounding", optimizer=sgd)
     model = seeded(MODELS["mlp"][0])
     quantizer = KINDS["diffq-rounding"](model)
