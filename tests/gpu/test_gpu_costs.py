@@ -21,13 +21,13 @@ from diffq.attach import batch  # noqa: E402
 
 #: Quantizers, and the launches that they may add to a forward, a size and a backward.
 KINDS = {
-    "diffq": 40,
-    "diffq-tensor": 40,
-    "diffq-rounding": 40,
-    "diffq-fixed": 20,
-    "qat": 12,
-    "quant-noise": 12,
-    "lsq": 20,
+    "diffq": 50,
+    "diffq-tensor": 50,
+    "diffq-rounding": 50,
+    "diffq-fixed": 25,
+    "qat": 15,
+    "quant-noise": 15,
+    "lsq": 25,
 }
 
 
