@@ -61,7 +61,7 @@ HEADER = (
 )
 
 #: Columns that follow where a GPU was measured.
-GPU_HEADER = ("launches", "GPU, ms", "× plain")
+GPU_HEADER = ("launches", "GPU, ms", "GPU × plain")
 
 
 def markdown(rows: Sequence[Row]) -> str:
