@@ -45,8 +45,8 @@ test-integrations: $(VENV)/.installed-integrations  ## run the tests of models i
 test-kernels: $(VENV)/.installed-kernels  ## run the tests of GPU kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(PARALLEL) $(PYTEST_FLAGS)
 
-test-gpu: $(VENV)/.installed-test  ## run the tests of GPU kernels on a GPU, with the Triton of its torch
-	$(PY) -m pytest tests/kernels $(PYTEST_FLAGS)
+test-gpu: $(VENV)/.installed-test  ## run the tests that need a GPU on it, with the Triton of its torch
+	$(PY) -m pytest tests/gpu tests/kernels $(PYTEST_FLAGS)
 
 test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)
 	@failed=; for settings in $(PROCESSORS); do \

@@ -5,14 +5,17 @@
     python benchmarks/training.py --models resnet18 --contenders diffq-g8 qat
     python benchmarks/training.py --earlier .venv-earlier/bin/python # PyPI diffq 0.2.4 too
     python benchmarks/training.py --before ../diffq-main             # another checkout too
-    python benchmarks/training.py --device cuda                      # also the paper's transformer
+    python benchmarks/training.py --device cuda                      # in about 3 minutes
 
-A step is zero_grad, forward, loss + lambda * model_size(), backward and AdamW. Each contender is
-a process of its own, and they take turns: in each round, every one trains the same model for
-some steps and then evaluates it, one at a time and in an order that rotates, so that other work
-on the machine hits all alike. What is reported is the median over rounds of each one's time and
-of its ratio to plain training's in the same round. Memory is the most that is held in a step
-beyond plain training's, in MB and in copies of the weights that are quantized.
+A step is zero_grad, forward, loss + lambda * model_size(), backward and AdamW. Contenders take
+turns: in each round, every one trains the same model for some steps and then evaluates it, one at
+a time and in an order that rotates, so that other work on the machine hits all alike. What is
+reported is the median over rounds of each one's time and of its ratio to plain training's in the
+same round. Memory is the most that is held in a step beyond plain training's, in MB and in copies
+of the weights that are quantized. On a GPU, a profiler counts the kernels of a step, and adds up
+how long they run.
+On a CPU each contender is a process of its own, because memory is the process's. On a GPU all are
+in one, unless --earlier or --before asks for others.
 The earlier package is run as a black box, in an environment that earlier_package.sh makes.
 """
 
@@ -20,17 +23,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from processes import ROOT, worker
-from training_cases import ALL_CASES, BIG_CASES, CASES, CONTENDERS
+from training_cases import ALL_CASES, CASES, CONTENDERS, GPU_CASES
 from training_report import Answer, Row, Times, markdown, summarize, write
 
 Tick = Callable[[str], None]
@@ -39,8 +46,24 @@ Tick = Callable[[str], None]
 BEFORE = "-before"
 
 
+#: Minutes after which a run on a GPU begins no other model and no other round.
+GPU_MINUTES = 3.0
+
+
+class Contending(Protocol):
+    """A contender, which computes only while `ask` waits for it."""
+
+    name: str
+
+    def ready(self) -> Answer:
+        """Waits until it can be asked; returns the versions in use."""
+
+    def ask(self, **request: Any) -> Answer:
+        """Does what a request of `training_worker` says; with `error`, the model is gone."""
+
+
 class Worker:
-    """The process of one contender: it computes only while `ask` waits for it."""
+    """A contender in a process of its own."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name = name
@@ -56,14 +79,14 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> Answer:
-        """Sends a request and waits for the answer; with `error` in it, the model is gone."""
+        """Sends a request and waits for the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return self.read()
+        return self.ready()
 
-    def read(self) -> Answer:
-        """The next answer; the first one comes unasked when the worker is ready."""
+    def ready(self) -> Answer:
+        """Waits for the next answer; the first one comes unasked."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -72,10 +95,31 @@ class Worker:
         return answer
 
 
+def contenders_of(args: argparse.Namespace) -> list[Contending]:
+    """The contenders, in one process where that measures each of them alone."""
+    if args.device == "cuda" and args.earlier is None and args.before is None:
+        from training_together import Neighbour
+
+        return [Neighbour(name, args.device, args.threads) for name in args.contenders]
+    return [Worker(name, args) for name in args.contenders]
+
+
 def measure(
-    case: str, workers: Sequence[Worker], args: argparse.Namespace, tick: Tick
+    case: str,
+    workers: Sequence[Contending],
+    args: argparse.Namespace,
+    tick: Tick,
+    end: float = math.inf,
 ) -> list[Row]:
-    """Rows of one model: memory of each contender, then rounds of turns."""
+    """Rows of one model: memory of each contender, then rounds of turns.
+
+    Args:
+        case: its name.
+        workers: the contenders, plain first.
+        args: of the command line.
+        tick: told of each turn.
+        end: time of the clock after which no round but the first begins.
+    """
     answers: dict[str, Answer] = {}
     for contender in workers:
         tick(f"{case}, memory: {contender.name}")
@@ -84,6 +128,8 @@ def measure(
             answers[contender.name] |= contender.ask(case=case)
     times: Times = {contender.name: [] for contender in workers}
     for number in range(args.rounds):
+        if number and time.monotonic() > end:
+            break
         for contender in rotated(workers, number):
             tick(f"{case}, round {number + 1}: {contender.name}")
             take_turn(contender, args.steps, answers, times)
@@ -95,7 +141,7 @@ def measure(
     return summarize(case, answers, times)
 
 
-def take_turn(contender: Worker, steps: int, answers: dict[str, Answer], times: Times) -> None:
+def take_turn(contender: Contending, steps: int, answers: dict[str, Answer], times: Times) -> None:
     """Adds the seconds of a training step and of a forward in eval mode, or an error."""
     seconds = {}
     for mode in ("train", "evaluate"):
@@ -109,7 +155,7 @@ def take_turn(contender: Worker, steps: int, answers: dict[str, Answer], times: 
     times[contender.name].append(seconds)
 
 
-def rotated(workers: Sequence[Worker], by: int) -> list[Worker]:
+def rotated(workers: Sequence[Contending], by: int) -> list[Contending]:
     start = by % len(workers)
     return [*workers[start:], *workers[:start]]
 
@@ -160,6 +206,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--steps", type=positive, default=3, help="timed steps in a turn (default: 3)"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="begin no other model and no other round after so many minutes "
+        f"(default: {GPU_MINUTES:.0f} on a GPU, no limit on a CPU)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument(
         "--threads", type=int, default=0, help="of each process on the CPU (default: torch's own)"
@@ -183,7 +235,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also write the results to PATH.json and PATH.md, anew after each model",
     )
     args = parser.parse_args(arguments)
-    args.models = args.models or [*CASES, *(BIG_CASES if args.device == "cuda" else ())]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none")
+    args.models = args.models or list(GPU_CASES if args.device == "cuda" else CASES)
+    if args.minutes is None:
+        args.minutes = GPU_MINUTES if args.device == "cuda" else math.inf
     chosen = args.contenders or [n for n, c in CONTENDERS.items() if args.earlier or not c.earlier]
     args.contenders = ["plain", *(name for name in chosen if name != "plain")]
     if args.before is not None:
@@ -202,15 +258,20 @@ def positive(text: str) -> int:
 
 def main() -> None:
     args = parse_arguments()
-    workers = [Worker(name, args) for name in args.contenders]
+    end = time.monotonic() + 60 * args.minutes
+    workers = contenders_of(args)
     # All load at once; none is asked anything before all are ready.
-    about = {contender.name: contender.read() for contender in workers}
+    about = {contender.name: contender.ready() for contender in workers}
     settings = {"rounds": args.rounds, "steps": args.steps, "python": platform.python_version()}
     settings |= about["plain"]
     rows: list[Row] = []
     with progress(len(args.models) * len(workers) * (1 + args.rounds)) as tick:
-        for case in args.models:
-            rows += measure(case, workers, args, tick)
+        for number, case in enumerate(args.models):
+            if number and time.monotonic() > end:
+                left_out = " ".join(args.models[number:])
+                print(f"No time for {left_out}: pass --models or --minutes.", file=sys.stderr)
+                break
+            rows += measure(case, workers, args, tick, end)
             if args.output:
                 write(args.output, settings, rows)
     print(markdown(rows))

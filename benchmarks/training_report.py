@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +29,10 @@ def summarize(case: str, answers: dict[str, Answer], times: Times) -> list[Row]:
         added = answer["peak_mb"] - answers["plain"]["peak_mb"]
         row |= {"peak_mb": answer["peak_mb"], "added_mb": added}
         row |= {"copies": added / answer["quantized_mb"], "device": answer["device"]}
+        row["rounds"] = len(times[name])
+        if "launches" in answer:
+            row |= {"launches": answer["launches"], "gpu_ms": answer["gpu_ms"]}
+            row["gpu_ratio"] = answer["gpu_ms"] / answers["plain"]["gpu_ms"]
         rows.append(row)
     return rows
 
@@ -56,10 +60,22 @@ HEADER = (
     "copies",
 )
 
+#: Columns that follow where a GPU was measured.
+GPU_HEADER = ("launches", "GPU, ms", "GPU × plain")
 
-def markdown(rows: Iterable[Row]) -> str:
-    table = [HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2), *map(cells, rows)]
+
+def markdown(rows: Sequence[Row]) -> str:
+    gpu = any("launches" in row for row in rows)
+    header = HEADER + GPU_HEADER if gpu else HEADER
+    table = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    table += [cells(row) + (gpu_cells(row) if gpu else []) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def gpu_cells(row: Row) -> list[str]:
+    if "error" in row:
+        return [""] * len(GPU_HEADER)
+    return [str(row["launches"]), f"{row['gpu_ms']:.2f}", f"{row['gpu_ratio']:.2f}"]
 
 
 def cells(row: Row) -> list[str]:

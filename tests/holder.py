@@ -39,7 +39,7 @@ def bits_of(tensor):
     plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     # Cloned, because even a contiguous tensor may have odd strides where it is empty.
     data = plain.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    return tensor.dtype, tuple(tensor.shape), data.numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), data.cpu().numpy().tobytes()
 
 
 def all_bits(model):

@@ -1,16 +1,21 @@
 """The benchmarks of training and of methods: their arithmetic, tables, and one run of each."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import DeviceType
 
-from benchmarks import methods_report
-from benchmarks.training_report import HEADER, compare, markdown, summarize, write
+from benchmarks import gpu_work, methods_report
+from benchmarks.training_report import GPU_HEADER, HEADER, compare, markdown, summarize, write
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "training.py"
@@ -56,6 +61,34 @@ def test_markdown():
     assert lines[2].startswith("| lstm | earlier-g8 | ValueError: no such group |")
 
 
+def test_columns_of_a_gpu():
+    """Launches and GPU time get columns of their own where they were measured."""
+    work = {"plain": (200, 4.0), "diffq-g8": (210, 5.0)}
+    answers = {
+        name: answer | dict(zip(("launches", "gpu_ms"), work.get(name, ()), strict=False))
+        for name, answer in ANSWERS.items()
+    }
+    header, rule, *lines = markdown(summarize("lstm", answers, TIMES)).splitlines()
+    assert header == f"| {' | '.join(HEADER + GPU_HEADER)} |"
+    assert {line.count("|") for line in (rule, *lines)} == {header.count("|")}
+    assert [line.split(" | ")[-3:] for line in lines[:2]] == [
+        ["200", "4.00", "1.00 |"],
+        ["210", "5.00", "1.25 |"],
+    ]
+
+
+def test_work_of_a_gpu():
+    """Kernels and copies on the GPU count, and neither calls on the host nor named ranges."""
+
+    def event(device, microseconds, named=False):
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(device_type=device, is_user_annotation=named, time_range=span)
+
+    gpu, host = DeviceType.CUDA, DeviceType.CPU
+    events = [event(gpu, 30), event(gpu, 20), event(gpu, 60, named=True), event(host, 400)]
+    assert gpu_work.total(events) == (2, 0.05)
+
+
 def test_files(tmp_path):
     """Both files hold the rows; the folder is made."""
     rows = summarize("lstm", ANSWERS, TIMES)
@@ -94,6 +127,55 @@ def test_run(tmp_path):
     assert (plain["contender"], ours["contender"]) == ("plain", "diffq-g8")
     assert all(row["train_ms"] > 0 and row["evaluate_ms"] > 0 for row in (plain, ours))
     assert done.stdout == (tmp_path / "t.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a module as the scripts of the benchmarks do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def test_contenders_of_one_process(script):
+    """Contenders in one process take turns, until the time is over; one that fails gives a row."""
+    training, together = script("training"), script("training_together")
+    neighbours = [together.Neighbour(name, "cpu", 1) for name in ("plain", "diffq-g8", "qat")]
+    neighbours[2]._contender = script("training_cases").Contender("NoQuantizer")
+    assert all(each.ready()["torch"] == torch.__version__ for each in neighbours)
+    args, ticks = SimpleNamespace(rounds=3, steps=1), []
+    rows = training.measure("tiny", neighbours, args, ticks.append, end=-math.inf)
+    plain, ours, failed = rows
+    assert (plain["rounds"], ours["rounds"]) == (1, 1)
+    assert ours["train_ms"] > 0
+    assert ours["evaluate_ms"] > 0
+    assert "NoQuantizer" in failed["error"]
+    assert len(training.measure("tiny", neighbours[:2], args, ticks.append)) == 2
+    assert ticks[-1] == "tiny, round 3: diffq-g8"
+
+
+def test_defaults_of_a_gpu(script, monkeypatch):
+    """A GPU gets a limit of time and the paper's model. Other packages get processes."""
+    training = script("training")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = training.parse_arguments(["--device", "cuda"])
+    assert args.minutes == training.GPU_MINUTES
+    assert "paper-bfloat16" in args.models
+    assert training.parse_arguments([]).minutes == math.inf
+    monkeypatch.setattr(training, "Worker", lambda name, args: name)
+    args = training.parse_arguments(["--device", "cuda", "--before", ".", "--contenders", "qat"])
+    assert training.contenders_of(args) == ["plain", "qat", "qat-before"]
+
+
+def test_gpu_that_is_not_there(script, monkeypatch, capsys):
+    """Without a GPU, --device cuda is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        script("training").parse_arguments(["--device", "cuda"])
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def test_earlier_package_needs_its_python():
