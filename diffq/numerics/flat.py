@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffq.format.records import group_count
-from diffq.numerics.grid import widen
+from diffq.numerics.grid import wide, widen
 from diffq.numerics.segments import Constants, Segments, in_numpy
 
 #: Elements of a row where a whole tensor shares a bitwidth or a scale.
@@ -137,7 +137,7 @@ class Flat:
             function: takes rows, and memory [rows, width] that it may use for its first result;
                 gives tensors whose first dimension is the rows.
         """
-        room = widen(like.detach()[:0]).new_empty((self.rows.total, self.width))
+        room = like.new_empty((self.rows.total, self.width), dtype=wide(like.dtype))
         pieces = self._in_cache(like)
         if len(pieces) == 1:
             return function(self.whole, room)

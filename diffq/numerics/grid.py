@@ -16,9 +16,14 @@ from torch import Tensor
 _WIDE = (torch.float32, torch.float64)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that grids and noise of a dtype are computed in: at least float32."""
+    return dtype if dtype in _WIDE else torch.float32
+
+
 def widen(tensor: Tensor) -> Tensor:
-    """The tensor in the precision that grids and noise are computed in: at least float32."""
-    return tensor if tensor.dtype in _WIDE else tensor.to(torch.float32)
+    """The tensor in the precision that grids and noise are computed in."""
+    return tensor.to(wide(tensor.dtype))
 
 
 def is_narrow(dtype: torch.dtype) -> bool:

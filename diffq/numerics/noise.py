@@ -71,7 +71,7 @@ def perturb(
     """
     ends, like = flat.ends(weights), weights[0]
     spans = (ends.high - ends.low).mul_(scale)
-    shares = torch.exp2(bits).sub_(1).reciprocal_()
+    shares = torch.exp2(bits).sub_(1).reciprocal_().to(spans.dtype)
     # Few tensors as long as the groups, whose memory is new in each step.
     steps = (
         shares.mul_(flat.rows.spread(spans)) if flat.grouped else flat.rows.spread(spans * shares)

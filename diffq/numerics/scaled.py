@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffq.numerics.flat import Flat, Piece, rows_of
-from diffq.numerics.grid import finite_levels, is_narrow, widen
+from diffq.numerics.grid import finite_levels, is_narrow, wide
 from diffq.numerics.noise import Drawn, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
@@ -58,7 +58,7 @@ def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Lev
         levels: those of all tensors.
     """
     like = weights[0]
-    of_rows = flat.rows.spread(positive(scales).to(widen(like.detach()[:0]).dtype))
+    of_rows = flat.rows.spread(positive(scales).to(wide(like.dtype)))
 
     def scaled(piece: Piece, room: Tensor) -> tuple[Tensor]:
         scale = rows_of(of_rows, piece)[:, None]
@@ -107,8 +107,8 @@ def scale_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of `LearnedScale`: of scales, [tensors], and weights; differentiable."""
     flat, like = drawn.flat, weights[0]
-    wide = positive(scales).to(drawn.values.dtype)
-    of_rows = flat.rows.spread(wide)
+    divisors = positive(scales).to(drawn.values.dtype)
+    of_rows = flat.rows.spread(divisors)
 
     def passed(piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
         rows = flat.join(weights, like, piece)
@@ -123,7 +123,7 @@ def scale_gradients(
     divisor = flat.constants.get(levels, counts, sums.dtype, sums.device)
     # What is below the least positive scale counts as that.
     signs = scales.sign() * (scales.abs() >= _LEAST)
-    for_scales = flat.rows.sums(sums) / divisor / wide * signs
+    for_scales = flat.rows.sums(sums) / divisor / divisors * signs
     each = zip(flat.split(joined), grads, strict=True)
     for_weights = [None if grad is None else part.to(like.dtype) for part, grad in each]
     return for_scales.to(scales.dtype), for_weights
