@@ -21,6 +21,7 @@ from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, warn
 from diffq.numerics.size import Sized
+from diffq.torch_inside.modules import children_in
 from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ class Attachment:
         Raises:
             AttachError: one was removed or replaced.
         """
-        if all(parent._modules.get(key) is child for parent, key, child in self._links):
+        if all(children_in(parent) == children for parent, children in self._links):
             return
         present = set(self.model.modules())
         for place in self._places:
@@ -221,13 +222,12 @@ class Attachment:
         modules = set(module.modules())
         return tuple(place for place in self._places if place.owner in modules)
 
-    def _find_links(self) -> list[tuple[nn.Module, str, nn.Module]]:
+    def _find_links(self) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:
         covered = set(self._covered)
         return [
-            (parent, key, child)
+            (parent, dict(children))
             for parent in self.model.modules()
-            for key, child in parent._modules.items()
-            if child in covered
+            if not covered.isdisjoint((children := children_in(parent)).values())
         ]
 
     def _parts(self) -> list[Tensor | None]:

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffq.attach.ready import Ready
+from diffq.attach.place import Place
+from diffq.torch_inside.tensors import stamp
+
 # Elements of each tensor that are compared at each entry.
 _PROBED = 64
 
@@ -17,20 +21,29 @@ class _Seen(NamedTuple):
 
     # No weak reference, with which torch cannot swap tensors.
     tensor: Tensor
-    version: int
-    pointer: int
+    stamp: tuple[int, int]
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, unchanged."""
-        if self.tensor is not tensor or tensor.is_inference():
-            return False
-        return tensor._version == self.version and tensor.data_ptr() == self.pointer
+        return self.tensor is tensor and stamp(tensor) == self.stamp
 
 
 def _see(tensor: Tensor) -> _Seen | None:
-    if tensor.is_inference():
-        return None  # counts no versions
-    return _Seen(tensor, tensor._version, tensor.data_ptr())
+    seen = stamp(tensor)
+    return None if seen is None else _Seen(tensor, seen)
+
+
+class _Probe:
+    """Some elements of weights on the CPU, and what they were."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        probed = [weight for weight in weights if _is_probed(weight)]
+        self._views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in probed]
+        self._values = _joined(self._views)
+
+    def is_still(self) -> bool:
+        """Whether the elements are what they were."""
+        return torch.equal(_joined(self._views), self._values)
 
 
 class EvalCache:
@@ -44,8 +57,10 @@ class EvalCache:
     def __init__(self, count: int) -> None:
         self._kept: list[tuple[_Seen, Tensor] | None] = [None] * count
         self._learned: _Seen | None = None
-        # By the indices of some weights: views of some elements, and what they were.
-        self._probes: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+        # By the indices of some weights.
+        self._probes: dict[tuple[int, ...], _Probe] = {}
+        # By the identity of the places, which each holds.
+        self._ready: dict[int, tuple[Ready, _Probe]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EvalCache:
         """Copies begin with nothing."""
@@ -60,6 +75,28 @@ class EvalCache:
         self._kept = [None] * len(self._kept)
         self._learned = None
         self._probes = {}
+        self._ready = {}
+
+    def ready(self, places: Sequence[Place], learned: Tensor | None) -> Ready | None:
+        """All quantized weights of some places, if a forward computed with them and all are right.
+
+        Args:
+            places: the same object as in that forward.
+            learned: the flat parameter.
+        """
+        ready, probe = self._ready.get(id(places), (None, None))
+        if ready is None or probe is None or not self._has_learned(learned):
+            return None
+        # Elements last: the memory of another tensor may be gone.
+        return ready if ready.is_right() and probe.is_still() else None
+
+    def keep_ready(self, ready: Ready) -> None:
+        """Keeps what a forward computed with, whose elements were noted."""
+        indices = tuple(place.quantizer.index for place, _ in ready.pairs)
+        self._ready[id(ready.places)] = ready, self._probes[indices]
+
+    def _has_learned(self, learned: Tensor | None) -> bool:
+        return learned is None or bool(self._learned and self._learned.is_still(learned))
 
     def values(
         self, learned: Tensor | None, indices: Sequence[int], weights: Sequence[Tensor]
@@ -72,11 +109,9 @@ class EvalCache:
             weights: of each.
         """
         known = self._probes.get(tuple(indices))
-        for views, values in self._probes.values() if known is None else [known]:
-            if not torch.equal(_joined(views), values):
-                self.clear()
-                break
-        if learned is not None and not (self._learned and self._learned.is_still(learned)):
+        if not all(probe.is_still() for probe in ([known] if known else self._probes.values())):
+            self.clear()
+        if learned is not None and not self._has_learned(learned):
             self.clear()
             self._learned = _see(learned)
         kept = [self._kept[index] for index in indices]
@@ -93,9 +128,7 @@ class EvalCache:
         """Notes some elements of weights whose quantized ones are kept."""
         where = tuple(indices)
         if where and where not in self._probes:
-            probed = [weight for weight in weights if _is_probed(weight)]
-            views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in probed]
-            self._probes[where] = views, _joined(views)
+            self._probes[where] = _Probe(weights)
 
 
 def _is_probed(weight: Tensor) -> bool:

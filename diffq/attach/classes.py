@@ -11,10 +11,12 @@ import functools
 from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from diffq.attach import containers
 from diffq.attach.forward import Forwards
@@ -122,11 +124,17 @@ class QuantizedTensor(property):
         # Functions and no methods, which torch 2.6 cannot compile.
         def read(module: Any) -> Any:
             parameters, cover = module._parameters, module._diffq_cover
+            if cover is not None and not is_compiling():
+                stack = cover.forwards.stacks.get(get_ident())
+                if stack and not (torch.is_grad_enabled() or module.training):
+                    ready = stack[-1].ready.get(id(parameters.get(name)))
+                    if ready is not None:
+                        return ready
             forward = None if cover is None else cover.forwards.current()
             if forward is None:
                 return parameters[name] if name in parameters else _plain(module, name, inner)
-            place, training = cover.own[name], module.training
-            base = parameters.get(name)
+            base, training = parameters.get(name), module.training
+            place = cover.own[name]
             if base is None and inner is not None and name not in module.__dict__:
                 # Computed once, when the forward began.
                 mode = training and not cover.forwards.always_quantized
@@ -270,13 +278,18 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Wrappers that were made while it was attached may outlive a quantizer.
         cover: Cover | None = getattr(self, COVER, None)
-        if cover is None or not cover.forwards.attached:
+        if cover is None:
             return method(self, *args, **kwargs)
-        if of_tensors and not _has_tensor(args, kwargs):
+        if not is_compiling():
+            # Almost all calls are in a forward that has all tensors.
+            stack = cover.forwards.stacks.get(get_ident())
+            if stack and not stack[-1].draws_parts:
+                return method(self, *args, **kwargs)
+        if not cover.forwards.attached or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
-        forwards = cover.forwards
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return cover.call(self, method, args, kwargs)
+        forwards = cover.forwards
         # Checkpoints allow no side effects on what is outside of them.
         if forwards.marks:
             return method(self, *args, **kwargs)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from diffq.attach.cache import EvalCache
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
+from diffq.attach.ready import Ready, can_be_ready
 from diffq.attach.sample import Forward, Sample, separate_versions
 from diffq.attach.weight import WeightQuantizer
 from diffq.attach.writes import Writes
@@ -53,6 +54,7 @@ class Forwards:
         root: the model.
         attached: false in copies of a part of a model, which are plain.
         ran: whether a forward has ended.
+        stacks: by thread, the forward that runs and those of blocks in it.
     """
 
     def __init__(self, quantizers: Sequence[WeightQuantizer], learned: Learned) -> None:
@@ -67,15 +69,14 @@ class Forwards:
         self.ran = False
         # The outermost forwards of all threads, for compiled code, which knows no threads.
         self.marks: list[Forward] = []
-        # What `running` gives, by thread.
-        self._running: dict[int, list[Forward]] = {}
+        self.stacks: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
         outside: dict[str, Any] = {
-            "_running": {},
+            "stacks": {},
             "marks": [],
             "replayed": None,
             "root": None,
@@ -91,19 +92,18 @@ class Forwards:
     def running(self) -> list[Forward]:
         """The forward that runs in this thread, and those of blocks in it; empty outside."""
         thread = get_ident()
-        stack = self._running.get(thread)
+        stack = self.stacks.get(thread)
         if stack is None:
-            stack = self._running[thread] = []
+            stack = self.stacks[thread] = []
         return stack
 
     def current(self) -> Forward | None:
         """The forward that runs in this thread, or whose backward runs."""
         if torch.compiler.is_compiling():
             return self.marks[-1] if self.marks else None
-        if self._running:
-            stack = self.running()
-            if stack:
-                return stack[-1]
+        stack = self.stacks.get(get_ident())
+        if stack:
+            return stack[-1]
         return self.replayed if self.replayed is not None and in_backward() else None
 
     @contextmanager
@@ -150,13 +150,20 @@ class Forwards:
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
         forward, plain = Forward(len(self.quantizers), entry), is_plain()
+        if plain and entry is not None:
+            ready = self.cache.ready(places, parameter)
+            if ready is not None:
+                return self._begin_ready(forward, ready)
         training: list[tuple[Place, Tensor]] = []
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
         for place in places:
             quantizer, owner = place.quantizer, place.owner
-            if is_managed(owner) or quantizer.index in seen:
-                continue  # FSDP's tensors are whole only while their module runs
+            if is_managed(owner):
+                forward.draws_parts = True  # FSDP's tensors are whole only while their module runs
+                continue
+            if quantizer.index in seen:
+                continue
             base = place.base()
             if base.is_meta:
                 continue  # offloaded tensors come when their module runs
@@ -178,6 +185,20 @@ class Forwards:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
             forward.writes = Writes(forward, pairs, thorough)
+            if entry is not None and can_be_ready(places, pairs):
+                self.cache.keep_ready(Ready(places, pairs, forward.quantized))
+        return forward
+
+    def _begin_ready(self, forward: Forward, ready: Ready) -> Forward:
+        """Has a forward compute with what one before it computed with."""
+        shared = not torch.is_grad_enabled()
+        forward.quantized = ready.samples(shared)
+        for quantizer, sample in zip(self.quantizers, forward.quantized, strict=True):
+            quantizer.slot = sample
+        if shared:
+            forward.ready, forward.writes = ready.values, ready
+        else:
+            forward.writes = Writes(forward, ready.pairs, thorough=False)
         return forward
 
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
@@ -232,6 +253,8 @@ class Forwards:
             sample = self._at_reading(forward, place, base, training)
         if not training:
             quantizer.readings.note_eval()
+            if sample.shared and sample.weight is base and not torch.compiler.is_compiling():
+                forward.ready[id(base)] = sample.value
             return self._quantized(sample, base)
         if not torch.compiler.is_compiling():
             quantizer.readings.note_training()
@@ -248,7 +271,7 @@ class Forwards:
     def forget(self) -> None:
         """Has all quantized weights computed again."""
         self.cache.clear()
-        for stack in list(self._running.values()):
+        for stack in list(self.stacks.values()):
             for forward in stack:
                 forward.forget()
 
@@ -336,7 +359,7 @@ class Forwards:
         if is_plain():
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
-        if sample.weight is base:
+        if sample.weight is base and not sample.shared:
             sample.connected = connected
         return connected
 

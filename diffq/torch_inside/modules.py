@@ -34,3 +34,13 @@ def pruned_names(module: nn.Module) -> list[str]:
     """The tensors of a module that `torch.nn.utils.prune` prunes."""
     hooks = module._forward_pre_hooks.values()
     return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def parameter_in(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The Parameter that a module itself holds by a name; None if there is none."""
+    return module._parameters.get(name)
+
+
+def children_in(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module itself holds, as it holds them."""
+    return module._modules

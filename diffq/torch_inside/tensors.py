@@ -1,0 +1,25 @@
+"""Writes to tensors, as torch counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None for those of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def stamp(tensor: Tensor) -> tuple[int, int] | None:
+    """Address and version, one of which changes with each write but those through `.data`.
+
+    None for tensors of inference mode, which count no versions.
+    """
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+
+
+def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """The stamps of many tensors, none of which is of inference mode."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
