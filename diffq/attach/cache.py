@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq.attach.ready import Ready
 from diffq.attach.place import Place
-from diffq.torch_inside.tensors import stamp
+from diffq.torch_inside.tensors import INTEGERS, stamp
 
 # Elements of each tensor that are compared at each entry.
 _PROBED = 64
@@ -34,16 +35,21 @@ def _see(tensor: Tensor) -> _Seen | None:
 
 
 class _Probe:
-    """Some elements of weights on the CPU, and what they were."""
+    """Some elements of weights on the CPU, and what they were, as integers of their bits.
+
+    NumPy joins hundreds of short views in half the time of torch.
+    """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        probed = [weight for weight in weights if _is_probed(weight)]
-        self._views = [w.detach().view(-1)[:: max(1, w.numel() // _PROBED)] for w in probed]
-        self._values = _joined(self._views)
+        self._views = [_elements(weight) for weight in weights if _is_probed(weight)]
+        self._bits = self._joined()
 
     def is_still(self) -> bool:
         """Whether the elements are what they were."""
-        return torch.equal(_joined(self._views), self._values)
+        return self._joined() == self._bits
+
+    def _joined(self) -> bytes:
+        return np.concatenate(self._views).tobytes() if self._views else b""
 
 
 class EvalCache:
@@ -135,9 +141,7 @@ def _is_probed(weight: Tensor) -> bool:
     return weight.is_cpu and weight.is_contiguous() and not weight.is_inference()
 
 
-def _joined(views: Sequence[Tensor]) -> Tensor:
-    if not views:
-        return torch.empty(0, device="cpu")
-    if len({view.dtype for view in views}) > 1:
-        views = [view.double() for view in views]
-    return torch.cat(list(views))
+def _elements(weight: Tensor) -> NDArray[Any]:
+    bits = weight.detach().view(-1).view(INTEGERS[weight.element_size()])
+    # Not `numpy()`, after which torch refuses to resize the memory.
+    return np.from_dlpack(bits[:: max(1, weight.numel() // _PROBED)])

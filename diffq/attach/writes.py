@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample
+from diffq.torch_inside.tensors import INTEGERS
 
 
 class Writes:
@@ -64,14 +65,13 @@ def _was_moved(sample: Sample | None) -> bool:
 
 def _checksums(samples: Sequence[Sample | None]) -> Tensor:
     """The sum of the bits of each value, int64 [samples] on the CPU."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = []
     for sample in samples:
         if sample is None or sample.is_weight:
             sums.append(torch.zeros((), dtype=torch.int64, device="cpu"))
         else:
             value = sample.value.detach()
-            sums.append(value.view(kinds[value.element_size()]).sum(dtype=torch.int64))
+            sums.append(value.view(INTEGERS[value.element_size()]).sum(dtype=torch.int64))
     devices = {each.device for each in sums}
     if len(devices) > 1:
         sums = [each.cpu() for each in sums]
