@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq.attach.ready import Ready
 from diffq.attach.place import Place
+from diffq.attach.ready import Ready
 from diffq.torch_inside.tensors import INTEGERS, stamp
 
 # Elements of each tensor that are compared at each entry.

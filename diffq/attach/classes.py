@@ -24,6 +24,8 @@ from diffq.attach.methods import methods_that_read
 from diffq.attach.place import Place
 from diffq.errors import AttachError
 from diffq.torch_inside.graph import output_tensors
+from diffq.torch_inside.modules import parameters_in
+from diffq.torch_inside.overrides import after_loads, before_moves
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 from diffq.torch_inside.sharding import is_managed
 
@@ -123,7 +125,7 @@ class QuantizedTensor(property):
 
         # Functions and no methods, which torch 2.6 cannot compile.
         def read(module: Any) -> Any:
-            parameters, cover = module._parameters, module._diffq_cover
+            parameters, cover = parameters_in(module), module._diffq_cover
             if cover is not None and not is_compiling():
                 stack = cover.forwards.stacks.get(get_ident())
                 if stack and not (torch.is_grad_enabled() or module.training):
@@ -168,13 +170,14 @@ class QuantizedTensor(property):
 
 
 def _plain(module: nn.Module, name: str, inner: Any) -> Any:
-    tensor: Tensor | None = module._parameters.get(name)
+    parameters = parameters_in(module)
+    tensor: Tensor | None = parameters.get(name)
     if tensor is None and name in module.__dict__:
         # The hooks of older torch, and DataParallel, put tensors there.
         tensor = module.__dict__[name]
-    if tensor is None and inner is not None and name not in module._parameters:
+    if tensor is None and inner is not None and name not in parameters:
         tensor = inner.fget(module)
-    if tensor is None and name not in module._parameters:
+    if tensor is None and name not in parameters:
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
     return tensor
 
@@ -213,9 +216,9 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
     members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
     members["train"] = _watched(base.train)
     if is_root:
-        members["_apply"] = _moved(base._apply)
+        members.update(before_moves(base, _forget))
     if names:
-        members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
+        members.update(after_loads(base, _look))
     make = _maker(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
@@ -327,32 +330,19 @@ def _watched(method: Any) -> Any:
     return train
 
 
-def _moved(method: Any) -> Any:
-    """`_apply`, after which the quantized weights of the model are computed anew."""
-
-    @functools.wraps(method)
-    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A cast or move may end at the same address, so that the weight looks unchanged.
-        cover: Cover | None = getattr(self, COVER, None)
-        if cover is not None:
-            cover.forwards.forget()
-        return method(self, *args, **kwargs)
-
-    return apply
+def _forget(module: Any) -> None:
+    # A cast or move may end at the same address, so that the weight looks unchanged.
+    cover = cover_of(module)
+    if cover is not None:
+        cover.forwards.forget()
 
 
-def _loaded(method: Any) -> Any:
-    """Loading of a module, alone or in its model, after which its zeros are looked for."""
-
-    @functools.wraps(method)
-    def load(self: Any, *args: Any, **kwargs: Any) -> None:
-        method(self, *args, **kwargs)
-        cover = self._diffq_cover
-        if cover is not None:
-            for place in cover.own.values():
-                cover.forwards.look(place)
-
-    return load
+def _look(module: Any) -> None:
+    """Looks for zeros, which a load of the module, alone or in its model, may have brought."""
+    cover = cover_of(module)
+    if cover is not None:
+        for place in cover.own.values():
+            cover.forwards.look(place)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

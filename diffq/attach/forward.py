@@ -39,6 +39,7 @@ from diffq.torch_inside.graph import (
     output_tensors,
     untraced,
 )
+from diffq.torch_inside.modules import parameter_in
 from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
 
 
@@ -284,7 +285,7 @@ class Forwards:
 
     def look(self, place: Place) -> None:
         """Looks for zeros that must stay; see `diffq.attach.weight`."""
-        weight = place.owner._parameters.get(place.name)
+        weight = parameter_in(place.owner, place.name)
         parameter = self.learned.parameter
         # What other parametrizations compute may change with each computation.
         if weight is None or not is_plain() or weight.is_meta or is_dtensor(weight):

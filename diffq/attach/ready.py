@@ -64,19 +64,21 @@ class Ready:
 
     def check(self) -> None:
         """Raises AttachError for a tensor that a forward assigned or wrote to."""
-        for (place, _), (owner, _, name, weight) in zip(self.pairs, self._owners, strict=True):
+        for number, (owner, _, name, weight) in enumerate(self._owners):
             if parameter_in(owner, name) is not weight:
-                raise place.replaced(weight)
+                raise self.pairs[number][0].replaced(weight)
         found = stamps(self._quantized)
         if found != self._quantized_stamps:
             each = zip(self.pairs, found, self._quantized_stamps, strict=True)
-            raise next(p.refused("write to", "written to") for (p, _), now, was in each if now != was)
+            raise next(
+                p.refused("write to", "written to") for (p, _), now, was in each if now != was
+            )
 
 
 def can_be_ready(places: Sequence[Place], pairs: Sequence[tuple[Place, Tensor]]) -> bool:
     """Whether a forward computed all tensors of some places, from Parameters in eval."""
     unique = {place.quantizer.index for place in places}
-    return len(unique) == len(pairs) and all(
+    return 0 < len(unique) == len(pairs) and all(
         not place.owner.training
         and parameter_in(place.owner, place.name) is weight
         and stamp(weight) is not None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffq.numerics.grid import laid_out_as
 from diffq.torch_inside.graph import in_backward, is_plain
+from diffq.torch_inside.tensors import version_of
 
 
 @dataclass(eq=False)
@@ -93,11 +94,15 @@ class Forward:
         """Takes a sample."""
         self.samples(sample.training)[index] = sample
         if self.entry is None:
-            sample.version = version_of(sample.weight)
+            sample.version = _version_of(sample.weight)
 
     def is_outdated(self, sample: Sample) -> bool:
         """Whether the weight of a sample was written to since, in a block."""
-        return self.entry is None and version_of(sample.weight) != sample.version
+        return self.entry is None and _version_of(sample.weight) != sample.version
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    return version_of(tensor) if is_plain() else None
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -110,11 +115,6 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         return one.data_ptr() == other.data_ptr() != 0
     except RuntimeError:  # tensors of torch.func and of tracers have no memory
         return False
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """The version of a tensor; None for those that count none, of inference mode and of tracers."""
-    return tensor._version if is_plain() and not tensor.is_inference() else None
 
 
 def separate_versions(samples: Sequence[Sample | None]) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample
-from diffq.torch_inside.tensors import INTEGERS
+from diffq.torch_inside.modules import parameter_in
+from diffq.torch_inside.tensors import INTEGERS, version_of
 
 
 class Writes:
@@ -33,7 +34,7 @@ class Writes:
     def check(self) -> None:
         """Raises AttachError for a tensor that was assigned or written to."""
         for place, base in self._pairs:
-            now = place.owner._parameters.get(place.name)
+            now = parameter_in(place.owner, place.name)
             # A tensor that is no Parameter is put in place for a call, or computed.
             if isinstance(base, nn.Parameter) and now is not base:
                 raise place.replaced(base)
@@ -52,7 +53,7 @@ class Writes:
     def _present_versions(self) -> list[int | None]:
         # A sample that is the weight itself may be written to.
         values = [None if s is None or s.is_weight else s.value for s in self._samples]
-        return [None if v is None or v.is_inference() else v._version for v in values]
+        return [None if v is None else version_of(v) for v in values]
 
 
 def _was_moved(sample: Sample | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import parameter
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -41,6 +41,17 @@ def parameter_in(module: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(name)
 
 
-def children_in(module: nn.Module) -> dict[str, nn.Module | None]:
+def children_in(module: Any) -> dict[str, nn.Module | None]:
     """The modules that a module itself holds, as it holds them."""
-    return module._modules
+    children: dict[str, nn.Module | None] = module._modules
+    return children
+
+
+def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The Parameters that a module itself holds, as it holds them."""
+    return module._parameters
+
+
+def buffers_in(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module itself holds, as it holds them."""
+    return module._buffers
