@@ -97,9 +97,10 @@ class EvalCache:
         return ready if ready.is_right() and probe.is_still() else None
 
     def keep_ready(self, ready: Ready) -> None:
-        """Keeps what a forward computed with, whose elements were noted."""
-        indices = tuple(place.quantizer.index for place, _ in ready.pairs)
-        self._ready[id(ready.places)] = ready, self._probes[indices]
+        """Keeps what a forward computed with, unless another thread has changed something since."""
+        probe = self._probes.get(tuple(place.quantizer.index for place, _ in ready.pairs))
+        if probe is not None:
+            self._ready[id(ready.places)] = ready, probe
 
     def _has_learned(self, learned: Tensor | None) -> bool:
         return learned is None or bool(self._learned and self._learned.is_still(learned))
@@ -138,7 +139,9 @@ class EvalCache:
 
 
 def _is_probed(weight: Tensor) -> bool:
-    return weight.is_cpu and weight.is_contiguous() and not weight.is_inference()
+    seen = stamp(weight)
+    has_memory = seen is not None and seen[0] != 0
+    return has_memory and weight.is_cpu and weight.is_contiguous()
 
 
 def _elements(weight: Tensor) -> NDArray[Any]:

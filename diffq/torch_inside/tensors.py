@@ -24,6 +24,6 @@ def stamp(tensor: Tensor) -> tuple[int, int] | None:
     return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
 
 
-def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """The stamps of many tensors, none of which is of inference mode."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int] | None]:
+    """The stamps of many tensors, in one pass without calls of Python functions."""
+    return [None if t.is_inference() else (t.data_ptr(), t._version) for t in tensors]

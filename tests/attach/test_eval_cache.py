@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffq.attach.attachment import attachment_of
+from diffq.errors import AttachError
 from tests.compare import close, same_bits
 from tests.holder import quantizers_in
 from tests.models import (
@@ -73,6 +74,14 @@ def test_a_write_to_data_is_quantized_once():
     assert len(calls) == len(quantizers_in(model))
 
 
+def _evaluate_often(model, inputs):
+    """Evaluates until nothing is left to note for later forwards."""
+    model.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            model(inputs)
+
+
 def _by_optimizer(model, quantizer):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
     model(torch.ones(2, 16)).square().sum().backward()
@@ -127,8 +136,7 @@ def test_eval_notices_changes(change, kind):
         pytest.skip("QAT learns no bits")
     model, quantizer = attached(mlp, kind)
     inputs = torch.randn(3, 16)
-    with torch.no_grad():
-        model.eval()(inputs)
+    _evaluate_often(model, inputs)
     before = computed(model)
     change(model, quantizer)
     assert not same_bits(computed(model), before)
@@ -197,3 +205,92 @@ def test_functional_call():
         model.load_state_dict({**model.state_dict(), **other})
         assert close(model(inputs), outputs)
     assert quantizer.true_model_size() > 0
+
+
+class _Reads(torch.nn.Linear):
+    """A layer that does something with the weight that it has read."""
+
+    act = None
+
+    def forward(self, x):
+        weight = self.weight
+        if self.act is not None:
+            self.act(weight)
+        return torch.nn.functional.linear(x, weight)
+
+
+def _reading():
+    model, _ = attached(lambda: torch.nn.Sequential(_Reads(16, 16)))
+    inputs = torch.randn(3, 16)
+    _evaluate_often(model, inputs)
+    return model, inputs
+
+
+def _write(weight):
+    weight.mul_(2)
+
+
+def _move(weight):
+    weight.data = torch.zeros_like(weight)
+
+
+@pytest.mark.parametrize("act", [_write, _move])
+def test_a_write_in_a_later_forward_is_an_error(act):
+    """A write to a quantized weight in any eval forward is an error, and the next one is right."""
+    model, inputs = _reading()
+    with torch.no_grad():
+        right = model(inputs)
+        model[0].act = act
+        with pytest.raises(AttachError, match="must not write to a quantized tensor"):
+            model(inputs)
+        model[0].act = None
+        assert close(model(inputs), right)
+
+
+def test_a_parameter_assigned_in_a_later_forward_is_an_error():
+    """A Parameter that any eval forward puts in is an error, and the old one is back after it."""
+    model, inputs = _reading()
+    parameter = model[0].weight
+
+    def assign(weight):
+        model[0].weight = torch.nn.Parameter(torch.zeros(16, 16))
+
+    model[0].act = assign
+    with torch.no_grad(), pytest.raises(AttachError, match="must not assign a quantized tensor"):
+        model(inputs)
+    assert model[0].weight is parameter
+
+
+def test_gradients_within_evaluation_without():
+    """A part with gradients in an eval forward without them has its own graph in each forward."""
+    model, inputs = _reading()
+
+    def differentiate(weight):
+        with torch.enable_grad():
+            model[0].weight.square().sum().backward()
+
+    model[0].act = differentiate
+    with torch.no_grad():
+        model(inputs)
+        once = model[0].weight.grad.clone()
+        model(inputs)
+    assert close(model[0].weight.grad, 2 * once)
+
+
+def test_another_shape_in_the_same_memory():
+    """A weight whose memory is read in another shape is an error in a later forward too."""
+    model, inputs = _reading()
+    model[0].weight.data = model[0].weight.data.view(8, 32)
+    with torch.no_grad(), pytest.raises(AttachError, match="went from shape"):
+        model(inputs)
+
+
+def test_a_layer_in_training_in_a_later_forward():
+    """A layer that is set to training without `train()` trains in the next forward."""
+    model, inputs = _reading()
+    with torch.no_grad():
+        quantized = model(inputs)
+        model[0].training = True
+        assert not close(model(inputs), quantized)
+        model[0].training = False
+        assert close(model(inputs), quantized)
