@@ -88,12 +88,12 @@ def _changing(method: Any) -> Any:
     @functools.wraps(method)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Containers count and rename all modules that they hold.
-        children = children_in(self)
-        learned = children.pop(LEARNED, None)
+        learned = children_in(self).pop(LEARNED, None)
         try:
             return method(self, *args, **kwargs)
         finally:
             if learned is not None:
-                children[LEARNED] = learned
+                # The method may have made the dictionary anew.
+                children_in(self)[LEARNED] = learned
 
     return change
