@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -40,6 +41,12 @@ def check_group_size(value: Any) -> None:
             "group_size must be a whole number of weights, or None for the whole tensor, "
             f"got {value!r}."
         )
+
+
+def check_choice(value: Any, name: str, known: Sequence[str]) -> None:
+    """Raises ConfigError unless `value` is one of the known names."""
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def check_flag(value: Any, name: str) -> None:

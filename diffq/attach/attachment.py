@@ -20,7 +20,7 @@ from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, warn
-from diffq.numerics.size import Sized
+from diffq.numerics.size import Sized, Sizes
 from diffq.torch_inside.modules import children_in, parameters_in
 from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
@@ -48,6 +48,7 @@ class Attachment:
         weights = [q.plan.sites[0].read(model) for q in self.quantizers]
         self.learned = Learned(self.quantizers, weights)
         self.forwards = Forwards(self.quantizers, self.learned)
+        self._sizes: Sizes | None = None
         self._places = self._find_places()
         self.forwards.root, self.forwards.attached = ref(model), True
         # By the module and not by its name: a detach reaches modules that were replaced since.
@@ -142,14 +143,20 @@ class Attachment:
             return frozenset(q for q in self.quantizers if q.readings.learns)
         return frozenset(q for q in self.quantizers if q.readings.before)
 
-    def sized(self) -> list[Sized]:
+    def sizes(self) -> tuple[Sizes, list[bool]] | None:
         """The tensors whose learned bitwidths have a size, and which of them noise acts on."""
-        active = self.learning_now()
-        return [
-            Sized(grouping, span[0], quantizer in active)
+        sized = [
+            (quantizer, Sized(grouping, span[0]))
             for quantizer, span in zip(self.quantizers, self.learned.spans, strict=True)
             if (grouping := quantizer.grouping) is not None and span is not None
         ]
+        if not sized:
+            return None
+        quantizers, tensors = zip(*sized, strict=True)
+        if self._sizes is None or self._sizes.tensors != tensors:
+            self._sizes = Sizes(tensors)
+        active = self.learning_now()
+        return self._sizes, [quantizer in active for quantizer in quantizers]
 
     def each_quantizer(self, call: Callable[[WeightQuantizer, Tensor | None], T]) -> list[T]:
         """What `call` gives for each quantizer and what it learned, gathered if sharded."""

@@ -22,6 +22,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Batches, Run
 from diffq.attach.cache import EvalCache
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
@@ -73,6 +74,7 @@ class Forwards:
         self.stacks: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
+        self._batches = Batches()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
@@ -82,6 +84,7 @@ class Forwards:
             "replayed": None,
             "root": None,
             "attached": False,
+            "_batches": Batches(),
         }
         return {**self.__dict__, **outside}
 
@@ -266,7 +269,8 @@ class Forwards:
         # own for each part: two of them must not share a node.
         own_graph = sample.read_without_grad and in_backward()
         if sample.connected is None or own_graph or sample.weight is not base:
-            return self._connect(quantizer, base, sample, self.learned.part(quantizer.index))
+            learned = self.learned.part(quantizer.index)
+            return self._connect_alone(quantizer, base, sample, learned)
         return sample.connected
 
     def forget(self) -> None:
@@ -294,37 +298,39 @@ class Forwards:
             learned = self.learned.part(place.quantizer.index)
             place.quantizer.look(weight.detach(), None if learned is None else learned.detach())
 
-    def _draw(self, forward: Forward, pairs: Iterable[tuple[Place, Tensor]]) -> None:
-        parts = self.learned.parts()
-        kinds: dict[type[WeightQuantizer], list[tuple[WeightQuantizer, Tensor]]] = {}
-        for place, base in pairs:
-            kinds.setdefault(type(place.quantizer), []).append((place.quantizer, base))
-        for kind, alike in kinds.items():
-            learned = [_beside(base, parts[q.index]) for q, base in alike]
+    def _draw(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
+        pairs_of = [(place.quantizer, base) for place, base in pairs]
+        batches = self._batches.of(pairs_of)
+        runs = self.learned.runs([batch.quantizers for batch, _ in batches])
+        for (batch, bases), run in zip(batches, runs, strict=True):
+            run = run.beside(bases[0])
             with torch.no_grad():
-                quantizers, bases = zip(*alike, strict=True)
-                samples = kind.draw_all(quantizers, bases, learned)
+                samples = batch.draw(bases, run.detach())
             if is_plain():
                 separate_versions(samples)
-            for (q, base), sample, part in zip(alike, samples, learned, strict=True):
-                if sample is None:
-                    sample = Sample(base, base.detach(), is_weight=True)
-                if torch.is_grad_enabled():
-                    sample.connected = self._connect(q, base, sample, part)
-                forward.put(q.index, sample)
+            if torch.is_grad_enabled():
+                self._connect(batch, bases, samples, run)
+            for quantizer, sample in zip(batch.quantizers, samples, strict=True):
+                forward.put(quantizer.index, sample)
                 if torch.compiler.is_compiling():
                     # Reading must change nothing in what checkpoints run again.
-                    q.readings.note_training()
+                    quantizer.readings.note_training()
 
     def _connect(
+        self, batch: Batch, bases: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> None:
+        connected = batch.connect(bases, samples, learned)
+        each = zip(batch.quantizers, samples, connected, learned.parts(), strict=True)
+        for quantizer, sample, value, part in each:
+            sample.connected = _tied(quantizer, value, part)
+
+    def _connect_alone(
         self, quantizer: WeightQuantizer, base: Tensor, sample: Sample, learned: Tensor | None
     ) -> Tensor:
+        """A value with a node of its own."""
         learned = _beside(base, learned)
         connected = base if sample.is_weight else quantizer.connect(base, sample, learned)
-        if learned is not None and not quantizer.learning and is_distributed():
-            # DistributedDataParallel waits for the gradient of every parameter.
-            connected = Tied.apply(connected, learned)  # type: ignore[no-untyped-call]
-        return connected
+        return _tied(quantizer, connected, learned)
 
     def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
@@ -356,7 +362,7 @@ class Forwards:
             return sample.value
         if sample.connected is not None and sample.weight is base:
             return sample.connected
-        connected = straight_through(base, sample.value)
+        (connected,) = straight_through([base], [sample.value])
         if is_plain():
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
@@ -394,3 +400,12 @@ def _beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:
     if learned is None or learned.device == weight.device:
         return learned
     return learned.to(weight.device, non_blocking=True)
+
+
+def _tied(quantizer: WeightQuantizer, value: Tensor, learned: Tensor | None) -> Tensor:
+    """A value with what its quantizer learned in its graph, also when it learns no more."""
+    if learned is None or quantizer.learning or not is_distributed():
+        return value
+    # DistributedDataParallel waits for the gradient of every parameter.
+    tied: Tensor = Tied.apply(value, learned)  # type: ignore[no-untyped-call]
+    return tied

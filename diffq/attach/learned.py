@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Run
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import OptimizerError
 from diffq.torch_inside.modules import parameters_in
@@ -84,6 +86,42 @@ class Learned(Overridable):
         spans = [span for span in self.spans if span is not None]
         pieces = iter(torch.split(flat, [shape.numel() for _, shape in spans]))
         return [None if span is None else _shaped(next(pieces), span[1]) for span in self.spans]
+
+    def runs(self, batches: Sequence[Sequence[WeightQuantizer]]) -> list[Run]:
+        """What the quantizers of each batch learn, differentiable.
+
+        Neighbours are one slice, and all slices one node: the gradient is joined in one pass.
+        """
+        flat = self.flat()
+        shapes = [tuple(self._shape(q) for q in quantizers) for quantizers in batches]
+        if flat is None:
+            return [Run(None, each) for each in shapes]
+        slices = [self._slices(quantizers) for quantizers in batches]
+        ends = {end for each in slices for piece in each for end in piece}
+        cuts = sorted({0, flat.numel(), *ends})
+        lengths = [end - start for start, end in pairwise(cuts)]
+        pieces = dict(zip(cuts, torch.split(flat, lengths), strict=False))
+        runs = []
+        for each, shape in zip(slices, shapes, strict=True):
+            found = [pieces[start] for start, _ in each]
+            joined = found[0] if len(found) == 1 else torch.cat(found) if found else None
+            runs.append(Run(joined, shape))
+        return runs
+
+    def _shape(self, quantizer: WeightQuantizer) -> torch.Size | None:
+        span = self.spans[quantizer.index]
+        return None if span is None else span[1]
+
+    def _slices(self, quantizers: Sequence[WeightQuantizer]) -> list[tuple[int, int]]:
+        slices: list[tuple[int, int]] = []
+        for span in (self.spans[quantizer.index] for quantizer in quantizers):
+            if span is None:
+                continue
+            start, end = span[0], span[0] + span[1].numel()
+            if slices and slices[-1][1] == start:
+                start = slices.pop()[0]
+            slices.append((start, end))
+        return slices
 
     def part(self, index: int) -> Tensor | None:
         """One quantizer's part."""

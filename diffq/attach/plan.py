@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from diffq.attach.pruning import is_pruned
 from diffq.attach.ties import have_common_elements, tie_key
-from diffq.checks import check_number, check_overrides, check_patterns
+from diffq.checks import check_flag, check_number, check_overrides, check_patterns
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
 from diffq.numerics.size import MEGABYTE
@@ -138,6 +138,7 @@ class Rules:
         include: name patterns; if there are any, only parameters that match are quantized.
         exclude: name patterns of parameters that stay raw.
         overrides: name pattern to settings; where several match, later ones win.
+        float16: whether parameters that are not quantized are stored as float16.
         least_dims: parameters of fewer dimensions stay raw.
 
     A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
@@ -148,6 +149,7 @@ class Rules:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     overrides: Overrides | None = None
+    float16: bool = False
     least_dims: int = 0
 
     def __post_init__(self) -> None:
@@ -155,12 +157,16 @@ class Rules:
         check_patterns(self.include, "include")
         check_patterns(self.exclude, "exclude")
         check_overrides(self.overrides)
+        check_flag(self.float16, "float16")
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
-        if tensor.dtype not in QUANTIZABLE or self._is_small(tensor.shape):
-            return False
-        return self._allow(names)
+        fits = tensor.dtype in QUANTIZABLE and not self._is_small(tensor.shape)
+        return fits and allowed(names, self.include, self.exclude)
+
+    def halves(self, dtype: torch.dtype) -> bool:
+        """Whether a parameter of this dtype that is not quantized is stored as float16."""
+        return self.float16 and dtype in (torch.float32, torch.float64)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """The overrides for a parameter with these names."""
@@ -171,10 +177,7 @@ class Rules:
         return merged
 
     def check_patterns(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Checks that each pattern has an effect.
-
-        Args:
-            shapes: every name of a parameter to its shape.
+        """Checks that each pattern has an effect, by the shape under every name of a parameter.
 
         Raises:
             ConfigError: a pattern matches no name; or one of `include` or `overrides`
@@ -205,16 +208,16 @@ class Rules:
             for plan in plans
             if plan.learned and plan.dtype in QUANTIZABLE and len(plan.shape) >= self.least_dims
         ]
-        allowed = [plan for plan in weights if self._allow(plan.names)]
+        chosen = [p for p in weights if allowed(p.names, self.include, self.exclude)]
         if not weights:
             dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
             return (
                 f"Nothing is quantized: the model has no floating-point parameter{dims}. "
                 "Attach the quantizer to the model that holds the weights."
             )
-        largest = max(allowed or weights, key=lambda plan: plan.numel)
+        largest = max(chosen or weights, key=lambda plan: plan.numel)
         size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
-        if allowed:
+        if chosen:
             return (
                 f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "
                 f"are, and the largest, {size}. Pass min_size=0 to quantize small ones too."
@@ -224,12 +227,6 @@ class Rules:
             f"The largest, {size}. Change the patterns."
         )
 
-    def _allow(self, names: Sequence[str]) -> bool:
-        """Whether the patterns let a parameter be quantized."""
-        if self.include and not matches(self.include, names):
-            return False
-        return not matches(self.exclude, names)
-
     def _is_small(self, shape: torch.Size) -> bool:
         return len(shape) < self.least_dims or shape.numel() <= self.min_size * MEGABYTE / 4
 
@@ -238,11 +235,7 @@ def build_plan(model: nn.Module, rules: Rules) -> tuple[TensorPlan, ...]:
     """Lists every unique tensor of a model's state dict, in its order.
 
     Ties are found by memory: a tensor under two names is one entry, and so are two parameters
-    with the same elements.
-
-    Args:
-        model: a plain model; nothing is changed in it.
-        rules: what to quantize.
+    with the same elements. Nothing is changed in the model.
 
     Raises:
         AttachError: a lazy module has not seen its first input, a tensor is sparse, or a tensor
@@ -339,6 +332,11 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         skipped = non_persistent_buffers(module)
         names += (n for n, t in buffers_in(module).items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)
+
+
+def allowed(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns let a tensor or a layer be quantized."""
+    return (not include or matches(include, names)) and not matches(exclude, names)
 
 
 def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffq.numerics.grid import laid_out_as
+from diffq.numerics.noise import Drawn
 from diffq.torch_inside.graph import in_backward, is_plain
 from diffq.torch_inside.tensors import version_of
 
@@ -26,7 +27,9 @@ class Sample:
         weight: the tensor that it stands for.
         value: perturbed or quantized, without graph: of the weight's shape and strides, in its
             dtype or a wider one.
-        about: what `WeightQuantizer.connect` needs besides, and the drawing found.
+        drawn: what the tensors of its batch compute with; None where a method takes them one
+            by one.
+        place: its place there.
         training: whether it is one of training.
         is_weight: it is the weight itself, which the method leaves as it is.
         connected: the value with its gradient, in the weight's dtype.
@@ -37,7 +40,8 @@ class Sample:
 
     weight: Tensor
     value: Tensor
-    about: Any = None
+    drawn: Drawn | None = None
+    place: int = 0
     training: bool = True
     is_weight: bool = False
     connected: Tensor | None = None
@@ -47,6 +51,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.value = laid_out_as(self.weight, self.value)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Sample:
+        """The sample of a weight that the method leaves as it is."""
+        return cls(weight, weight.detach(), is_weight=True)
 
     def stands_for(self, weight: Tensor) -> bool:
         """Whether it is the sample of a tensor: of this one, or of one in the same memory."""

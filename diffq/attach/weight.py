@@ -20,18 +20,18 @@ parametrization computes, and those that FSDP shards, are seen in the first and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffq.attach.batch import Batch
 from diffq.attach.plan import TensorPlan
 from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
-from diffq.format.groups import stream_counts
 from diffq.format.records import Record
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
@@ -52,6 +52,7 @@ class WeightQuantizer(ABC):
     Attributes:
         plan: the tensor.
         group_size: weights that share a bitwidth or an index.
+        index_bits: bits of all indices that stand for the weights in place of levels; else 0.
         index: the place in the model's list of weight quantizers.
         stage: 0 to 9, what training does with the tensor; part of the state dict.
         readings: who has read the weight, which decides whether its bits learn.
@@ -65,6 +66,7 @@ class WeightQuantizer(ABC):
     def __init__(self, plan: TensorPlan) -> None:
         self.plan = plan
         self.group_size = plan.numel
+        self.index_bits = 0
         self.index = 0
         self.stage = 0
         self.readings = Readings()
@@ -93,24 +95,23 @@ class WeightQuantizer(ABC):
         """
         return None
 
+    @property
+    def alike(self) -> Hashable:
+        """What quantizers have in common that are in one `Batch`, besides class and group size."""
+        return None
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """A batch of quantizers that are alike, by default one that takes them one by one."""
+        return Batch(quantizers)
+
     @abstractmethod
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """What one training forward computes with; None for the weight itself."""
 
-    @classmethod
-    def draw_all(
-        cls,
-        quantizers: Sequence[Self],
-        weights: Sequence[Tensor],
-        learned: Sequence[Tensor | None],
-    ) -> Sequence[Sample | None]:
-        """`draw` for many tensors, whose quantizers are of this class, in few operations."""
-        each = zip(quantizers, weights, learned, strict=True)
-        return [quantizer.draw(weight, part) for quantizer, weight, part in each]
-
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The value with its gradient, in the weight's dtype: the straight-through estimator."""
-        return straight_through(weight, sample.value)
+        return straight_through([weight], [sample.value])[0]
 
     @abstractmethod
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
@@ -183,11 +184,3 @@ class WeightQuantizer(ABC):
     def group_bits(self, learned: Tensor | None) -> NDArray[np.uint8] | None:
         """Bitwidth of each group, uint8 [groups]; None if there are no levels."""
         return None
-
-    def level_totals(self, learned: Tensor | None) -> tuple[int, int]:
-        """Bits of all levels or indices, and the number of weights that they stand for."""
-        bits = self.group_bits(learned)
-        if bits is None:
-            return 0, 0
-        counts = stream_counts(bits, self.group_size, self.plan.numel)
-        return sum(width * count for width, count in counts.items()), self.plan.numel

@@ -169,8 +169,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     group_size = args.group_size
     if group_size is None and args.target_mb is not None:
         group_size = GROUP_SIZE
-    rules = Rules(args.min_size, args.include, args.exclude)
-    return Settings(group_size, args.per_channel, rules, args.float16)
+    rules = Rules(args.min_size, args.include, args.exclude, float16=args.float16)
+    return Settings(group_size, args.per_channel, rules)
 
 
 def _quantize(

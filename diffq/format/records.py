@@ -15,9 +15,7 @@ from diffq.format.kinds.grid import GridRecord as GridRecord
 from diffq.format.kinds.grid import check_ranges as check_ranges
 from diffq.format.kinds.levels import MAX_RANGE as MAX_RANGE
 from diffq.format.kinds.levels import WIDTH_BITS as WIDTH_BITS
-from diffq.format.kinds.levels import level_bits as level_bits
 from diffq.format.kinds.product import ProductEntry
-from diffq.format.kinds.product import ProductRecord as ProductRecord
 from diffq.format.kinds.raw import RawEntry
 from diffq.format.kinds.raw import RawRecord as RawRecord
 from diffq.format.kinds.scaled import ScaledEntry

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import is_attached
 from diffq.attach.guards import check_model
-from diffq.attach.plan import matches
+from diffq.attach.plan import allowed, matches
 from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError, warn
 from diffq.numerics.grid import finite_levels, is_narrow, widen
@@ -244,19 +244,10 @@ class LayerInput:
 
 
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Rounds to the grid from `low` to `high`; numbers outside go to its ends.
+    """Rounds to the grid of 2**bits levels from `low` to `high`; numbers outside go to its ends.
 
-    The gradient passes unchanged for numbers within the range, both ends included, and is
-    zero for those outside.
-
-    Args:
-        x: any shape.
-        low: of a shape that broadcasts to that of `x`.
-        high: like `low`.
-        bits: the grid has 2**bits levels.
-
-    Returns:
-        Like `x`.
+    The ends broadcast to the shape of `x`. The gradient passes unchanged for numbers within the
+    range, both ends included, and is zero for those outside.
     """
     wide = widen(x)
     low, high = low.to(wide.dtype), high.to(wide.dtype)
@@ -274,7 +265,8 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         quantized = levels * step + low
         # Not left to the gradient of clamp: at the ends, some versions of torch halve it.
         passes = inside == wide
-    return torch.where(passes, straight_through(wide, quantized), quantized).to(x.dtype)
+    (passed,) = straight_through([wide], [quantized])
+    return torch.where(passes, passed, quantized).to(x.dtype)
 
 
 def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, _Layer]:
@@ -293,11 +285,7 @@ def _select(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
                 f"The pattern {pattern!r} matches no linear or convolutional layer. "
                 f"Layers have names such as {', '.join(map(repr, list(layers)[:3]))}."
             )
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if (not include or matches(include, [name])) and not matches(exclude, [name])
-    }
+    return {name: layers[name] for name in layers if allowed([name], include, exclude)}
 
 
 def _check_model(model: nn.Module) -> None:

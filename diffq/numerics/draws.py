@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.random import SFC64, Generator
 from torch import Tensor
 
-from diffq.torch_inside.graph import is_plain
+from diffq.numerics.segments import in_numpy
 
 # Numbers that torch draws in less time than it takes to set up another way.
 _FEW = 2**14
@@ -22,8 +22,8 @@ _CODES = 2**16
 _MOST = 2**20
 
 
-def draw_(samples: Sequence[Tensor], kind: str) -> None:
-    """Fills tensors with unit noise.
+def source(kind: str, count: int, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """A source of unit noise, which fills the tensors that it is called with.
 
     On a CPU torch draws on one core only, by a slow generator, and that is most of what
     noise costs. So many numbers are drawn there from 16 random bits each, by inverse
@@ -32,22 +32,26 @@ def draw_(samples: Sequence[Tensor], kind: str) -> None:
     from a generator that is seeded from torch's own.
 
     Args:
-        samples: any shapes, contiguous, of one dtype, on one device; overwritten.
         kind: the distribution: "gaussian" for N(0, 1), "uniform" for U(-1, 1).
+        count: how many numbers are drawn in all.
+        like: gives dtype and device of the tensors, which are contiguous and of any shape.
     """
-    # Subclasses stand for tensors that hold no numbers, or others' numbers.
-    plain = samples[0].is_cpu and type(samples[0]) is Tensor and is_plain()
-    few = sum(sample.numel() for sample in samples) <= _FEW
-    if few or not plain:
-        for sample in samples:
-            sample.normal_() if kind == "gaussian" else sample.uniform_(-1, 1)
-        return
+    if count <= _FEW or not in_numpy(like):
+        return Tensor.normal_ if kind == "gaussian" else _uniform_
     seed = torch.randint(2**63 - 1, (), device="cpu").item()
     generator = Generator(SFC64(int(seed)))
-    quantiles = _quantiles(kind, samples[0].dtype)
-    for piece in (piece for sample in samples for piece in torch.split(sample.view(-1), _MOST)):
-        codes = _codes(generator, piece.numel())
-        torch.index_select(quantiles, 0, codes, out=piece)
+    quantiles = _quantiles(kind, like.dtype)
+
+    def fill(sample: Tensor) -> Tensor:
+        for piece in torch.split(sample.view(-1), _MOST):
+            torch.index_select(quantiles, 0, _codes(generator, piece.numel()), out=piece)
+        return sample
+
+    return fill
+
+
+def _uniform_(sample: Tensor) -> Tensor:
+    return sample.uniform_(-1, 1)
 
 
 def _codes(generator: Generator, count: int) -> Tensor:

@@ -7,21 +7,13 @@ padded. Ranges and bitwidths are [groups] or, for one that all share, [1].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffq.torch_inside import foreach
-
 _WIDE = (torch.float32, torch.float64)
-
-# A search for places takes tensors of fewer weights whole, and larger ones in rows, if their
-# sizes allow.
-_SMALL = 2**12
-_WIDTH = 512
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -242,94 +234,3 @@ class BitsLaw:
         """`logit` of many bitwidths."""
         share = (bits - self.min_bits) / (self.max_bits - self.min_bits)
         return torch.logit(share.clamp(0.01, 0.99))
-
-
-@torch.no_grad()
-def bits_of_all(laws: Sequence[BitsLaw], logits: Sequence[Tensor]) -> list[Tensor]:
-    """Bitwidths of many tensors at once, as each law's `bits` gives them; without graph."""
-    bits = list(foreach.sigmoid([widen(part) for part in logits]))
-    foreach.mul_(bits, [law.max_bits - law.min_bits for law in laws])
-    foreach.add_(bits, [law.min_bits for law in laws])
-    whole = [part for part, law in zip(bits, laws, strict=True) if law.whole]
-    if whole:
-        foreach.round_(whole)
-    return bits
-
-
-def slopes_of_all(
-    laws: Sequence[BitsLaw], logits: Sequence[Tensor], factors: Sequence[int]
-) -> list[Tensor]:
-    """db/dl of many tensors at once, each times a factor; differentiable."""
-    shares = foreach.sigmoid([widen(part) for part in logits])
-    slopes = list(foreach.addcmul(shares, shares, shares, value=-1))
-    each = zip(laws, factors, strict=True)
-    foreach.mul_(slopes, [(law.max_bits - law.min_bits) * factor for law, factor in each])
-    return slopes
-
-
-@dataclass(frozen=True)
-class Extremes:
-    """Minimum and maximum of each of some tensors, and how to find them there.
-
-    Attributes:
-        distance: from minimum to maximum, [tensors].
-        divisor: the same, but 1 where a tensor is constant.
-        signs: -1 and 1, [tensors, 2]; zeros where a tensor is constant.
-        rows: the rows of minimum and maximum in a tensor's `_rows`, int64 [tensors, 2].
-    """
-
-    distance: Tensor
-    divisor: Tensor
-    signs: Tensor
-    rows: Tensor
-
-    def gradients(self, index: int, total: Tensor) -> Tensor:
-        """Those of minimum and maximum, [2], from that of the logarithm of their distance."""
-        return self.signs[index] * (total / self.divisor[index])
-
-    def places(self, index: int, tensor: Tensor) -> Tensor:
-        """Places of the minimum and the maximum in a tensor when flattened, int64 [2].
-
-        The tensor is as it was when they were found.
-        """
-        rows, chosen = _rows(tensor), self.rows[index]
-        if rows.shape[1] == 1:
-            return chosen  # rows of one element are places
-        # index_select, because indexing with a tensor would wait for the device.
-        with_low, with_high = rows.index_select(0, chosen).unbind()
-        columns = torch.stack((with_low.argmin(), with_high.argmax()))
-        return columns.add_(chosen, alpha=rows.shape[1])
-
-
-@torch.no_grad()
-def extremes(tensors: Sequence[Tensor]) -> Extremes:
-    """Minimum and maximum of each tensor, without graph.
-
-    Finding a value's place is some ten times as slow as finding the value, so only
-    the row of each is found.
-
-    Args:
-        tensors: of one dtype and device, any shapes, at least one element.
-    """
-    found = [place for tensor in tensors for place in _search(_rows(tensor))]
-    low, high = torch.stack(found[::2]).view(-1, 2).unbind(1)
-    rows = torch.stack(found[1::2]).view(-1, 2)
-    distance = high - low
-    upper = (distance > 0).to(distance.dtype)
-    # To divide by, because the inverse of a tiny distance overflows.
-    divisor = torch.where(distance > 0, distance, 1)
-    return Extremes(distance, divisor, torch.stack((-upper, upper), dim=1), rows)
-
-
-def _search(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Minimum and its row, maximum and its row."""
-    if rows.shape[1] == 1:
-        return *rows.view(-1).min(0), *rows.view(-1).max(0)
-    return *rows.amin(1).min(0), *rows.amax(1).max(0)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor cut in rows that are quickly searched; of single elements, if it is small."""
-    numel = tensor.numel()
-    width = math.gcd(numel, _WIDTH) if numel >= _SMALL else 1
-    return tensor.reshape(numel // width, width)

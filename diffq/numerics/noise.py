@@ -8,15 +8,16 @@ weight directly, and the bits and the range through the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from diffq.numerics import grid
-from diffq.numerics.draws import draw_
-from diffq.numerics.grid import BitsLaw, Extremes
-from diffq.torch_inside.graph import is_transformed
+from diffq.numerics import draws, grid
+from diffq.numerics.flat import Ends, Flat
+from diffq.numerics.grid import BitsLaw
+from diffq.torch_inside.graph import Kept, is_transformed
 
 #: "gaussian" and "uniform" are random; "rounding" is the true rounding error.
 Noise = Literal["gaussian", "uniform", "rounding"]
@@ -25,172 +26,244 @@ NOISES: tuple[str, ...] = get_args(Noise)
 #: The paper's strength: N(0, 1) or U(-1, 1) times half a step.
 DEFAULT_SCALE = 0.5
 
-# Numbers that tensors share a buffer for; larger tensors are freed on their own.
-_SHARED = 2**18
-
 # Weights of a group up to which a product with ones sums it fastest.
 _SHORT = 64
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What some tensors compute with in a forward, in place of themselves.
+
+    Attributes:
+        flat: the tensors.
+        values: perturbed or quantized, as `Flat.join` gives them.
+        ends: minimum and maximum of the weights; None where they have no gradient.
+    """
+
+    flat: Flat
+    values: Tensor
+    ends: Ends | None
+
+    def only(self, place: int) -> Drawn:
+        """The same for one of the tensors."""
+        if len(self.flat.shapes) == 1:
+            return self
+        flat = Flat([self.flat.shapes[place]], self.flat.width if self.flat.grouped else None)
+        start, count = self.flat.rows.starts[place], self.flat.rows.counts[place]
+        ends = self.ends
+        if ends is not None:
+            low, high, places = (part[place : place + 1] for part in ends)
+            ends = Ends(low, high, places - start * self.flat.width)
+        return Drawn(flat, self.values[start : start + count], ends)
+
+
 def perturb(
-    weights: Sequence[Tensor], steps: Sequence[Tensor], group_sizes: Sequence[int], kind: Noise
-) -> list[Tensor]:
-    """Equation 6 for many tensors at once: weight + step * noise, with fresh unit noise.
+    flat: Flat,
+    weights: Sequence[Tensor],
+    bits: Tensor,
+    kind: Noise,
+    scale: float,
+    zeros: Sequence[bool],
+) -> Drawn:
+    """Equation 6 for many tensors at once: weight + step * noise, with fresh noise; without graph.
 
     Args:
-        weights: of one dtype and device, any shapes.
-        steps: for each weight, the noise per unit, [groups] in float32 at least.
-        group_sizes: for each weight, the weights per step.
+        flat: the tensors.
+        weights: of one dtype and device, any strides.
+        bits: of each group, [groups] in float32 at least.
         kind: the distribution of the noise; not "rounding".
-
-    Returns:
-        The noisy weights in their shapes, in float32 at least; without graph.
+        scale: steps per unit of noise.
+        zeros: for each tensor, whether weights that are exactly zero stay so.
     """
-    counts = [len(step) * size for step, size in zip(steps, group_sizes, strict=True)]
-    parts = _draw_parts(steps[0], counts, kind)
-    return [_add_scaled(*each) for each in zip(weights, steps, group_sizes, parts, strict=True)]
+    joined = flat.join(weights, weights[0])
+    ends = flat.ends(joined)
+    spans = (ends.high - ends.low).mul_(scale)
+    counts = torch.exp2(bits).sub_(1)
+    steps = flat.to_rows(spans / counts) if not flat.grouped else flat.rows.spread(spans) / counts
+    fill = draws.source(kind, joined.numel(), joined)
+    unit: Tensor | None = None
+    for rows, step, *stay in flat.pieces(joined, steps, *_marked(flat, zeros, joined.device)):
+        if unit is None:
+            unit = torch.empty_like(rows)
+        zero = [(rows == 0) & mark[:, None] for mark in stay]
+        rows.addcmul_(fill(unit[: len(rows)]), step[:, None])
+        for mask in zero:
+            rows.masked_fill_(mask, 0)
+    if weights[0].dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        joined.clamp_(-largest, largest)
+    return Drawn(flat, joined, ends)
 
 
-def _add_scaled(weight: Tensor, step: Tensor, group_size: int, unit: Tensor) -> Tensor:
-    """The weight plus its steps times the unit noise, in place of that."""
-    groups = grid.to_groups(grid.widen(weight.detach()), group_size)
-    unit = unit.view(groups.shape)
-    torch.addcmul(groups, unit, step[:, None], out=unit)
-    return grid.from_groups(unit, weight.shape)
+def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> list[Tensor]:
+    """Which rows are of tensors whose zeros stay, bool; nothing if none are."""
+    if not any(zeros):
+        return []
+    marks = flat.constants.get(("zeros", *zeros), zeros, torch.bool, device)
+    return [flat.rows.spread(marks)]
 
 
-def _draw_parts(like: Tensor, counts: Sequence[int], kind: Noise) -> list[Tensor]:
-    """One sample for each count; small ones share a buffer, large ones are freed on their own."""
-    # Where its graph breaks, compiled code cannot hand out several views of one tensor.
-    most = 0 if torch.compiler.is_compiling() else _SHARED
-    shared: list[list[int]] = []
-    for count in counts:
-        if not shared or sum(shared[-1]) + count > most:
-            shared.append([])
-        shared[-1].append(count)
-    buffers = [like.new_empty(sum(together)) for together in shared]
-    draw_(buffers, kind)
-    return [
-        part
-        for buffer, together in zip(buffers, shared, strict=True)
-        for part in (torch.split(buffer, together) if len(together) > 1 else [buffer])
-    ]
+def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Drawn:
+    """Equation 1 for many tensors at once: the nearest values on their grids; without graph.
+
+    Args:
+        flat: the tensors.
+        weights: of one dtype and device, any strides.
+        bits: of each group, whole ones, [groups] in float32; or [1] for all.
+        zeros: for each tensor, whether its grid has a zero point if a weight is exactly zero.
+    """
+    joined = flat.join(weights, weights[0])
+    ends = flat.ends(joined)
+    by_row = [flat.rows.spread(end.float()) for end in (ends.low, ends.high)]
+    by_row.append(bits if len(bits) == 1 else flat.to_rows(bits))
+    if any(zeros):
+        none = torch.zeros((), dtype=torch.bool, device=joined.device)
+        each = zip(weights, zeros, strict=True)
+        wanted = torch.stack([(weight == 0).any() if zero else none for weight, zero in each])
+        by_row.append(flat.rows.spread(wanted))
+    for rows, low, high, widths, *zero in flat.pieces(joined, *by_row):
+        point = zero[0] if zero else None
+        levels = grid.to_levels(rows.float(), low, high, widths, point, weights[0].dtype)
+        rows.copy_(grid.from_levels(levels, low, high, widths, point))
+    return Drawn(flat, joined, ends)
 
 
 class PseudoNoise(torch.autograd.Function):
-    """Forward gives a perturbed or quantized weight, backward treats it as `w + step * n`.
+    """Forward gives perturbed or quantized weights, backward treats them as `w + step * n`.
 
     n = (value - w) / step is held constant. With e = grad * (value - w), which equals
     grad * step * n: the weight gets grad unchanged; each logit gets the sum of e over its
     group, times d log(step) / d logit; the maximum gets the sum of all e over the range,
-    and the minimum minus that. Only the value is kept, which the layer keeps anyway.
+    and the minimum minus that. One node serves all tensors of a batch.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        value: Tensor,
-        logits: Tensor | None,
-        law: BitsLaw,
-        group_size: int,
-        extremes: Extremes,
-        index: int,
-    ) -> Tensor:
-        """Returns `value` in the weight's dtype."""
-        ctx.law, ctx.group_size, ctx.extremes, ctx.index = law, group_size, extremes, index
-        ctx.save_for_backward(weight, value, logits)
-        return value.to(weight.dtype).detach()
+        ctx: Any, drawn: Drawn, law: BitsLaw, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Takes logits, weights, and their values; returns these in the weights' dtype."""
+        logits, *others = tensors
+        weights, values = halves(others)
+        ctx.drawn, ctx.law, ctx.kept = drawn, law, Kept((logits, *weights))
+        ctx.set_materialize_grads(False)
+        each = zip(weights, values, strict=True)
+        return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the weight and the logits."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the logits and the weights."""
+        logits, *weights = ctx.kept.tensors()
+        needs = ctx.needs_input_grad[2 : 3 + len(weights)]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for_weight, for_logits = _twice_differentiable(ctx, grad)
+            found = _twice_differentiable(ctx.drawn, ctx.law, logits, weights, grads)
         else:
-            for_weight, for_logits = _gradients(ctx, grad)
-        return for_weight, None, for_logits, None, None, None, None
+            found = _gradients(ctx.drawn, ctx.law, logits, weights, grads, needs)
+        return None, None, *found, *[None] * len(weights)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    weight, value, logits = ctx.saved_tensors
-    for_weight = for_logits = None
-    error = (grid.widen(value) - weight).mul_(grad)
-    sums = _group_sums(error, ctx.group_size)
-    if ctx.needs_input_grad[0]:
-        places = ctx.extremes.places(ctx.index, weight.detach())
-        for_range = ctx.extremes.gradients(ctx.index, sums.sum()).to(grad.dtype)
-        spare = ctx.group_size > 1 and not torch.compiler.is_compiling()
-        for_weight = _copied(grad, error if spare else None)
-        for_weight.view(-1).index_add_(0, places, for_range)
-    if ctx.needs_input_grad[2]:
-        for_logits = sums.mul_(ctx.law.log_step_slope(logits)).to(logits.dtype)
-    return for_weight, for_logits
+def _gradients(
+    drawn: Drawn,
+    law: BitsLaw,
+    logits: Tensor | None,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    flat, (like, *_) = drawn.flat, weights
+    upstream = flat.join(grads, like)
+    error = flat.join(weights, like)
+    torch.sub(drawn.values, error, out=error)
+    sums = row_sums(error.mul_(upstream))
+    totals = flat.rows.sums(sums)
+    for_logits = None
+    if logits is not None and needs[0]:
+        of_groups = sums if flat.grouped else totals
+        for_logits = (of_groups * law.log_step_slope(logits)).to(logits.dtype)
+    if not any(needs[1:]):
+        return [for_logits, *[None] * len(weights)]
+    if drawn.ends is not None:
+        drawn.ends.add_gradients(upstream, totals)
+    each = zip(flat.split(upstream), grads, needs[1:], strict=True)
+    return [for_logits, *(g.to(like.dtype) if n and u is not None else None for g, u, n in each)]
 
 
 def pass_noise(
-    weight: Tensor,
-    value: Tensor,
-    logits: Tensor | None,
+    drawn: Drawn,
     law: BitsLaw,
-    group_size: int,
-    extremes: Extremes | None = None,
-    index: int = 0,
-) -> Tensor:
-    """A constant value, with the gradient of `weight + step * noise`; see `PseudoNoise`.
+    logits: Tensor | None,
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> list[Tensor]:
+    """Constant values, with the gradients of `weight + step * noise`; see `PseudoNoise`.
 
     Args:
-        weight: any shape.
-        value: the perturbed or quantized weight, in the weight's dtype or a wider one.
-        logits: [groups], one for each group's bitwidth; None where that is fixed.
+        drawn: the values of all tensors.
         law: how bitwidths come from logits.
-        group_size: weights per group.
-        extremes: those of the weight and of others, where they are known.
-        index: which of them are the weight's.
+        logits: [groups], one for each group's bitwidth; None where they are fixed.
+        weights: in place of which the values are.
+        values: of each weight, in its shape and strides.
 
     Returns:
-        The value in the weight's shape and dtype.
+        The values in the weights' shapes and dtype.
     """
     if is_transformed():
-        return _expression(weight, value, logits, law, group_size)
-    if extremes is None:
-        extremes = grid.extremes([grid.widen(weight.detach())])
-    inputs = weight, value, logits, law, group_size, extremes, index
-    result: Tensor = PseudoNoise.apply(*inputs)  # type: ignore[no-untyped-call]
-    return result
+        parts = _logits_of(drawn, logits)
+        each = zip(weights, values, parts, strict=True)
+        return [_expression(*tensors, law, drawn.flat) for tensors in each]
+    result: tuple[Tensor, ...] = PseudoNoise.apply(drawn, law, logits, *weights, *values)  # type: ignore[no-untyped-call]
+    return list(result)
 
 
-def _group_sums(error: Tensor, group_size: int) -> Tensor:
-    if group_size == 1:
-        return error.reshape(-1)
-    groups = grid.to_groups(error, group_size)
+def halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The first half of a node's inputs, and the second."""
+    count = len(tensors) // 2
+    return tensors[:count], tensors[count:]
+
+
+def row_sums(error: Tensor) -> Tensor:
+    """The sum of each row of a matrix."""
+    width = error.shape[1]
+    if width == 1:
+        return error.view(-1)
     # While torch 2.6 compiles, a backward may ask no tensor where or how it lies.
-    if not torch.compiler.is_compiling() and groups.is_cpu and group_size <= _SHORT:
+    if not torch.compiler.is_compiling() and error.is_cpu and width <= _SHORT:
         # torch sums short rows at half the speed.
-        return groups.mv(groups.new_ones(group_size))
-    return groups.sum(1)
+        return error.mv(error.new_ones(width))
+    return error.sum(1)
 
 
-def _copied(grad: Tensor, scratch: Tensor | None) -> Tensor:
-    """A contiguous copy, in memory that is at hand if it fits."""
-    if scratch is None or scratch.dtype != grad.dtype or not scratch.is_contiguous():
-        return grad.clone(memory_format=torch.contiguous_format)
-    return scratch.copy_(grad)
+def _logits_of(drawn: Drawn, logits: Tensor | None) -> Sequence[Tensor | None]:
+    if logits is None:
+        return [None] * len(drawn.flat.shapes)
+    return torch.split(logits, list(drawn.flat.groups.counts))
 
 
-def _twice_differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _twice_differentiable(
+    drawn: Drawn,
+    law: BitsLaw,
+    logits: Tensor | None,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
     """The same gradients as a differentiable expression, for `create_graph=True`."""
-    weight, value, logits = ctx.saved_tensors
     with torch.enable_grad():
-        noisy = _expression(weight, value, logits, ctx.law, ctx.group_size)
-        inputs = [t for t in (weight, logits) if t is not None and t.requires_grad]
-        grads = torch.autograd.grad(noisy, inputs, grad, create_graph=True)
-    found = {id(t): gradient for t, gradient in zip(inputs, grads, strict=True)}
-    return found.get(id(weight)), found.get(id(logits))
+        parts = _logits_of(drawn, logits)
+        every = zip(weights, drawn.flat.split(drawn.values), parts, grads, strict=True)
+        noisy, upstream = [], []
+        for weight, value, part, grad in every:
+            if grad is not None:
+                noisy.append(_expression(weight, value, part, law, drawn.flat))
+                upstream.append(grad)
+        inputs = [t for t in (logits, *weights) if t is not None and t.requires_grad]
+        found = torch.autograd.grad(noisy, inputs, upstream, create_graph=True, allow_unused=True)
+    by_tensor = {id(t): gradient for t, gradient in zip(inputs, found, strict=True)}
+    return [by_tensor.get(id(t)) for t in (logits, *weights)]
 
 
 def _expression(
-    weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, group_size: int
+    weight: Tensor, value: Tensor, logits: Tensor | None, law: BitsLaw, flat: Flat
 ) -> Tensor:
     """The perturbed weight in torch's operations, which all transforms know."""
     # amin and amax, because aminmax is not differentiable in every torch.
@@ -199,28 +272,36 @@ def _expression(
     if logits is not None:
         count = torch.exp2(law.bits(logits)) - 1
         step = step * (count.detach() / count)
+    group_size = flat.width if flat.grouped else weight.numel()
     error = grid.to_groups((value - weight).detach(), group_size)
     noisy = weight + grid.from_groups(error * step[:, None], weight.shape)
     return noisy.to(weight.dtype)
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward gives the quantized weight, backward is the identity to the weight."""
+    """Forward gives quantized weights, backward is the identity to the weights.
+
+    A compiler that counts as many inputs as `forward` has parameters takes it for one without
+    context, so a node for one tensor must have another number.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        """Returns `quantized` in the weight's dtype."""
-        return quantized.to(weight.dtype).detach()
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Takes their number, weights, and quantized ones; returns these in the weights' dtype."""
+        ctx.set_materialize_grads(False)
+        each = zip(*halves(inputs[1:]), strict=True)
+        return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The gradient, unchanged."""
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients, unchanged."""
+        return None, *grads, *[None] * len(grads)
 
 
-def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
-    """A constant quantized weight, with the weight's own gradient."""
+def straight_through(weights: Sequence[Tensor], quantized: Sequence[Tensor]) -> list[Tensor]:
+    """Constant quantized weights, with the weights' own gradients."""
     if is_transformed():
-        return (weight - weight.detach()) + quantized.to(weight.dtype)
-    result: Tensor = StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]
-    return result
+        each = zip(weights, quantized, strict=True)
+        return [(weight - weight.detach()) + value.to(weight.dtype) for weight, value in each]
+    result: tuple[Tensor, ...] = StraightThrough.apply(len(weights), *weights, *quantized)  # type: ignore[no-untyped-call]
+    return list(result)

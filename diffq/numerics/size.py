@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
-from diffq.numerics import grid
-from diffq.numerics.grid import BitsLaw
-from diffq.torch_inside import foreach
+from diffq.numerics.grid import BitsLaw, widen
+from diffq.numerics.segments import Constants, Segments
 from diffq.torch_inside.sharding import (
     Layout,
     gather_from,
@@ -55,28 +54,134 @@ class Sized(NamedTuple):
     Attributes:
         grouping: the tensor.
         start: the place of its first logit.
-        active: whether its logits get a gradient.
     """
 
     grouping: Grouping
     start: int
-    active: bool = True
+
+
+class Sizes:
+    """Bits of many tensors, in few operations, whatever their number.
+
+    Equation 8 of the DiffQ paper, plus the ranges and bit maps as Equation 12 counts
+    them. A bit map's width is that of the rounded bitwidths.
+
+    Args:
+        tensors: in the order of their places; parts of tensors may have no group.
+    """
+
+    def __init__(self, tensors: Sequence[Sized]) -> None:
+        self.tensors = tuple(tensors)
+        self._groupings = [each.grouping for each in tensors]
+        self._segments = Segments([grouping.groups for grouping in self._groupings])
+        self._laws = list(dict.fromkeys(grouping.law for grouping in self._groupings))
+        self._constants = Constants()
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """The logits of all tensors, one after the other, of the flat parameter."""
+        slices: list[list[int]] = []
+        for each in self.tensors:
+            end = each.start + each.grouping.groups
+            if slices and slices[-1][1] == each.start:
+                slices[-1][1] = end
+            else:
+                slices.append([each.start, end])
+        parts = [flat[start:end] for start, end in slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def scatter(self, gathered: Tensor, like: Tensor) -> Tensor:
+        """A gradient of what `gather` gave as one of the flat parameter."""
+        if gathered.numel() == like.numel():
+            return gathered.to(like.dtype)
+        result, parts = torch.zeros_like(like), torch.split(gathered, list(self._segments.counts))
+        for each, part in zip(self.tensors, parts, strict=True):
+            result[each.start : each.start + part.numel()] = part
+        return result
+
+    def bits(self, logits: Tensor) -> Tensor:
+        """Bitwidths of logits, as each law's `bits` gives them; without graph."""
+        share = torch.sigmoid(widen(logits))
+        least = self._for_groups("min", [law.min_bits for law in self._all_laws], share)
+        bits = self._intervals(share) * share + least
+        return bits.round_() if self._laws[0].whole else bits
+
+    def level_bits(self, bits: Tensor) -> Tensor:
+        """Bits of all levels, 0-dim."""
+        like = bits
+        sums = self._segments.sums(bits)
+        total = torch.dot(sums, self._vector("size", [g.group_size for g in self._groupings], like))
+        missing = [g.missing for g in self._groupings]
+        if any(missing):
+            last = bits.index_select(0, self._last(like.device))
+            total = total - torch.dot(
+                last, self._vector("missing", [m for m in missing if m], like)
+            )
+        return total
+
+    def largest(self, bits: Tensor) -> Tensor:
+        """The largest bitwidth of each tensor, [tensors]; -inf for the empty part of a rank."""
+        return self._segments.largest(bits)
+
+    def overhead_bits(self, largest: Tensor) -> Tensor:
+        """Bit maps, ranges and bitwidths, 0-dim, by the largest bitwidth of each tensor."""
+        least = self._vector("least", [law.min_bits for law in self._all_laws], largest)
+        # frexp's exponent is the bit length of a whole number.
+        widths = torch.frexp(largest.round() - least).exponent.to(largest.dtype)
+        maps = torch.dot(widths, self._vector("groups", self._segments.counts, largest))
+        return maps + len(self.tensors) * (RANGE_BITS + WIDTH_BITS)
+
+    def slopes(self, logits: Tensor, active: Sequence[bool]) -> Tensor:
+        """What the bits of all levels gain per logit; nothing where a tensor is not active."""
+        share = torch.sigmoid(widen(logits))
+        slopes = torch.addcmul(share, share, share, value=-1).mul_(self._intervals(share))
+        slopes.mul_(self._for_groups("size", [g.group_size for g in self._groupings], share))
+        if not all(active):
+            slopes.mul_(self._segments.spread(torch.tensor(active, device="cpu").to(share)))
+        ratios = [1 - g.missing / g.group_size for g in self._groupings if g.missing]
+        if ratios:
+            last = self._last(share.device)
+            short = slopes.index_select(0, last) * self._vector("ratio", ratios, share)
+            slopes.index_copy_(0, last, short)
+        return slopes
+
+    @property
+    def _all_laws(self) -> list[BitsLaw]:
+        return [grouping.law for grouping in self._groupings]
+
+    def _intervals(self, like: Tensor) -> Tensor | float:
+        intervals = [law.max_bits - law.min_bits for law in self._all_laws]
+        return self._for_groups("interval", intervals, like)
+
+    def _for_groups(self, name: str, numbers: Sequence[float], like: Tensor) -> Tensor | float:
+        """One number for all groups, or a number for each, if tensors differ."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        return self._segments.spread(self._vector(name, numbers, like))
+
+    def _last(self, device: torch.device) -> Tensor:
+        """The last group of each tensor whose last group is short."""
+        each = zip(self._segments.starts, self._groupings, strict=True)
+        places = [start + g.groups - 1 for start, g in each if g.missing]
+        return self._constants.get("last", places, torch.int64, device)
+
+    def _vector(self, name: str, numbers: Sequence[float], like: Tensor) -> Tensor:
+        return self._constants.get(name, numbers, like.dtype, like.device)
 
 
 class LearnedBits(torch.autograd.Function):
-    """Bits of all tensors with learned bitwidths, in one node and few operations.
+    """Bits of all tensors with learned bitwidths, in one node.
 
-    Equation 8 of the DiffQ paper, plus the ranges and bit maps as Equation 12 counts
-    them. A bit map's width is that of the rounded bitwidths and has no gradient. Nothing
-    is read back from the device, and nothing is kept but the logits.
+    A bit map's width has no gradient. Nothing is read back from the device, and nothing is
+    kept but the logits.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         learned: Tensor,
-        held: Sequence[Sized],
-        wholes: Sequence[Sized],
+        held: Sizes,
+        wholes: Sizes,
+        active: Sequence[bool],
         ranks: Layout | None,
     ) -> Tensor:
         """The sum over all tensors, 0-dim.
@@ -84,57 +189,46 @@ class LearnedBits(torch.autograd.Function):
         Args:
             ctx: of the backward.
             learned: what this rank holds of the flat parameter, 1-dim.
-            held: what this rank holds of each tensor; places count from its first logit.
+            held: what this rank holds of each tensor.
             wholes: each tensor.
+            active: whether the logits of a tensor get a gradient.
             ranks: how the flat parameter is sharded; None if this process holds it whole.
         """
-        ctx.held = held
+        ctx.held, ctx.active = held, active
         ctx.save_for_backward(learned)
-        groupings = [each.grouping for each in held]
-        bits = grid.bits_of_all([g.law for g in groupings], _parts(learned, held))
-        levels, most = _level_bits(bits, groupings), _largest(bits)
+        bits = held.bits(held.gather(learned))
+        levels, most = held.level_bits(bits), held.largest(bits)
         if ranks is not None:
             gathered = gather_from(ranks, torch.cat([levels.view(1), most]))
             levels, most = gathered[:, 0].sum(), gathered[:, 1:].amax(0)
-        return levels + _overhead_bits(most, [each.grouping for each in wholes])
+        return levels + wholes.overhead_bits(most)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The weights of each group, times what its bitwidth gains per logit."""
         (learned,) = ctx.saved_tensors
-        active = [each for each in ctx.held if each.active]
-        if not active:
-            return torch.zeros_like(learned), None, None, None
-        grads = _gradients([each.grouping for each in active], _parts(learned, active), grad)
-        pieces, place = [], 0
-        for each, gradient in zip(active, grads, strict=True):
-            pieces += [learned.new_zeros(each.start - place), gradient]
-            place = each.start + len(gradient)
-        pieces.append(learned.new_zeros(len(learned) - place))
-        return torch.cat(pieces).to(learned.dtype), None, None, None
+        slopes = ctx.held.slopes(ctx.held.gather(learned), ctx.active).mul_(grad)
+        return ctx.held.scatter(slopes, learned), None, None, None, None
 
 
-def learned_bits(learned: Tensor, tensors: Sequence[Sized]) -> Tensor:
+def learned_bits(learned: Tensor, sizes: Sizes, active: Sequence[bool]) -> Tensor:
     """Bits of tensors with learned bitwidths; see `LearnedBits`.
 
     Args:
         learned: the flat parameter, 1-dim. If it is sharded, this is a collective.
-        tensors: one or more, in the order of their places.
+        sizes: one tensor or more.
+        active: for each tensor, whether its logits get a gradient.
 
     Returns:
         0-dim tensor in float32 at least, differentiable in the logits.
     """
-    held, part, ranks = tensors, learned, None
+    held, part, ranks = sizes, learned, None
     if is_dtensor(learned):
         part, ranks = local_part(learned), layout_of(learned)
-        held = [_held(each, local_start(learned), part.numel()) for each in tensors]
-    result: Tensor = LearnedBits.apply(part, held, tensors, ranks)  # type: ignore[no-untyped-call]
+        start = local_start(learned)
+        held = Sizes([_held(each, start, part.numel()) for each in sizes.tensors])
+    result: Tensor = LearnedBits.apply(part, held, sizes, active, ranks)  # type: ignore[no-untyped-call]
     return result
-
-
-def _parts(flat: Tensor, tensors: Sequence[Sized]) -> list[Tensor]:
-    """The slices of a flat tensor that belong to each tensor."""
-    return [flat.narrow(0, each.start, each.grouping.groups) for each in tensors]
 
 
 def _held(tensor: Sized, start: int, length: int) -> Sized:
@@ -145,52 +239,11 @@ def _held(tensor: Sized, start: int, length: int) -> Sized:
     numel = (end - first) * grouping.group_size
     if end > first and end == tensor.start + grouping.groups:
         numel -= grouping.missing
-    return Sized(Grouping(grouping.law, grouping.group_size, numel), first - start, tensor.active)
+    return Sized(Grouping(grouping.law, grouping.group_size, numel), first - start)
 
 
 @torch.no_grad()
-def total_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
-    """Bits of tensors with given bitwidths, real or whole; without graph.
-
-    Args:
-        bits: for each tensor, the bitwidths of its groups; all on one device.
-        groupings: one for each tensor.
-
-    Returns:
-        0-dim tensor.
-    """
-    return _level_bits(bits, groupings) + _overhead_bits(_largest(bits), groupings)
-
-
-def _level_bits(bits: list[Tensor], groupings: Sequence[Grouping]) -> Tensor:
-    sums = [part.sum() for part in bits]
-    parts = list(foreach.mul(sums, [float(g.group_size) for g in groupings]))
-    parts += [b[-1] * -g.missing for b, g in zip(bits, groupings, strict=True) if g.missing]
-    return torch.stack(parts).sum()
-
-
-def _largest(bits: list[Tensor]) -> Tensor:
-    """The largest bitwidth of each tensor, [tensors]; -inf for the empty part of a rank."""
-    return torch.stack([b.max() if b.numel() else b.new_full((), -torch.inf) for b in bits])
-
-
-def _overhead_bits(largest: Tensor, groupings: Sequence[Grouping]) -> Tensor:
-    """Bit maps, ranges and bitwidths."""
-    least = [grouping.law.min_bits for grouping in groupings]
-    above = foreach.sub(list(largest.round().unbind()), least)
-    # frexp's exponent is the bit length of a whole number.
-    widths = list(torch.frexp(torch.stack(above)).exponent.to(largest.dtype).unbind())
-    maps = foreach.mul(widths, [float(g.groups) for g in groupings])
-    return torch.stack(maps).sum() + len(maps) * (RANGE_BITS + WIDTH_BITS)
-
-
-def _gradients(
-    groupings: Sequence[Grouping], logits: Sequence[Tensor], grad: Tensor
-) -> list[Tensor]:
-    sizes = [g.group_size for g in groupings]
-    grads = grid.slopes_of_all([g.law for g in groupings], logits, sizes)
-    foreach.mul_(grads, grad)
-    for grouping, gradient in zip(groupings, grads, strict=True):
-        if grouping.missing:
-            gradient[-1:].mul_((grouping.group_size - grouping.missing) / grouping.group_size)
-    return grads
+def total_bits(bits: Tensor, grouping: Grouping) -> Tensor:
+    """Bits of a tensor with given bitwidths [groups], real or whole, 0-dim; without graph."""
+    sizes = Sizes([Sized(grouping, 0)])
+    return sizes.level_bits(bits) + sizes.overhead_bits(sizes.largest(bits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +43,7 @@ _CLOSE = 0.9998
 
 @dataclass(frozen=True)
 class Fitted:
-    """A quantized state dict that fits.
-
-    Attributes:
-        snapshot: the records.
-        parts: the bytes of its file, to be written one after the other.
-    """
+    """A quantized state dict that fits, and the bytes of its file, in parts."""
 
     snapshot: Snapshot
     parts: list[bytes]
@@ -118,13 +113,7 @@ class Choice:
 
 
 def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
-    """Errors and rates of one tensor.
-
-    Args:
-        tensor: the tensor.
-        codec: what it will be stored with.
-        unit: errors are counted in units of its square.
-    """
+    """Errors of one tensor, in units of the square of `unit`, and rates with a codec."""
     whole, size = tensor.grid, tensor.grid.group_size
     groups, numel = whole.groups(), whole.weight.numel()
     errors = np.empty((tensor.count, _WIDTHS.size), np.float32)
@@ -150,15 +139,8 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
     return Choice(errors, weights, np.asarray(rates, np.float32))
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file that was tried.
-
-    Attributes:
-        fitted: the file.
-        size: its bytes.
-        surplus: bytes that it has more than was expected of its levels and bit maps.
-    """
+class _File(NamedTuple):
+    """A file that was tried: its bytes, and how many more than its levels and bit maps take."""
 
     fitted: Fitted
     size: int
@@ -179,9 +161,8 @@ class _Search:
         self._plan, self._most, self._report = plan, most, report
         self._codec, self._metadata = codec, metadata
         # No error exceeds the longest range, so that none of their squares overflows.
-        unit = (
-            max((float((g.grid.high - g.grid.low).max()) for g in plan.grids), default=0.0) or 1.0
-        )
+        ranges = (float((g.grid.high - g.grid.low).max()) for g in plan.grids)
+        unit = max(ranges, default=0.0) or 1.0
         self._choices: dict[str, Choice] = {}
         for done, tensor in enumerate(plan.grids):
             report("measuring errors", done, len(plan.grids))
@@ -230,12 +211,9 @@ class _Search:
         if self._expected(low) <= size:
             return low
         while high > low * _SAME:
-            price = (low * high) ** 0.5
+            price: float = (low * high) ** 0.5
             expected = self._expected(price)
-            if expected > size:
-                low = price
-                continue
-            high = price
-            if expected > _CLOSE * size:
-                break
+            if _CLOSE * size < expected <= size:
+                return price
+            low, high = (price, high) if expected > size else (low, price)
         return high

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from diffq.attach.plan import Rules
 from diffq.checks import check_bits, check_flag, check_group_size, plain
-from diffq.errors import ConfigError, WeightError
+from diffq.errors import ConfigError
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.numerics import grid
 from diffq.quantizers.grid import WeightGrid, check_range
+from diffq.quantizers.half import to_half
 from diffq.storage.state import Snapshot, raw_record
 
 #: The running statistics of BatchNorm, and the ranges of activations: never quantized nor
@@ -37,19 +38,16 @@ class Settings:
         group_size: consecutive weights that share a bitwidth; None or 0 for the tensor.
         per_channel: one range and one bitwidth for each slice along the first dimension
             (tensors of one dimension: one for all), whatever `group_size` says.
-        rules: which tensors are quantized.
-        float16: store float tensors that are not quantized as float16.
+        rules: which tensors are quantized, and which are stored as float16.
     """
 
     group_size: int | None = None
     per_channel: bool = False
     rules: Rules = field(default_factory=Rules)
-    float16: bool = False
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
         check_flag(self.per_channel, "per_channel")
-        check_flag(self.float16, "float16")
 
 
 def quantize_state(
@@ -100,10 +98,6 @@ def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
 class StatePlan:
     """A state dict's unique tensors: those to quantize on their grids, others as records.
 
-    Args:
-        state: name to tensor.
-        settings: what is quantized, and how.
-
     Attributes:
         grids: the tensors to quantize.
         raw: name to record of the others.
@@ -126,8 +120,9 @@ class StatePlan:
             statistic = name.rpartition(".")[2] in STATISTICS
             if not statistic and tensor.numel() and settings.rules.select(names[name], tensor):
                 self.grids.append(StateGrid(name, tensor, settings))
-            elif settings.float16 and not statistic:
-                self.raw[name] = _half_record(name, tensor)
+            elif settings.rules.halves(tensor.dtype) and not statistic:
+                half = to_half(tensor, name, "Store it as it is: leave float16 out.")
+                self.raw[name] = raw_record(half.to(tensor.dtype), torch.float16)
             else:
                 self.raw[name] = raw_record(tensor)
 
@@ -175,15 +170,3 @@ def _check_dense(name: str, tensor: Any) -> None:
         f"A state dict to quantize holds dense tensors only, got {got} for {name!r}. "
         "Take it out, or make it dense."
     )
-
-
-def _half_record(name: str, tensor: Tensor) -> RawRecord:
-    """A tensor as float16 if it is of a wider float, else as it is."""
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return raw_record(tensor)
-    if (torch.isinf(tensor.half()) & ~torch.isinf(tensor)).any():
-        raise WeightError(
-            f"float16 holds magnitudes up to 65504, got {tensor.abs().max().item()} in {name}. "
-            "Store it as it is: leave float16 out."
-        )
-    return raw_record(tensor, torch.float16)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,28 @@ from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, learned_bits
 from diffq.quantizers.half import HalfQuantizer
-from diffq.quantizers.report import size_table, tensor_size
+from diffq.quantizers.report import level_bits, size_table, tensor_size
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
 from diffq.storage.state import Snapshot, raw_record, to_state
 from diffq.torch_inside.sharding import is_dtensor, is_managed
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+#: Metadata of a field of the settings that overrides may not change.
+FOR_ALL = {"overridable": False}
+
+
+class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     """Quantizes the selected tensors of a model, in place, until `detach()`.
 
     In training mode the model computes with perturbed weights, in eval mode with
-    the true quantized ones. A subclass says how one tensor is quantized.
+    the true quantized ones. A subclass names its settings, which are a frozen dataclass,
+    and the class that quantizes one tensor by them. After `detach()`, every method that
+    needs the model raises AttachError.
 
     After FSDP2's `fully_shard(model)`, what reads whole weights or bitwidths gathers
     them from all ranks, one tensor after the other: every rank must call it, and each
@@ -39,9 +49,8 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
 
     Args:
         model: a plain model. Attach before wrapping it in DDP, sharding or compiling it.
-        settings: what one tensor's quantizer is made with: a frozen dataclass.
-        rules: which tensors are quantized, and their overrides of `settings`.
-        float16: store parameters that are not quantized as float16.
+        settings: how one tensor is quantized.
+        rules: which tensors are quantized or halved, and their overrides of `settings`.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -49,28 +58,24 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         WeightError: a weight to quantize holds NaN or Inf.
     """
 
-    #: Fields of the settings that an override may change.
-    overridable: ClassVar[frozenset[str]] = frozenset()
+    #: Makes the quantizer of one tensor.
+    _weight_quantizer: Callable[[TensorPlan, Settings], WeightQuantizer]
 
-    def __init__(self, model: nn.Module, settings: Any, rules: Rules, float16: bool) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, rules: Rules) -> None:
         check_model(model)
-        check_flag(float16, "float16")
         self._plans = build_plan(model, rules)
         chosen = [self._override(plan, settings) for plan in self._plans]
-        quantizers = [
-            self._choose(plan, settings, float16, model)
-            for plan, settings in zip(self._plans, chosen, strict=True)
-        ]
-        self._by_name = {q.plan.name: q for q in quantizers if q is not None}
+        self._by_name: dict[str, WeightQuantizer] = {}
+        for plan, own in zip(self._plans, chosen, strict=True):
+            if plan.quantized:
+                self._by_name[plan.name] = self._make_quantizer(plan, own, model)
+            elif plan.learned and rules.halves(plan.dtype):
+                self._by_name[plan.name] = HalfQuantizer(plan)
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._expect_optimizer()
         self._warned_of_unread = False
         if not any(plan.quantized for plan in self._plans):
             warn(rules.why_nothing(self._plans))
-
-    @abstractmethod
-    def _make_quantizer(self, plan: TensorPlan, settings: Any, weight: Tensor) -> WeightQuantizer:
-        """The quantizer of one tensor."""
 
     @property
     def model(self) -> nn.Module:
@@ -106,12 +111,12 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        parameter, tensors = attachment.learned.parameter, attachment.sized()
-        if parameter is not None and tensors:
+        parameter, learned = attachment.learned.parameter, attachment.sizes()
+        if parameter is not None and learned is not None:
             if is_managed(attachment.model) and not is_dtensor(parameter):
                 # FSDP may free what it has gathered before a backward asks for it.
                 parameter = parameter.clone()
-            bits = bits + learned_bits(parameter, tensors).to(device, non_blocking=True)
+            bits = bits + learned_bits(parameter, *learned).to(device, non_blocking=True)
         if bits.requires_grad:
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             bits.register_hook(lambda grad: attachment.forget())  # type: ignore[no-untyped-call]
@@ -171,9 +176,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
             AttachError: a quantized tensor was removed or replaced.
         """
         self._attachment.check_places()
-        totals = self._attachment.each_quantizer(lambda q, part: q.level_totals(part))
-        weights = sum(count for _, count in totals)
-        return sum(bits for bits, _ in totals) / weights if weights else float("nan")
+        sizes = self._attachment.each_quantizer(lambda q, part: (level_bits(q, part), q.plan.numel))
+        weights = sum(numel for bits, numel in sizes if bits)
+        return sum(bits for bits, _ in sizes) / weights if weights else float("nan")
 
     def snapshot(self) -> Snapshot:
         """The whole model as frozen records: what is stored in a state or a file.
@@ -238,7 +243,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
                 values = attachment.each_weight(
                     lambda q, weight, learned: (q, q.quantize(weight, learned))
                 )
-        self._forget_optimizer()
+        self._end_checks()
         attachment.detach()
         self._attached = None
         for quantizer, value in values:
@@ -288,28 +293,24 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
                 f"{', '.join(changed[:5])} came or went since. detach() and make a new quantizer."
             )
 
-    def _choose(
-        self, plan: TensorPlan, settings: Any, float16: bool, model: nn.Module
-    ) -> WeightQuantizer | None:
-        if plan.quantized:
-            check_owners(plan, model)
-            weight = plan.sites[0].read(model)
-            check_finite(plan.name, weight)
-            quantizer = self._make_quantizer(plan, settings, weight)
-            if not weight.is_meta:
-                quantizer.check(weight.detach())
-                quantizer.look(weight.detach(), None)
-            return quantizer
-        if float16 and plan.learned and plan.dtype in (torch.float32, torch.float64):
-            return HalfQuantizer(plan)
-        return None
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: Settings, model: nn.Module
+    ) -> WeightQuantizer:
+        check_owners(plan, model)
+        weight = plan.sites[0].read(model)
+        check_finite(plan.name, weight)
+        quantizer = self._weight_quantizer(plan, settings)
+        if not weight.is_meta:
+            quantizer.check(weight.detach())
+            quantizer.look(weight.detach(), None)
+        return quantizer
 
-    def _override(self, plan: TensorPlan, settings: Any) -> Any:
-        unknown = sorted(plan.overrides.keys() - self.overridable)
+    def _override(self, plan: TensorPlan, settings: Settings) -> Settings:
+        known = sorted(f.name for f in fields(settings) if f.metadata != FOR_ALL)
+        unknown = sorted(plan.overrides.keys() - set(known))
         if unknown:
             raise ConfigError(
-                f"Overrides of {type(self).__name__} may set "
-                f"{', '.join(sorted(self.overridable))}, "
+                f"Overrides of {type(self).__name__} may set {', '.join(known)}, "
                 f"got {', '.join(map(repr, unknown))} for {plan.name}."
             )
         chosen = {**vars(settings), **plan.overrides}
@@ -327,7 +328,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, ABC):
         return 8 * tensor.numel() * dtype.itemsize
 
 
-def quantizer_of(model: nn.Module) -> BaseQuantizer:
+def quantizer_of(model: nn.Module) -> BaseQuantizer[Any]:
     """The quantizer that is attached to a model, or to a part of it.
 
     A deep copy of a quantized model, such as an exponential moving average makes, has

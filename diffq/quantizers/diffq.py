@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
-from diffq.checks import MAX_BITS, check_bits, check_flag, check_group_size, check_number
+from diffq.checks import (
+    MAX_BITS,
+    check_bits,
+    check_choice,
+    check_flag,
+    check_group_size,
+    check_number,
+)
 from diffq.errors import ConfigError
-from diffq.numerics import grid, noise
+from diffq.numerics import noise
+from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
 from diffq.numerics.size import Grouping, total_bits
-from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grid import GridQuantizer
-from diffq.torch_inside import foreach
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
+from diffq.quantizers.batches import drawn_of, only_of, samples_of
+from diffq.quantizers.grid import GridQuantizer, zeros_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,8 +45,8 @@ class DiffQSettings:
     max_bits: int
     init_bits: float
     bits: int | None
-    noise: Noise
-    noise_scale: float
+    noise: Noise = field(metadata=FOR_ALL)
+    noise_scale: float = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.min_bits, "min_bits")
@@ -52,8 +60,7 @@ class DiffQSettings:
             )
         check_number(self.init_bits, "init_bits", self.min_bits, self.max_bits)
         check_group_size(self.group_size)
-        if self.noise not in NOISES:
-            raise ConfigError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}.")
+        check_choice(self.noise, "noise", NOISES)
         check_number(self.noise_scale, "noise_scale", 0)
 
 
@@ -80,8 +87,7 @@ class DiffQWeight(GridQuantizer):
 
     def __init__(self, plan: TensorPlan, settings: DiffQSettings) -> None:
         fixed = settings.bits
-        whole = fixed is not None or not settings.group_size
-        group_size = plan.numel if whole else min(settings.group_size or 1, plan.numel)
+        group_size = plan.numel if fixed else min(settings.group_size or plan.numel, plan.numel)
         super().__init__(plan, group_size, fixed or settings.min_bits)
         self.settings = settings
         self.law = BitsLaw(settings.min_bits, settings.max_bits, settings.noise == "rounding")
@@ -117,37 +123,33 @@ class DiffQWeight(GridQuantizer):
         """Rounded bitwidths, float32 [groups]."""
         return torch.round(self.bits(weight, learned))
 
-    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
-        """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
-        return self.draw_all([self], [weight], [learned])[0]
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one law and stage, whose noise is drawn together."""
+        scale, fixed = self.settings.noise_scale, self.settings.bits
+        return self.noise, scale, self.law, self.row_size, self.stage, fixed
+
+    @property
+    def row_size(self) -> int | None:
+        """Weights of a group; None if the tensor is one."""
+        return None if self.groups == 1 else self.group_size
 
     @classmethod
-    @torch.no_grad()
-    def draw_all(
-        cls,
-        quantizers: Sequence[Self],
-        weights: Sequence[Tensor],
-        learned: Sequence[Tensor | None],
-    ) -> list[Sample]:
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
         """Equation 6 for all tensors together."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for place, (q, weight) in enumerate(zip(quantizers, weights, strict=True)):
-            alike.setdefault((q._noise_kind, weight.dtype, weight.device), []).append(place)
-        found: dict[int, Sample] = {}
-        for places in alike.values():
-            samples = _perturbed(
-                [quantizers[i] for i in places],
-                [weights[i] for i in places],
-                [learned[i] for i in places],
-            )
-            found.update(zip(places, samples, strict=True))
-        return [found[place] for place in range(len(quantizers))]
+        return NoisyBatch(quantizers)
+
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
+        """Equation 6: the weight plus noise in proportion to the step, or its rounding."""
+        (sample,) = NoisyBatch([self]).draw([weight], Run.of(learned))
+        return sample
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
+        drawn, values = only_of(sample)
         logits = learned if self.learning else None
-        rule = self.law, self.group_size
-        return noise.pass_noise(weight, sample.value, logits, *rule, *(sample.about or ()))
+        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], values)
+        return connected
 
     def size_bits(self) -> Tensor | float:
         """Equation 12 where bits are fixed, or once they are frozen."""
@@ -196,63 +198,52 @@ class DiffQWeight(GridQuantizer):
         return stage, None
 
     @property
-    def _noise_kind(self) -> Noise:
+    def noise(self) -> Noise:
+        """The kind of noise in this stage."""
         return "rounding" if self.stage is Stage.FROZEN_ROUNDING else self.settings.noise
 
     def _set_bits(self, stage: Stage, frozen: Tensor | None) -> None:
         self.stage, self.frozen_bits = stage, frozen
         # Kept, because it is asked for in each step.
-        self._frozen_size = None if frozen is None else total_bits([frozen], [self._grouping])
+        self._frozen_size = None if frozen is None else total_bits(frozen, self._grouping)
 
 
-def _perturbed(
-    quantizers: Sequence[DiffQWeight],
-    weights: Sequence[Tensor],
-    learned: Sequence[Tensor | None],
-) -> list[Sample]:
-    """Samples of tensors that are alike in kind of noise, dtype and device."""
-    kind = quantizers[0]._noise_kind
-    if kind == "rounding":
-        each = zip(quantizers, weights, learned, strict=True)
-        return [
-            Sample(weight, q.nearest(weight, *q.bounds(weight), q.whole_bits(weight, part)))
-            for q, weight, part in each
-        ]
-    counts = foreach.mul(_bits(quantizers, weights, learned), math.log(2))
-    foreach.exp_(counts)
-    foreach.sub_(counts, 1)
-    extremes = grid.extremes([grid.widen(weight) for weight in weights])
-    spans = list(torch.split(extremes.distance, 1))
-    foreach.mul_(spans, [q.settings.noise_scale for q in quantizers])
-    steps = foreach.div(spans, counts)
-    noisy = noise.perturb(weights, steps, [q.group_size for q in quantizers], kind)
-    if weights[0].dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        noisy = [value.clamp_(-largest, largest) for value in noisy]
-    values = [
-        torch.where(weight == 0, 0, value) if q.may_have_zeros else value
-        for q, weight, value in zip(quantizers, weights, noisy, strict=True)
-    ]
-    pairs = enumerate(zip(weights, values, strict=True))
-    return [Sample(weight, value, (extremes, index)) for index, (weight, value) in pairs]
+class NoisyBatch(Batch):
+    """DiffQ's tensors of one law, group size, kind of noise and stage of the bitwidths."""
+
+    def __init__(self, quantizers: Sequence[DiffQWeight]) -> None:
+        super().__init__(quantizers)
+        self._first, self._all = quantizers[0], tuple(quantizers)
+        self.flat = Flat([q.plan.shape for q in quantizers], self._first.row_size)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 6 of the DiffQ paper."""
+        first, bits = self._first, self._bits(weights[0], learned.flat)
+        if first.noise == "rounding":
+            drawn = noise.round_all(self.flat, weights, torch.round(bits), zeros_of(self._all))
+        else:
+            kind, scale = first.noise, first.settings.noise_scale
+            drawn = noise.perturb(self.flat, weights, bits, kind, scale, zeros_of(self._all))
+        return samples_of(drawn, weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The gradient of Equation 6 to the weights, their ranges and bitwidths."""
+        drawn, values = drawn_of(samples)
+        logits = learned.flat if self._first.learning else None
+        return noise.pass_noise(drawn, self._first.law, logits, weights, values)
+
+    def _bits(self, weight: Tensor, logits: Tensor | None) -> Tensor:
+        first = self._first
+        if first.learning and logits is not None:
+            return first.law.bits(logits)
+        if first.settings.bits is not None:
+            return first.bits(weight, None)
+        return torch.cat([q.bits(weight, logits) for q in self._all])
 
 
-def _bits(
-    quantizers: Sequence[DiffQWeight],
-    weights: Sequence[Tensor],
-    learned: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """`bits` of many quantizers."""
-    logits = [
-        part for q, part in zip(quantizers, learned, strict=True) if q.learning and part is not None
-    ]
-    if len(logits) < len(quantizers):
-        each = zip(quantizers, weights, learned, strict=True)
-        return [q.bits(weight, part) for q, weight, part in each]
-    return grid.bits_of_all([q.law for q in quantizers], logits)
-
-
-class DiffQuantizer(BaseQuantizer):
+class DiffQuantizer(BaseQuantizer[DiffQSettings]):
     """Learns how many bits each group of weights deserves, while the model trains.
 
     Each group of a weight has a real bitwidth b (Equation 11). In training the
@@ -293,9 +284,7 @@ class DiffQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset(
-        {"group_size", "min_bits", "max_bits", "init_bits", "bits"}
-    )
+    _weight_quantizer = DiffQWeight
 
     def __init__(
         self,
@@ -317,7 +306,7 @@ class DiffQuantizer(BaseQuantizer):
         settings = DiffQSettings(
             group_size, min_bits, max_bits, init_bits, bits, noise, noise_scale
         )
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
 
     def freeze_bits(self, rounding: bool = False) -> None:
         """Rounds the bitwidths and learns them no more, for the last part of a training.
@@ -342,8 +331,3 @@ class DiffQuantizer(BaseQuantizer):
         self._attachment.each_quantizer(freeze)
         self._attachment.learned.settle()
         self._attachment.forget()
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: DiffQSettings, weight: Tensor
-    ) -> DiffQWeight:
-        return DiffQWeight(plan, settings)

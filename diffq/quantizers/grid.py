@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,9 +119,7 @@ class GridQuantizer(WeightQuantizer):
     def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Rounded bitwidths, float32 [groups], or [1] for one that all share.
 
-        Args:
-            weight: gives the device where nothing is learned.
-            learned: as everywhere.
+        Where nothing is learned, they are on the device of the weight.
         """
 
     def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,3 +178,8 @@ class GridQuantizer(WeightQuantizer):
     def _grid(self, weight: Tensor, low: Tensor, high: Tensor) -> WeightGrid:
         ends = low.float(), high.float()
         return WeightGrid(weight, self.group_size, *ends, self.zero_point(weight))
+
+
+def zeros_of(quantizers: Sequence[GridQuantizer]) -> list[bool]:
+    """Whether the weights of each tensor may be exactly zero."""
+    return [quantizer.may_have_zeros for quantizer in quantizers]

@@ -12,6 +12,18 @@ from diffq.storage.state import raw_record
 from diffq.torch_inside.graph import is_plain
 
 
+def to_half(tensor: Tensor, name: str, remedy: str) -> Tensor:
+    """A tensor in float16; raises WeightError with a remedy for finite numbers beyond it."""
+    half = tensor.half()
+    overflow = torch.isinf(half) & ~torch.isinf(tensor)
+    if is_plain() and overflow.any():
+        largest = tensor.abs().max().item()
+        raise WeightError(
+            f"float16 holds magnitudes up to 65504, got {largest} in {name}. {remedy}"
+        )
+    return half
+
+
 class HalfQuantizer(WeightQuantizer):
     """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
 
@@ -27,14 +39,8 @@ class HalfQuantizer(WeightQuantizer):
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The weight rounded to float16, in its own dtype."""
-        half = weight.half()
-        overflow = torch.isinf(half) & ~torch.isinf(weight)
-        if is_plain() and overflow.any():
-            raise WeightError(
-                f"float16 holds magnitudes up to 65504, got {weight.abs().max().item()} in "
-                f"{self.plan.name}. Make the quantizer with float16=False."
-            )
-        return half.to(weight.dtype)
+        remedy = "Make the quantizer with float16=False."
+        return to_half(weight, self.plan.name, remedy).to(weight.dtype)
 
     def record(self, weight: Tensor, learned: Tensor | None) -> RawRecord:
         """The float16 elements."""

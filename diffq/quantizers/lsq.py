@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.numerics.grid import finite_levels, is_narrow, widen
+from diffq.numerics import scaled
+from diffq.numerics.flat import Flat
+from diffq.numerics.scaled import Levels, positive
 from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.batches import drawn_of, only_of, samples_of
 from diffq.torch_inside.graph import is_plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -34,35 +41,6 @@ class LSQSettings:
         check_bits(self.bits, least=2)
 
 
-class LearnedScale(torch.autograd.Function):
-    """The gradients of LSQ: Equations 2 and 3 of the paper.
-
-    Where w / s is within the levels, the weight gets the gradient unchanged and the scale
-    (value - w) / s times it; outside, the weight gets none, and the scale value / s times
-    it. The scale's sum is multiplied by 1 / sqrt(weights * highest level).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, value: Tensor, scale: Tensor, lowest: int, highest: int
-    ) -> Tensor:
-        """Returns `value` in the weight's dtype."""
-        ctx.lowest, ctx.highest = lowest, highest
-        ctx.save_for_backward(weight, value, scale)
-        return value.to(weight.dtype).detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the weight and the scale."""
-        weight, value, scale = ctx.saved_tensors
-        ratio = widen(weight) / scale
-        inside = (ratio >= ctx.lowest) & (ratio <= ctx.highest)
-        for_weight = grad * inside
-        total = ((value - widen(weight) * inside) * widen(grad)).sum()
-        share = 1 / math.sqrt(weight.numel() * ctx.highest)
-        return for_weight, None, (total / scale * share).to(scale.dtype), None, None
-
-
 class LSQWeight(WeightQuantizer):
     """One tensor on the levels -2**(bits-1) to 2**(bits-1)-1 times a learned scale.
 
@@ -74,8 +52,7 @@ class LSQWeight(WeightQuantizer):
     def __init__(self, plan: TensorPlan, settings: LSQSettings) -> None:
         super().__init__(plan)
         self.settings = settings
-        self.lowest = -(2 ** (settings.bits - 1))
-        self.highest = 2 ** (settings.bits - 1) - 1
+        self.levels = Levels(-(2 ** (settings.bits - 1)), 2 ** (settings.bits - 1) - 1)
 
     def start(self, weight: Tensor) -> Tensor:
         """2 * mean|w| / sqrt(highest level), or the largest scale that can be stored."""
@@ -83,35 +60,45 @@ class LSQWeight(WeightQuantizer):
         # A tensor that starts at zero, as some last layers do, must be able to leave it.
         mean = torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
         # At the largest scale that can be stored, the levels reach as far as float32.
-        largest = MAX_RANGE / -self.lowest
-        return (mean / (math.sqrt(self.highest) / 2)).clamp(max=largest).view(1)
+        largest = MAX_RANGE / -self.levels.lowest
+        return (mean / (math.sqrt(self.levels.highest) / 2)).clamp(max=largest).view(1)
 
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for magnitudes that float32 cannot hold."""
-        self._levels(weight, _positive(self.start(weight)))
+        self._levels(weight, positive(self.start(weight))[0])
+
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one bitwidth."""
+        return self.levels
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """Equation 1 for all tensors together."""
+        return ScaledBatch(quantizers)
 
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
         """Equation 1 of the LSQ paper: the nearest level times the scale."""
-        scale = _positive(learned).detach().to(widen(weight).dtype)
-        levels = self._nearest(widen(weight.detach()) / scale, scale, weight.dtype)
-        return Sample(weight, levels.mul_(scale))
+        (sample,) = ScaledBatch([self]).draw([weight], Run.of(learned))
+        return sample
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        inputs = weight, sample.value, _positive(learned), self.lowest, self.highest
-        result: Tensor = LearnedScale.apply(*inputs)  # type: ignore[no-untyped-call]
-        return result
+        drawn, values = only_of(sample)
+        rule = self.levels, cast(Tensor, learned)
+        (connected,) = scaled.pass_scale(drawn, *rule, [weight], values)
+        return connected
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Nearest level times the scale, rounded to float32."""
-        scale = _positive(learned).detach()
+        scale = positive(cast(Tensor, learned))[0].detach()
         return (self._levels(weight, scale) * scale).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor, learned: Tensor | None) -> ScaledRecord:
         """Levels, counted from the lowest, and the scale."""
-        scale = _positive(learned)
-        levels = (self._levels(weight, scale) - self.lowest).reshape(-1)
+        scale = positive(cast(Tensor, learned))[0]
+        levels = (self._levels(weight, scale) - self.levels.lowest).reshape(-1)
         return ScaledRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
@@ -136,7 +123,7 @@ class LSQWeight(WeightQuantizer):
 
     def _levels(self, weight: Tensor, scale: Tensor) -> Tensor:
         ratio = weight.detach().float() / scale
-        largest = scale * -self.lowest
+        largest = scale * -self.levels.lowest
         finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
         if is_plain() and not finite:
             raise WeightError(
@@ -145,19 +132,7 @@ class LSQWeight(WeightQuantizer):
                 "Find the step that diverged, or exclude the tensor."
             )
         # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return self._nearest(ratio, scale, weight.dtype) + 0.0
-
-    def _nearest(self, ratio: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Levels nearest to w / s, in place, of those whose values are finite in a dtype."""
-        ratio.clamp_(self.lowest, self.highest)
-        if is_narrow(dtype):
-            ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
-        return ratio.round_()
-
-
-def _positive(scale: Tensor | None) -> Tensor:
-    """A learned scale without sign or zero, float32 0-dim."""
-    return cast(Tensor, scale)[0].float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+        return self.levels.nearest(ratio, scale, weight.dtype) + 0.0
 
 
 def _mean_magnitude(weight: Tensor) -> Tensor:
@@ -170,7 +145,30 @@ def _mean_magnitude(weight: Tensor) -> Tensor:
     return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
 
 
-class LSQQuantizer(BaseQuantizer):
+class ScaledBatch(Batch):
+    """LSQ's tensors of one bitwidth, each with its learned scale."""
+
+    def __init__(self, quantizers: Sequence[LSQWeight]) -> None:
+        super().__init__(quantizers)
+        self._first = quantizers[0]
+        self.flat = Flat([q.plan.shape for q in quantizers], None)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 1 of the LSQ paper."""
+        scales = cast(Tensor, learned.flat)
+        drawn = scaled.scale_all(self.flat, weights, scales, self._first.levels)
+        return samples_of(drawn, weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """Equations 2 and 3 of the LSQ paper."""
+        drawn, values = drawn_of(samples)
+        scales = cast(Tensor, learned.flat)
+        return scaled.pass_scale(drawn, self._first.levels, scales, weights, values)
+
+
+class LSQQuantizer(BaseQuantizer[LSQSettings]):
     """Quantization-aware training with one learned step size per tensor.
 
     Symmetric levels of one bitwidth, a scale that starts at 2 * mean|w| /
@@ -193,7 +191,7 @@ class LSQQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits"})
+    _weight_quantizer = LSQWeight
 
     def __init__(
         self,
@@ -206,9 +204,5 @@ class LSQQuantizer(BaseQuantizer):
         overrides: Overrides | None = None,
         float16: bool = False,
     ) -> None:
-        super().__init__(
-            model, LSQSettings(bits), Rules(min_size, include, exclude, overrides), float16
-        )
-
-    def _make_quantizer(self, plan: TensorPlan, settings: LSQSettings, weight: Tensor) -> LSQWeight:
-        return LSQWeight(plan, settings)
+        rules = Rules(min_size, include, exclude, overrides, float16)
+        super().__init__(model, LSQSettings(bits), rules)

@@ -36,14 +36,8 @@ def add_learned(
 ) -> None:
     """Gives learned parameters groups of their own in an optimizer, without weight decay.
 
-    An error leaves the optimizer as it was.
-
-    Args:
-        optimizer: holds parameters of the model, or all the learned ones.
-        model: the quantized model.
-        learned: the parameters that its quantizer added; may be empty.
-        options: options of the group, such as `lr`.
-        earlier: the optimizer that was given the learned parameters before.
+    An error leaves the optimizer as it was. The optimizer that was given the learned parameters
+    earlier loses them.
 
     Raises:
         OptimizerError: this is no optimizer of the model, or it cannot take the group.

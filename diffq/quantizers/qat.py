@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_flag
-from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.grid import GridQuantizer
+from diffq.numerics import noise
+from diffq.numerics.flat import Flat
+from diffq.numerics.noise import Drawn, straight_through
+from diffq.quantizers.base import FOR_ALL, BaseQuantizer
+from diffq.quantizers.batches import drawn_of, samples_of
+from diffq.quantizers.grid import GridQuantizer, zeros_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class QATSettings:
 
     bits: int
     per_channel: bool
-    training: bool
+    training: bool = field(metadata=FOR_ALL)
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -45,6 +53,19 @@ class QATWeight(GridQuantizer):
         """The bitwidth, float32 [1]."""
         return weight.new_full((1,), self.settings.bits, dtype=torch.float32)
 
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one bitwidth."""
+        return self.settings, self.ranges_per_group
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """Equation 1 for all tensors together, unless grids belong to channels."""
+        first = quantizers[0]
+        if first.ranges_per_group or not first.settings.training:
+            return Batch(quantizers)
+        return RoundedBatch(quantizers)
+
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """The quantized weight; the weight itself with `training=False`."""
         if not self.settings.training:
@@ -61,7 +82,30 @@ class QATWeight(GridQuantizer):
         return {"bits": self.settings.bits, "per_channel": self.ranges_per_group}
 
 
-class QATQuantizer(BaseQuantizer):
+class RoundedBatch(Batch):
+    """QAT's tensors of one bitwidth, each on a grid of its own."""
+
+    def __init__(self, quantizers: Sequence[QATWeight]) -> None:
+        super().__init__(quantizers)
+        self._first, self._all = quantizers[0], tuple(quantizers)
+        self.flat = Flat([q.plan.shape for q in quantizers], None)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equation 1 of the DiffQ paper."""
+        return samples_of(self._rounded(weights), weights)
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The straight-through estimator."""
+        return straight_through(weights, drawn_of(samples)[1])
+
+    def _rounded(self, weights: Sequence[Tensor]) -> Drawn:
+        bits = self._first.whole_bits(weights[0], None)
+        return noise.round_all(self.flat, weights, bits, zeros_of(self._all))
+
+
+class QATQuantizer(BaseQuantizer[QATSettings]):
     """Rounds the weights in training too, and passes their gradient straight through.
 
     The baseline of the DiffQ paper (Krishnamoorthi, arXiv:1806.08342): min-max
@@ -87,7 +131,7 @@ class QATQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "per_channel"})
+    _weight_quantizer = QATWeight
 
     def __init__(
         self,
@@ -103,7 +147,4 @@ class QATQuantizer(BaseQuantizer):
         float16: bool = False,
     ) -> None:
         settings = QATSettings(bits, per_channel, training)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
-
-    def _make_quantizer(self, plan: TensorPlan, settings: QATSettings, weight: Tensor) -> QATWeight:
-        return QATWeight(plan, settings)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_number, check_whole
+from diffq.numerics.flat import WIDTH
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.qat import QATSettings, QATWeight
+from diffq.quantizers.batches import samples_of
+from diffq.quantizers.qat import QATSettings, QATWeight, RoundedBatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,18 @@ class QuantNoiseWeight(QATWeight):
             return fit_range(weight, self.noise_settings.bits, self.zero_point(weight))
         return super().bounds(weight)
 
+    @property
+    def alike(self) -> Hashable:
+        """Tensors of one bitwidth, rate and size of blocks."""
+        return self.noise_settings, self.ranges_per_group
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """All tensors together, where each has one grid between its extremes."""
+        settings = quantizers[0].noise_settings
+        together = settings.observer == "min-max" and WIDTH % settings.block_size == 0
+        return PartlyRoundedBatch(quantizers) if together and settings.p else Batch(quantizers)
+
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """Equations 6 and 10: the blocks J quantized, the others exact."""
         rate = self.noise_settings.p
@@ -67,7 +85,26 @@ class QuantNoiseWeight(QATWeight):
         return {"bits": self.settings.bits, "observer": self.noise_settings.observer}
 
 
-class QuantNoiseQuantizer(BaseQuantizer):
+class PartlyRoundedBatch(RoundedBatch):
+    """Quant-Noise's tensors: blocks picked at random are rounded."""
+
+    def __init__(self, quantizers: Sequence[QuantNoiseWeight]) -> None:
+        super().__init__(quantizers)
+        self._settings = quantizers[0].noise_settings
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """Equations 6 and 10 of the Quant-Noise paper."""
+        drawn, rate = self._rounded(weights), self._settings.p
+        if rate < 1:
+            size = self._settings.block_size
+            exact = self.flat.join(weights, weights[0]).view(-1, size)
+            blocks = drawn.values.view(-1, size)
+            kept = torch.rand(len(blocks), 1, dtype=torch.float32, device=exact.device) >= rate
+            torch.where(kept, exact, blocks, out=blocks)
+        return samples_of(drawn, weights)
+
+
+class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):
     """Quantizes a random part of the weights in each training forward.
 
     Scalar Quant-Noise (Fan et al., arXiv:2004.07320, Equations 6 to 8 and 10): the other
@@ -99,7 +136,7 @@ class QuantNoiseQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"bits", "p", "observer", "block_size"})
+    _weight_quantizer = QuantNoiseWeight
 
     def __init__(
         self,
@@ -116,9 +153,4 @@ class QuantNoiseQuantizer(BaseQuantizer):
         float16: bool = False,
     ) -> None:
         settings = QuantNoiseSettings(bits, p, observer, block_size)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides), float16)
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: QuantNoiseSettings, weight: Tensor
-    ) -> QuantNoiseWeight:
-        return QuantNoiseWeight(plan, settings)
+        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))

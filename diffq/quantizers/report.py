@@ -5,29 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from diffq.attach.plan import TensorPlan
 from diffq.attach.weight import WeightQuantizer
-from diffq.format.records import group_count
+from diffq.format.groups import group_count, stream_counts
 from diffq.numerics.size import MEGABYTE_BITS
 from diffq.quantizers.tables import table
 
 _BAR_WIDTH = 24
 
 
-@dataclass(frozen=True)
-class TensorSize:
-    """What one tensor takes.
-
-    Attributes:
-        plan: the tensor.
-        group_size: weights that share a bitwidth.
-        stored_bits: bits of all that is stored of it.
-        level_bits: bits of its levels or indices; 0 if it has none.
-    """
+class TensorSize(NamedTuple):
+    """Bits of one tensor: of its levels or indices, and of all that is stored of it."""
 
     plan: TensorPlan
     group_size: int
@@ -36,19 +28,25 @@ class TensorSize:
 
 
 def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | None) -> TensorSize:
-    """What a weight quantizer stores of its weight."""
+    """The size of what a weight quantizer stores of its weight."""
     stored_bits = quantizer.record(weight, learned).stored_bits()
-    level_bits, _ = quantizer.level_totals(learned)
-    return TensorSize(quantizer.plan, quantizer.group_size, stored_bits, level_bits)
+    plan, group_size = quantizer.plan, quantizer.group_size
+    return TensorSize(plan, group_size, stored_bits, level_bits(quantizer, learned))
+
+
+def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
+    """Bits of the levels or indices of a tensor; 0 if it has neither."""
+    bits = quantizer.group_bits(learned)
+    if bits is None:
+        return quantizer.index_bits
+    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
+    return sum(width * count for width, count in counts.items())
 
 
 def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
     """The table of a quantizer: tensor, shape, groups, mean bits, MB.
 
-    Args:
-        sizes: what each tensor with a weight quantizer takes.
-        raw_bits: bits of all tensors that have none.
-        tensors: number of all tensors.
+    `raw_bits` are those of all `tensors` without a weight quantizer.
     """
     levels = [size for size in sizes if size.level_bits]
     total = raw_bits + sum(size.stored_bits for size in sizes)

@@ -40,7 +40,7 @@ class StepWatch:
     def __init__(self, optimizer: Optimizer, attachment: Attachment) -> None:
         self._optimizer: ref[Optimizer] | None = ref(optimizer)
         self._attachment = attachment
-        self._given = self._learned()
+        self._given = attachment.learned.parameter
         # Steps of optimizers without learned parameters, since one with them stepped.
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._said: set[str] = set()
@@ -69,12 +69,10 @@ class StepWatch:
             OptimizerError: the parameters that the optimizer trains are no longer the model's.
         """
         self._attachment.forget()
-        quantizers = self._attachment.quantizers
-        learned = self._attachment.learned.parameter
+        quantizers, learned = self._attachment.quantizers, self._attachment.learned.parameter
         if learned is None or not learned.requires_grad or not any(q.learning for q in quantizers):
             return
-        groups = reversed(optimizer.param_groups)
-        if any(p is learned for group in groups for p in group["params"]):
+        if _holds(optimizer, learned):
             self._all_trained()
             self._end_step()
             if self._optimizer is not None:
@@ -93,14 +91,11 @@ class StepWatch:
             self._steps[optimizer] = 1
 
     def _end_step(self) -> None:
-        if not any(q.readings.in_this_step for q in self._attachment.quantizers):
+        quantizers = self._attachment.quantizers
+        if not any(q.readings.in_this_step for q in quantizers):
             return  # what steps without a forward, such as code that fills an optimizer's state
-        unread = [
-            q.plan.name
-            for q in self._attachment.quantizers
-            if q.learning and not q.readings.learned
-        ]
-        for quantizer in self._attachment.quantizers:
+        unread = [q.plan.name for q in quantizers if q.learning and not q.readings.learned]
+        for quantizer in quantizers:
             quantizer.readings.end_step()
         unread = [name for name in unread if not self._is_left_out(name)]
         if unread and self._optimizer is not None and "unread" not in self._said:
@@ -140,18 +135,15 @@ class StepWatch:
             )
 
     def _holds_learned(self, optimizer: Optimizer | None) -> bool:
-        groups = optimizer.param_groups if optimizer is not None else []
-        learned = {id(p) for p in self._learned()}
-        return any(id(p) in learned for group in groups for p in group["params"])
+        return optimizer is not None and _holds(optimizer, self._attachment.learned.parameter)
 
     def _compare_parameters(self, optimizer: Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        given = [p for p in self._given if id(p) in held]
+        given = self._given if _holds(optimizer, self._given) else None
         # FSDP may leave whole parameters in the places of those that optimizers hold.
-        if self._holds_learned(optimizer) or any(map(is_dtensor, given)):
+        if self._holds_learned(optimizer) or (given is not None and is_dtensor(given)):
             self._all_trained()
             self._compare_holders(optimizer)
-        elif given:
+        elif given is not None:
             raise OptimizerError(
                 "The model's parameters were replaced after the optimizer was made, so its steps "
                 "train nothing: fully_shard does that, and load_state_dict(assign=True). Make the "
@@ -192,10 +184,6 @@ class StepWatch:
                 "the quantizer's. In a loop of your own, scale the rate of each group."
             )
 
-    def _learned(self) -> list[Tensor]:
-        parameter = self._attachment.learned.parameter
-        return [] if parameter is None else [parameter]
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_steps": None}
 
@@ -216,6 +204,12 @@ def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not torch.compiler.is_compiling():
         for watch in tuple(_WATCHING):
             watch.note(optimizer)
+
+
+def _holds(optimizer: Optimizer, parameter: Tensor | None) -> bool:
+    # The group of learned parameters is most often the last.
+    groups = reversed(optimizer.param_groups)
+    return any(p is parameter for group in groups for p in group["params"])
 
 
 def _is_shared(rates: Sequence[float]) -> bool:

@@ -26,18 +26,11 @@ class QuantizeSwitch:
 
         The weights that are trained stay as they are, and gradients pass straight
         through. A later `model.train()` ends it too.
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         self._attachment.forwards.always_quantized = True
 
     def unquantize(self) -> None:
-        """Ends `quantize()`: each weight follows the mode of its module again.
-
-        Raises:
-            AttachError: the quantizer was detached.
-        """
+        """Ends `quantize()`: each weight follows the mode of its module again."""
         self._attachment.forwards.always_quantized = False
 
     @contextmanager
@@ -45,9 +38,6 @@ class QuantizeSwitch:
         """`quantize()` for the length of a `with` block, which may be nested.
 
         In the block, `module.weight` is the quantized weight outside of forwards too.
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         forwards = self._attachment.forwards
         before, forwards.always_quantized = forwards.always_quantized, True
@@ -66,8 +56,5 @@ class QuantizeSwitch:
 
             with quantizer.computing():
                 logits = features @ model.head.weight.T
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         return self._attachment.computing()

@@ -11,13 +11,9 @@ def table(
     left: int = 1,
     footer: Sequence[str] | None = None,
 ) -> str:
-    """Aligns rows under a header.
+    """Aligns rows under a header: the first `left` columns to the left, the others to the right.
 
-    Args:
-        header: one title per column.
-        rows: cells as text.
-        left: the first `left` columns are aligned to the left, the others to the right.
-        footer: a last row, which an empty line sets apart.
+    An empty line sets the footer, a last row, apart.
     """
     lines = [header, *rows, *([footer] if footer else [])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

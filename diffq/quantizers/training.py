@@ -18,7 +18,7 @@ from diffq.torch_inside.sharding import reshard
 class OptimizerSetup:
     """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
 
-    _step_watch: StepWatch | None
+    _step_watch: StepWatch | None = None
 
     @property
     @abstractmethod
@@ -34,9 +34,6 @@ class OptimizerSetup:
 
             >>> bits_optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=1e-2)
             >>> quantizer.setup_optimizer(bits_optimizer)
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         return self._attachment.learned.parameters()
 
@@ -75,22 +72,19 @@ class OptimizerSetup:
         learned = list(self.learned_parameters())
         add_learned(optimizer, attachment.model, learned, options, self._optimizer)
         self._end_checks()
-        self._step_watch = StepWatch(optimizer, attachment) if learned else None
+        if learned:
+            self._step_watch = StepWatch(optimizer, attachment)
 
     def no_optimizer(self) -> None:
         """Allows training without `setup_optimizer`: the learned parameters stay as they are.
 
         The optimizer that was set up before loses them. One that you make afterwards from
         `model.parameters()` holds them, unless you leave out the `learned_parameters()`.
-
-        Raises:
-            AttachError: the quantizer was detached.
         """
         optimizer = self._optimizer
         if optimizer is not None:
             release(optimizer, list(self.learned_parameters()))
         self._end_checks()
-        self._step_watch = None
 
     @property
     def _optimizer(self) -> Optimizer | None:
@@ -98,16 +92,12 @@ class OptimizerSetup:
         return self._step_watch.optimizer if self._step_watch is not None else None
 
     def _end_checks(self) -> None:
+        """Ends all checks of training."""
         self._attachment.forwards.expects_optimizer = False
         if self._step_watch is not None:
             self._step_watch.stop()
+        self._step_watch = None
 
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""
         self._attachment.forwards.expects_optimizer = True
-        self._step_watch = None
-
-    def _forget_optimizer(self) -> None:
-        """Ends all checks of training."""
-        self._end_checks()
-        self._step_watch = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -65,6 +65,37 @@ def is_plain() -> bool:
 def in_backward() -> bool:
     """Whether a backward runs, in which checkpoints compute parts of a forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Kept:
+    """Tensors that a node holds for several backwards, of parts of its outputs.
+
+    `save_for_backward` lets go of all tensors after the first one.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._tensors = tensors
+        self._versions = [_version(tensor) for tensor in tensors]
+
+    def tensors(self) -> Sequence[Tensor | None]:
+        """The tensors.
+
+        Raises:
+            RuntimeError: one was written to, so that gradients would be wrong.
+        """
+        if [_version(tensor) for tensor in self._tensors] != self._versions:
+            raise RuntimeError(
+                "One of the variables needed for gradient computation has been modified by an "
+                "inplace operation: a quantized weight, or what its quantizer learns, was written "
+                "to between a forward and its backward."
+            )
+        return self._tensors
+
+
+def _version(tensor: Tensor | None) -> int:
+    if tensor is None or not is_plain() or tensor.is_inference():
+        return 0
+    return tensor._version
 
 
 def in_reentrant_checkpoint() -> bool:

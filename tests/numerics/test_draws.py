@@ -15,8 +15,8 @@ FEW, MANY = 2**14, 2**20 + 7
 
 def _drawn(kind, *counts, dtype=torch.float32):
     samples = [torch.empty(count, dtype=dtype) for count in counts]
-    draws.draw_(samples, kind)
-    return samples
+    fill = draws.source(kind, sum(counts), samples[0])
+    return [fill(sample) for sample in samples]
 
 
 def _probability(kind, numbers):
@@ -94,7 +94,8 @@ def test_default_device_and_inference_mode():
     """The table of quantiles is an ordinary one on the CPU, wherever the first draw happens."""
     draws._quantiles.cache_clear()
     with torch.device("meta"), torch.inference_mode():
-        draws.draw_([torch.empty(MANY, device="cpu")], "gaussian")
+        sample = torch.empty(MANY, device="cpu")
+        draws.source("gaussian", MANY, sample)(sample)
     (sample,) = _drawn("gaussian", MANY)
     assert sample.std() > 0.9
     assert not draws._quantiles("gaussian", torch.float32).is_inference()
@@ -105,6 +106,7 @@ def test_tensors_without_numbers():
     draws._quantiles.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(MANY)
-        draws.draw_([fake], "gaussian")
-    draws.draw_([torch.empty(MANY, device="meta")], "uniform")
+        draws.source("gaussian", MANY, fake)(fake)
+    meta = torch.empty(MANY, device="meta")
+    draws.source("uniform", MANY, meta)(meta)
     assert draws._quantiles.cache_info().currsize == 0

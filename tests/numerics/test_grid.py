@@ -219,37 +219,12 @@ def test_gradient_of_equation_11():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_slopes_are_the_gradients(whole):
-    """`slopes_of_all` and `log_step_slope` are what autograd finds for bits and log(step)."""
+    """`log_step_slope` is what autograd finds for log(step)."""
     law = BitsLaw(2, 15, whole)
     logits = torch.linspace(-4, 4, 7, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(law.bits(logits).sum(), logits)
-    torch.testing.assert_close(grid.slopes_of_all([law], [logits], [1])[0], slope)
     step = grid.step_size(torch.tensor([-1.0]), torch.tensor([2.0]), law.bits(logits))
     (slope,) = torch.autograd.grad(step.log().sum(), logits)
     torch.testing.assert_close(law.log_step_slope(logits), slope)
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=5))
-def test_bits_of_all_are_those_of_each(tensors):
-    """Bitwidths computed for many tensors together are those of one by one, bit for bit."""
-    laws = [BitsLaw(1, 1 + size, whole) for size, whole in tensors]
-    generator = torch.Generator().manual_seed(len(tensors))
-    logits = [torch.randn(size, generator=generator) for size, _ in tensors]
-    together = grid.bits_of_all(laws, logits)
-    for law, part, found in zip(laws, logits, together, strict=True):
-        assert same_bits(law.bits(part).round() if law.whole else law.bits(part), found)
-
-
-@given(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)))
-def test_extremes_are_at_their_places(shape):
-    """The places lead to a minimum and a maximum, also in tensors that are searched by rows."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    small = torch.randint(-9, 9, shape, generator=generator).float()
-    large = small.repeat(1, 1, 2**16)
-    for tensor in (small, large, large.transpose(0, 2)):
-        low, high = grid.extremes([tensor]).places(0, tensor)
-        assert tensor.reshape(-1)[low] == tensor.min()
-        assert tensor.reshape(-1)[high] == tensor.max()
 
 
 # Zero points

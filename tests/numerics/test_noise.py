@@ -10,6 +10,7 @@ from torch import nn
 
 import diffq
 from diffq.numerics import draws, noise
+from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw, widen
 from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
@@ -103,38 +104,38 @@ def test_noise_goes_with_the_seed():
 
 
 def _perturbed(weights, group_size, kind="gaussian"):
-    """Noisy weights with steps that grow from group to group, and these steps."""
-    sizes = [min(group_size, weight.numel()) for weight in weights]
-    steps = [
-        torch.arange(1, 1 - (-w.numel() // size), dtype=widen(w).dtype)
-        for w, size in zip(weights, sizes, strict=True)
-    ]
-    return noise.perturb(weights, steps, sizes, kind), steps
+    """Noisy weights, and the bits of each group, from 1 on."""
+    flat = Flat([weight.shape for weight in weights], group_size)
+    wide = widen(weights[0]).dtype
+    bits = torch.arange(1, 1 + flat.groups.total, dtype=wide)
+    drawn = noise.perturb(flat, weights, bits, kind, 0.5, [False] * len(weights))
+    return flat.split(drawn.values), bits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])
-@pytest.mark.parametrize("group_size", [1, 4, 100])
+@pytest.mark.parametrize("group_size", [1, 4, 100, None])
 def test_perturb_adds_step_times_noise(dtype, kind, group_size):
     """Noise is one draw for all tensors, cut into their groups and scaled by each group's step."""
     weights = [torch.randn(3, 5).to(dtype), torch.randn(7).to(dtype)]
     torch.manual_seed(3)
-    noisy, steps = _perturbed(weights, group_size, kind)
-    sizes = [min(group_size, weight.numel()) for weight in weights]
+    noisy, bits = _perturbed(weights, group_size, kind)
     torch.manual_seed(3)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    unit = torch.empty(sum(len(s) * n for s, n in zip(steps, sizes, strict=True)), dtype=wide)
-    draws.draw_([unit], kind)
-    for weight, value, step, size in zip(weights, noisy, steps, sizes, strict=True):
-        mine, unit = unit[: len(step) * size], unit[len(step) * size :]
-        added = (mine.view(-1, size).double() * step[:, None]).reshape(-1)[: weight.numel()]
+    width = group_size or 64
+    rows = [-(-weight.numel() // width) for weight in weights]
+    unit = draws.source(kind, sum(rows) * width, bits)(torch.empty(sum(rows), width, dtype=wide))
+    units = torch.split(unit.double(), rows)
+    widths = torch.split(bits.double(), rows if group_size else [1, 1])
+    for weight, value, unit, width in zip(weights, noisy, units, widths, strict=True):
+        span = weight.double().max() - weight.double().min()
+        added = unit * (0.5 * span / (2**width - 1))[:, None]
+        added = added.reshape(-1)[: weight.numel()].view(weight.shape)
         assert value.dtype == wide
-        exact = added.view(weight.shape) + weight
-        # The product may be rounded before it is added, or not.
+        exact = added + weight
+        # The step is rounded a few times, the product may be before it is added.
         error = (value - exact).abs()
-        assert (
-            error <= torch.finfo(wide).eps * (added.view(weight.shape).abs() + exact.abs())
-        ).all()
+        assert (error <= torch.finfo(wide).eps * (8 * added.abs() + exact.abs())).all()
 
 
 def test_noise_does_not_depend_on_strides():
@@ -145,6 +146,15 @@ def test_noise_does_not_depend_on_strides():
     torch.manual_seed(0)
     (last,), _ = _perturbed([weight.contiguous(memory_format=torch.channels_last)], 4)
     assert same_bits(last, plain)
+
+
+def _pass_noise(weight, value, logits, law, group_size):
+    """The value of one tensor, with the gradient of its noise."""
+    flat = Flat([weight.shape], group_size)
+    joined = flat.join([weight.detach()], weight)
+    drawn = noise.Drawn(flat, flat.join([value], value), flat.ends(joined))
+    (passed,) = noise.pass_noise(drawn, law, logits, [weight], [value])
+    return passed
 
 
 LAW = BitsLaw(2, 15)
@@ -187,7 +197,7 @@ def test_gradients_are_those_of_constant_noise(numel, group_size, bits, twice):
     wanted = torch.autograd.grad(
         _as_autograd_sees_it(weight, value, logits, law, group_size) @ upstream, inputs
     )
-    passed = noise.pass_noise(weight, value, logits, law, group_size)
+    passed = _pass_noise(weight, value, logits, law, group_size)
     assert bits_of(passed) == bits_of(value)
     found = torch.autograd.grad(passed @ upstream, inputs, create_graph=twice)
     torch.testing.assert_close(found, wanted)
@@ -201,7 +211,7 @@ def test_second_derivatives():
     value = weight.detach() + 0.1 * torch.rand(6).double()
 
     def passed(upstream):
-        noisy = noise.pass_noise(weight, value, logits, LAW, 3)
+        noisy = _pass_noise(weight, value, logits, LAW, 3)
         return torch.autograd.grad(noisy, (weight, logits), upstream, create_graph=True)
 
     upstream = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -212,7 +222,7 @@ def test_the_first_of_equal_extremes_gets_the_gradient_of_the_range():
     """Of several equal minima, one gets the range's gradient: a subgradient, as for max()."""
     weight = torch.tensor([-1.0, -1.0, 0.0, 1.0], requires_grad=True)
     value = weight.detach() + torch.tensor([0.0, 0.0, 0.5, 0.0])
-    noise.pass_noise(weight, value, None, LAW, 4).sum().backward()
+    _pass_noise(weight, value, None, LAW, 4).sum().backward()
     assert close(weight.grad, torch.tensor([0.75, 1, 1, 1.25]))
 
 
@@ -220,7 +230,7 @@ def test_constant_tensors_pass_finite_gradients():
     """A constant tensor has step 0 and error 0: its gradients are finite."""
     weight = torch.full((4,), 0.5, requires_grad=True)
     logits = torch.zeros(1, requires_grad=True)
-    noise.pass_noise(weight, weight.detach().clone(), logits, LAW, 4).sum().backward()
+    _pass_noise(weight, weight.detach().clone(), logits, LAW, 4).sum().backward()
     assert close(weight.grad, torch.ones(4))
     assert not logits.grad.any()
 
@@ -230,7 +240,7 @@ def test_tiny_ranges_pass_finite_gradients(scale):
     """The inverse of a tiny range overflows; its gradient does not."""
     weight = (torch.randn(4, 8) * scale).requires_grad_()
     value = weight.detach() * 1.25
-    noise.pass_noise(weight, value, None, LAW, 32).sum().backward()
+    _pass_noise(weight, value, None, LAW, 32).sum().backward()
     assert weight.grad.isfinite().all()
     assert weight.grad.abs().max() < 32
 
@@ -239,7 +249,8 @@ def test_straight_through_is_the_identity():
     """The straight-through estimator gives the weight its gradient unchanged."""
     weight = torch.randn(2, 3, requires_grad=True)
     upstream = torch.randn(2, 3)
-    noise.straight_through(weight, torch.zeros(2, 3)).backward(upstream)
+    (passed,) = noise.straight_through([weight], [torch.zeros(2, 3)])
+    passed.backward(upstream)
     assert close(weight.grad, upstream)
 
 

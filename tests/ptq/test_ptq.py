@@ -60,8 +60,7 @@ def test_one_bitwidth_is_what_qat_stores(name, per_channel):
     state = model.state_dict()
     options = {"min_size": 0.0005, "float16": True}
     quantizer = diffq.QATQuantizer(model, bits=5, per_channel=per_channel, **options)
-    rules = Rules(min_size=options["min_size"])
-    snapshot = quantize_state(state, 5, Settings(None, per_channel, rules, float16=True))
+    snapshot = quantize_state(state, 5, Settings(None, per_channel, Rules(**options)))
     assert any(isinstance(record, GridRecord) for record in snapshot.records.values())
     assert file_of(snapshot) == file_of(quantizer.snapshot())
 
@@ -91,7 +90,7 @@ def test_other_tensors_are_kept_to_the_bit():
         "small": torch.tensor([float("nan"), 1e-30]),
         "large": weights(5000),
     }
-    snapshot = quantize_state(state, 4, Settings(float16=False))
+    snapshot = quantize_state(state, 4, Settings(rules=Rules(float16=False)))
     kinds = {name: type(record) for name, record in snapshot.records.items()}
     assert kinds == {**dict.fromkeys(state, RawRecord), "large": GridRecord}
     for name in list(state)[:-1]:
@@ -102,7 +101,7 @@ def test_other_tensors_are_kept_to_the_bit():
 def test_float16_halves_floats_but_not_statistics():
     """float16 stores floats that are not quantized in two bytes, except running statistics."""
     state = {"bias": weights(10), "norm.running_mean": weights(10), "half": weights(10).half()}
-    records = quantize_state(state, 4, Settings(float16=True)).records
+    records = quantize_state(state, 4, Settings(rules=Rules(float16=True))).records
     assert [r.stored_dtype for r in records.values()] == ["float16", "float32", "float16"]
     assert [r.dtype for r in records.values()] == ["float32", "float32", "float16"]
 
@@ -110,8 +109,8 @@ def test_float16_halves_floats_but_not_statistics():
 def test_float16_refuses_what_it_cannot_hold():
     """A finite value that float16 makes infinite is refused by name; an infinite one is kept."""
     with pytest.raises(diffq.WeightError, match=r"70000.*big"):
-        quantize_state({"big": torch.tensor([70000.0])}, 4, Settings(float16=True))
-    quantize_state({"big": torch.tensor([float("inf")])}, 4, Settings(float16=True))
+        quantize_state({"big": torch.tensor([70000.0])}, 4, Settings(rules=Rules(float16=True)))
+    quantize_state({"big": torch.tensor([float("inf")])}, 4, Settings(rules=Rules(float16=True)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

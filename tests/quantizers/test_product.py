@@ -20,6 +20,7 @@ from tests.models import (
     TiedModules,
     computed,
     computed_weight,
+    evaluate_alike,
     mlp,
     restored,
     seeded,
@@ -395,3 +396,20 @@ def test_compressed_size_is_that_of_the_file(tmp_path):
     """compressed_model_size is the size of the file."""
     quantizer = attach(seeded(mlp), codebook_size=16)
     assert quantizer.compressed_model_size() * 2**20 == diffq.save(quantizer, tmp_path / "x")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_model_on_the_meta_device(assign, fixed):
+    """A model made on the meta device loads a checkpoint, and computes what its model does."""
+    model = seeded(mlp)
+    quantizer = attach(model)
+    if fixed:
+        quantizer.quantize_stage()
+    with torch.device("meta"):
+        other = mlp()
+    attach(other)
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    assert evaluate_alike(other, model, torch.randn(3, 16))

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import diffq
-from diffq.numerics import grid
 from diffq.numerics.grid import BitsLaw
-from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, Sized, learned_bits
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, Sized, Sizes, learned_bits
 from tests.holder import Holder, set_bits, weight_quantizers
 from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, computed_weight, encoder
 
@@ -167,20 +166,19 @@ def test_gradient_of_equation_8_counts_weights(cases, last_unused):
     logits = [torch.linspace(-2, 2, g.groups, dtype=torch.float64) for g in groupings]
     flat, tensors, start = torch.cat(logits).requires_grad_(), [], 0
     for grouping in groupings:
-        tensors.append(Sized(grouping, start, active=True))
+        tensors.append(Sized(grouping, start))
         start += grouping.groups
-    if last_unused:
-        tensors[-1] = tensors[-1]._replace(active=False)
-    (found,) = torch.autograd.grad(learned_bits(flat, tensors), flat)
+    active = [True] * len(tensors)
+    active[-1] = not last_unused
+    (found,) = torch.autograd.grad(learned_bits(flat, Sizes(tensors), active), flat)
     assert found.shape == flat.shape
-    for part, tensor, gradient in zip(
-        logits, tensors, found.split([len(part) for part in logits]), strict=True
+    for part, grouping, on, gradient in zip(
+        logits, groupings, active, found.split([len(part) for part in logits]), strict=True
     ):
-        grouping = tensor.grouping
         starts = range(0, grouping.numel, grouping.group_size)
         counts = [min(grouping.group_size, grouping.numel - start) for start in starts]
-        (slope,) = grid.slopes_of_all([grouping.law], [part], [1])
-        torch.testing.assert_close(gradient, torch.tensor(counts) * slope * tensor.active)
+        slope = torch.func.grad(lambda part: law.bits(part).sum())(part)
+        torch.testing.assert_close(gradient, torch.tensor(counts) * slope * on)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +187,7 @@ def test_gradient_of_equation_8_counts_weights(cases, last_unused):
 def test_bit_map_is_that_of_rounded_bits(largest, width):
     """The map in the differentiable size is as wide as evaluation's, at real bitwidths too."""
     _, weight = _learned(12, 4, [2.0, largest, 2.0])
-    size = learned_bits(weight.logits, [Sized(weight.grouping, 0)])
+    size = learned_bits(weight.logits, Sizes([Sized(weight.grouping, 0)]), [True])
     assert size.item() == pytest.approx(4 * (4 + largest) + 3 * width + 72)
 
 
@@ -396,7 +394,7 @@ def test_second_derivatives(missing):
     def _bits(logits):
         return (law.bits(logits) * torch.tensor([4, 4, 4, 4, 4 - missing])).sum()
 
-    size = learned_bits(logits, [Sized(grouping, 0)])
+    size = learned_bits(logits, Sizes([Sized(grouping, 0)]), [True])
     (found,) = torch.autograd.grad(size, logits, create_graph=True)
     (second,) = torch.autograd.grad(found.sum(), logits)
     wanted = torch.autograd.functional.hessian(_bits, logits).sum(0)

@@ -8,33 +8,24 @@ A block is made of consecutive weights of the flattened tensor. In a linear laye
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffq.checks import check_whole
 from diffq.errors import ConfigError
+from diffq.torch_inside.modules import CONVOLUTIONS
 
 #: Kinds of layers, as far as blocks are concerned. Whatever is neither an embedding nor a
 #: convolution is linear: recurrent layers, attention, parameters of your own.
-LayerKind = Literal["linear", "embedding", "conv1x1", "conv", "depthwise"]
-LAYER_KINDS: tuple[str, ...] = get_args(LayerKind)
+LAYER_KINDS = ("linear", "embedding", "conv1x1", "conv", "depthwise")
 
 #: One number for inputs of layers, or numbers by the kind of layer.
 BlockSize = int | Mapping[str, int]
 
 #: Blocks along the inputs where a mapping leaves a kind out (the paper's sizes).
 _ALONG_INPUTS = {"linear": 8, "embedding": 8, "conv1x1": 4}
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 def check_block_size(block_size: Any) -> None:
@@ -56,7 +47,7 @@ def layer_kind(owner: nn.Module, shape: torch.Size) -> str:
     """The kind of layer that a tensor of this shape in this module belongs to."""
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if not isinstance(owner, _CONVOLUTIONS) or len(shape) < 3:
+    if not isinstance(owner, CONVOLUTIONS) or len(shape) < 3:
         return "linear"
     if shape[2:].numel() == 1:
         return "conv1x1"
@@ -64,13 +55,7 @@ def layer_kind(owner: nn.Module, shape: torch.Size) -> str:
 
 
 def choose_block_size(block_size: BlockSize, kind: str, shape: torch.Size) -> int:
-    """The block size of one tensor: as the user says for its kind, or a whole kernel.
-
-    Args:
-        block_size: a number for blocks along inputs, or a mapping by kind.
-        kind: the tensor's kind of layer.
-        shape: the tensor's shape.
-    """
+    """The block size of one tensor: as the user says for its kind, or a whole kernel."""
     if isinstance(block_size, Mapping):
         chosen = {**_ALONG_INPUTS, **block_size}
     else:

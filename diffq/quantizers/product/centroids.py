@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from diffq.torch_inside.graph import is_exported
 
 #: What codewords are stored in.
 Centroids = Literal["float32", "float16", "int8"]
-CENTROIDS: tuple[str, ...] = get_args(Centroids)
 
 _LAST_LEVEL = 255
 
@@ -39,11 +38,7 @@ class StoredCodebook:
         return self._decode(self.words)
 
     def take(self, indices: Tensor) -> Tensor:
-        """The codewords of some blocks, float32 [blocks, d].
-
-        Args:
-            indices: [blocks], of any integer dtype.
-        """
+        """The codewords of some blocks, float32 [blocks, d], by indices of any integer dtype."""
         if self.words.dtype != torch.float16 or is_exported():
             return self._decode(self.words[indices.long()])
         # As integers, because torch.compile would leave out a rounding to float16 and back.
@@ -54,12 +49,7 @@ class StoredCodebook:
         return (values - self.zero) * self.scale if words.dtype == torch.uint8 else values
 
     def record(self, weight: Tensor, indices: Tensor) -> ProductRecord:
-        """The stored tensor.
-
-        Args:
-            weight: gives shape and dtype.
-            indices: the codeword of each block, [blocks].
-        """
+        """The record of a weight, by the indices of its blocks, [blocks]."""
         return ProductRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
@@ -72,14 +62,10 @@ class StoredCodebook:
 
 @torch.no_grad()
 def store_codebook(codebook: Tensor, centroids: Centroids) -> StoredCodebook:
-    """Rounds a codebook to what is stored.
+    """Rounds a codebook, [K, d], to what is stored.
 
     "int8" is Equation 2 of arXiv:2004.07320, on a range that holds 0: scale
     s = (max - min) / 255, zero point z = round(-min / s), level round(c / s) + z.
-
-    Args:
-        codebook: [K, d].
-        centroids: what to store it in.
     """
     codebook = codebook.detach().float()
     one, none = torch.ones_like(codebook[0, 0]), torch.zeros_like(codebook[0, 0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from diffq.quantizers.product.weight import BlockNoise, Picked, ProductSettings,
 from diffq.quantizers.report import ProgressBar
 
 
-class ProductQuantizer(BaseQuantizer):
+class ProductQuantizer(BaseQuantizer[ProductSettings]):
     """Stores weights as indices into codebooks of blocks, and trains models to bear it.
 
     Product quantization with Quant-Noise ("Training with Quantization Noise for Extreme
@@ -72,7 +72,7 @@ class ProductQuantizer(BaseQuantizer):
         WeightError: a weight to quantize holds NaN or Inf.
     """
 
-    overridable: ClassVar[frozenset[str]] = frozenset(ProductSettings.__dataclass_fields__)
+    _weight_quantizer = ProductWeight
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class ProductQuantizer(BaseQuantizer):
             block_size, codebook_size, p, noise, picked, centroids, iterations
         )
         self._seed = seed
-        rules = Rules(min_size, include, exclude, overrides, least_dims=2)
-        super().__init__(model, settings, rules, float16)
+        rules = Rules(min_size, include, exclude, overrides, float16, least_dims=2)
+        super().__init__(model, settings, rules)
         try:
             self._stages = _group_stages([q.plan for q in self._products()], stages)
             self._learn(self._products(), warm=False)
@@ -106,27 +106,20 @@ class ProductQuantizer(BaseQuantizer):
             self.detach()
             raise
 
-    def _choose(
-        self, plan: TensorPlan, settings: ProductSettings, float16: bool, model: nn.Module
-    ) -> WeightQuantizer | None:
-        if plan.quantized and plan.pruned:
+    def _make_quantizer(
+        self, plan: TensorPlan, settings: ProductSettings, model: nn.Module
+    ) -> WeightQuantizer:
+        if plan.pruned:
             raise ConfigError(
                 f"A block is stored as its codeword, so the pruned weights of {plan.name} would "
                 f"not stay zero. Pass exclude=[{plan.name!r}], or make the pruning permanent with "
                 "torch.nn.utils.parametrize.remove_parametrizations."
             )
-        if plan.quantized:
-            kind, size = layer_kind(plan.sites[0].owner(model), plan.shape), settings.block_size
-            if isinstance(size, Mapping) or "block_size" not in plan.overrides:
-                size = choose_block_size(size, kind, plan.shape)
-            check_blocks(plan.name, kind, plan.shape, size, settings.codebook_size)
-            settings = replace(settings, block_size=size)
-        return super()._choose(plan, settings, float16, model)
-
-    def _make_quantizer(
-        self, plan: TensorPlan, settings: ProductSettings, weight: Tensor
-    ) -> ProductWeight:
-        return ProductWeight(plan, settings, weight.device)
+        kind, size = layer_kind(plan.sites[0].owner(model), plan.shape), settings.block_size
+        if isinstance(size, Mapping) or "block_size" not in plan.overrides:
+            size = choose_block_size(size, kind, plan.shape)
+        check_blocks(plan.name, kind, plan.shape, size, settings.codebook_size)
+        return super()._make_quantizer(plan, replace(settings, block_size=size), model)
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
@@ -163,21 +156,12 @@ class ProductQuantizer(BaseQuantizer):
             waiting = [q for q in self._products() if q.plan.name in names and not q.fixed]
             if waiting:
                 self._learn(waiting, warm=True)
-                self._fix(waiting)
+                codebooks = self._attachment.each_quantizer(lambda _, codebook: codebook)
+                for quantizer in waiting:
+                    quantizer.fix(cast(Tensor, codebooks[quantizer.index]))
+                self._attachment.forget()
                 return names
         return ()
-
-    def _fix(self, waiting: Sequence[ProductWeight]) -> None:
-        def fix(quantizer: WeightQuantizer, learned: Tensor | None) -> None:
-            if (
-                isinstance(quantizer, ProductWeight)
-                and quantizer in waiting
-                and learned is not None
-            ):
-                quantizer.fix(learned)
-
-        self._attachment.each_quantizer(fix)
-        self._attachment.forget()
 
     def _products(self) -> list[ProductWeight]:
         return [q for q in self._attachment.quantizers if isinstance(q, ProductWeight)]
@@ -198,7 +182,7 @@ class ProductQuantizer(BaseQuantizer):
             found = list(filter(None, attachment.each_weight(learn)))
         codebooks: list[Tensor | None] = [None] * len(attachment.quantizers)
         for quantizer, clusters in found:
-            quantizer.take(clusters)
+            quantizer.take(clusters.indices)
             codebooks[quantizer.index] = clusters.codebook
         attachment.learned.write(codebooks)
         attachment.forget()

@@ -12,13 +12,12 @@ from torch import Tensor
 from diffq.attach.plan import TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
-from diffq.checks import check_number, check_whole
+from diffq.checks import check_choice, check_number, check_whole
 from diffq.errors import ConfigError, MismatchError, WeightError
 from diffq.format.kinds.product import MAX_CODEWORDS, SCALE_BITS, ProductRecord, index_bits
 from diffq.numerics.kmeans import Clustering, kmeans_with_zeros, nearest, nonzero, smallest
 from diffq.quantizers.product.blocks import BlockSize, check_block_size
 from diffq.quantizers.product.centroids import (
-    CENTROIDS,
     Centroids,
     StoredCodebook,
     pass_to_centroids,
@@ -33,8 +32,6 @@ BlockNoise = Literal["exact", "proxy", "mean"]
 
 #: Blocks are picked one by one, or all those of a codeword together.
 Picked = Literal["blocks", "clusters"]
-
-_CENTROID_BITS = {"float32": 32, "float16": 16, "int8": 8}
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,9 @@ class ProductSettings:
             )
         check_number(self.p, "p", 0, 1)
         check_whole(self.iterations, "iterations")
-        for name, known in (
-            ("noise", get_args(BlockNoise)),
-            ("picked", get_args(Picked)),
-            ("centroids", CENTROIDS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        check_choice(self.noise, "noise", get_args(BlockNoise))
+        check_choice(self.picked, "picked", get_args(Picked))
+        check_choice(self.centroids, "centroids", get_args(Centroids))
 
 
 class ProductWeight(WeightQuantizer):
@@ -87,7 +79,7 @@ class ProductWeight(WeightQuantizer):
 
     method = "ProductQuantizer"
 
-    def __init__(self, plan: TensorPlan, settings: ProductSettings, device: torch.device) -> None:
+    def __init__(self, plan: TensorPlan, settings: ProductSettings) -> None:
         super().__init__(plan)
         self.settings = settings
         # One number for this tensor by now.
@@ -96,7 +88,8 @@ class ProductWeight(WeightQuantizer):
         self.blocks = plan.numel // block_size
         self.may_have_zeros = False
         self.size = settings.codebook_size
-        self.indices = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+        self.index_bits = index_bits(self.size) * self.blocks
+        self.indices = torch.zeros(self.blocks, dtype=torch.int32, device="cpu")
         self.counts = torch.ones_like(self.indices[:1]).repeat(self.size)
 
     @property
@@ -148,12 +141,8 @@ class ProductWeight(WeightQuantizer):
     def size_bits(self) -> float:
         """Equation 5 without activations: codebook and ceil(log2 K) bits a block."""
         scale = SCALE_BITS if self.settings.centroids == "int8" else 0
-        words = _CENTROID_BITS[self.settings.centroids] * self.size * self.group_size
-        return float(words + scale + self.level_totals(None)[0])
-
-    def level_totals(self, learned: Tensor | None) -> tuple[int, int]:
-        """Bits of all indices, and the number of weights."""
-        return index_bits(self.size) * self.blocks, self.plan.numel
+        word = 8 * self.group_size * getattr(torch, self.settings.centroids).itemsize
+        return float(self.size * word + scale + self.index_bits)
 
     def meaning(self) -> dict[str, Any]:
         """The shape of the codebook, and what it is stored in."""
@@ -178,11 +167,6 @@ class ProductWeight(WeightQuantizer):
         """
         self._check_finite(weight)
         self._check_zeros(weight, learned)
-        step = self.plan.numel
-
-        def report(iteration: int) -> None:
-            bar.advance(step, self.plan.name)
-
         blocks = self._in_blocks(weight).float()
         found = kmeans_with_zeros(
             blocks,
@@ -190,14 +174,16 @@ class ProductWeight(WeightQuantizer):
             start=learned,
             iterations=self.settings.iterations,
             generator=torch.Generator().manual_seed(seed),
-            report=report,
+            report=lambda _: bar.advance(self.plan.numel, self.plan.name),
         )
         stored = store_codebook(found.codebook, self.settings.centroids)
         return replace(found, indices=self._nearest(blocks, stored.values()))
 
-    def take(self, found: Clustering) -> None:
-        """Takes the indices of what was learned."""
-        self._set_indices(found.indices)
+    def take(self, indices: Tensor) -> None:
+        """Takes the codeword of each block, [blocks]."""
+        self.indices = indices.to(torch.int32)
+        counts = torch.bincount(self.indices, minlength=self.size)
+        self.counts = counts.clamp(min=1).to(torch.int32)
 
     def fix(self, learned: Tensor) -> None:
         """Has each block keep the codeword that it was given last."""
@@ -212,7 +198,7 @@ class ProductWeight(WeightQuantizer):
                     f"The state dict was made with another codebook_size for {self.plan.name}. "
                     "Make the quantizer with the same arguments."
                 )
-            self._set_indices(kept)
+            self.take(kept.to(self.indices.device))
         self.stage = stage
         if learned is not None and not learned.is_meta and self.fixed:
             self.look(learned, learned)
@@ -223,11 +209,6 @@ class ProductWeight(WeightQuantizer):
         """Reads the codebook, the indices, and whether they are fixed."""
         super().read_earlier(entries, learned)
         return int(entries["_extra_state"][0]), entries.get("indices")
-
-    def _set_indices(self, indices: Tensor) -> None:
-        self.indices = indices.to(self.indices.device, torch.int32)
-        counts = torch.bincount(self.indices, minlength=self.size)
-        self.counts = counts.clamp(min=1).to(torch.int32)
 
     def _move(self, device: torch.device) -> None:
         if self.indices.device != device:

@@ -1,0 +1,116 @@
+"""Batches: tensors that are alike are drawn and connected together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffq.attach.sample import Sample
+from diffq.torch_inside.graph import is_plain
+
+# Weights of a batch, 32 MB in float32: a batch has its gradients together, and gradients that are
+# ready early are sent early by DistributedDataParallel.
+_MOST = 2**23
+
+
+class Run(NamedTuple):
+    """What some quantizers learn, one after the other.
+
+    Attributes:
+        flat: all numbers, [numbers]; None if nothing is learned.
+        shapes: of each quantizer's part; None for those without.
+    """
+
+    flat: Tensor | None
+    shapes: tuple[torch.Size | None, ...]
+
+    @classmethod
+    def of(cls, learned: Tensor | None) -> Run:
+        """The run of one quantizer."""
+        flat = None if learned is None else learned.view(-1)
+        return cls(flat, (None if learned is None else learned.shape,))
+
+    def beside(self, weight: Tensor) -> Run:
+        """The same on the device of a weight."""
+        if self.flat is None or self.flat.device == weight.device:
+            return self
+        return Run(self.flat.to(weight.device, non_blocking=True), self.shapes)
+
+    def detach(self) -> Run:
+        """The same without graph."""
+        return self if self.flat is None else Run(self.flat.detach(), self.shapes)
+
+    def parts(self) -> list[Tensor | None]:
+        """Each quantizer's part, in its shape."""
+        if self.flat is None:
+            return [None] * len(self.shapes)
+        counts = [shape.numel() for shape in self.shapes if shape is not None]
+        pieces = iter(torch.split(self.flat, counts))
+        return [None if shape is None else next(pieces).view(shape) for shape in self.shapes]
+
+
+class Batch:
+    """Tensors of one dtype and device whose quantizers are alike, drawn and connected together.
+
+    This one takes them one by one. A method that many tensors are trained with has a batch that
+    computes with all of them in a few operations, and one node of autograd.
+
+    Args:
+        quantizers: weight quantizers of one class, alike.
+    """
+
+    def __init__(self, quantizers: Sequence[Any]) -> None:
+        self.quantizers = tuple(quantizers)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """What a training forward computes with in place of each weight; without graph."""
+        each = zip(self.quantizers, weights, learned.parts(), strict=True)
+        return [q.draw(weight, part) or Sample.of(weight) for q, weight, part in each]
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The values with their gradients, in the weights' dtype."""
+        each = zip(self.quantizers, weights, samples, learned.parts(), strict=True)
+        return [w if s.is_weight else q.connect(w, s, part) for q, w, s, part in each]
+
+
+class Batches:
+    """Cuts the tensors of a forward in batches, which are kept for the next one."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Batch] = {}
+
+    def of(self, tensors: Sequence[tuple[Any, Tensor]]) -> list[tuple[Batch, list[Tensor]]]:
+        """Batches, and the tensors of each, in the order of the first ones.
+
+        Args:
+            tensors: weight quantizers, and the tensor of each.
+        """
+        plain = is_plain()
+        sizes: dict[Hashable, int] = {}
+        members: dict[Hashable, list[tuple[Any, Tensor]]] = {}
+        for quantizer, base in tensors:
+            kind = type(quantizer), quantizer.alike, base.dtype, base.device
+            size = sizes[kind] = sizes.get(kind, 0) + base.numel()
+            # Compiled code of layers that are alike is shared, if each has a batch of its own.
+            part = size // _MOST if plain else quantizer.index
+            members.setdefault((*kind, part), []).append((quantizer, base))
+        batches = []
+        for each in members.values():
+            quantizers, bases = zip(*each, strict=True)
+            batches.append((self._batch(quantizers, plain), list(bases)))
+        return batches
+
+    def _batch(self, quantizers: Sequence[Any], plain: bool) -> Batch:
+        kind, alike = type(quantizers[0]), quantizers[0].alike
+        if not plain:
+            batch: Batch = kind.batch(quantizers)
+            return batch
+        key = kind, alike, *(quantizer.index for quantizer in quantizers)
+        if key not in self._known:
+            self._known[key] = kind.batch(quantizers)
+        return self._known[key]

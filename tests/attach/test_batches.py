@@ -1,0 +1,158 @@
+"""Batches: a step costs what it costs whatever the number of tensors; nothing else changes."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import diffq
+from diffq.attach import batch as batches
+from diffq.numerics import draws
+from tests.compare import close
+from tests.holder import Holder, bits_of, weight_quantizers
+from tests.models import SUMS, gradients
+
+#: Quantizers, and the operations that a batch takes in a step.
+MADE = {
+    "gaussian": (68, lambda model: diffq.DiffQuantizer(model, min_size=0)),
+    "one bitwidth": (68, lambda model: diffq.DiffQuantizer(model, min_size=0, group_size=None)),
+    "rounding": (88, lambda model: diffq.DiffQuantizer(model, min_size=0, noise="rounding")),
+    "fixed": (36, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
+    "qat": (30, lambda model: diffq.QATQuantizer(model, min_size=0)),
+    "quant-noise": (35, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
+    "lsq": (36, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute, and not those that only look at memory in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.counts[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(count):
+    return Holder({f"weight{index}": torch.randn(6, 8) for index in range(count)})
+
+
+def _read(model, quantizer):
+    with quantizer.computing():
+        return [getattr(model, name) for name in weight_quantizers(model)]
+
+
+def _step(tensors, size=None):
+    """A backward of tensors, and of a size if it is learned."""
+    roots = [*tensors, size] if size is not None and size.requires_grad else [*tensors]
+    torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+
+
+def _operations(kind, count):
+    """Operations that a step takes beyond a plain one, after a first step."""
+    model = _tensors(count)
+    with Operations() as plain:
+        _step(model.parameters())
+    quantizer = MADE[kind][1](model)
+    quantizer.no_optimizer()
+    _step(_read(model, quantizer), quantizer.model_size())
+    model.zero_grad()
+    with Operations() as operations:
+        _step(_read(model, quantizer), quantizer.model_size())
+    return sum((operations.counts - plain.counts).values())
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_operations_do_not_grow_with_the_number_of_tensors(kind):
+    """A step of 40 tensors takes as many operations as one of 4, and not more than they took."""
+    few, many = (_operations(kind, count) for count in (4, 40))
+    assert few == many <= MADE[kind][0]
+
+
+@pytest.mark.parametrize("kind", set(MADE) - {"quant-noise"})
+def test_tensors_of_a_batch_are_those_of_batches_of_one(kind, monkeypatch):
+    """Values and gradients do not depend on what else is in the batch, noise apart."""
+    shapes = [(6, 8), (5,), (3, 3, 7), (1,), (130,)]
+    results = []
+    for most in (2**23, 1):
+        monkeypatch.setattr(batches, "_MOST", most)
+        # Numbers of one draw, whatever is drawn together.
+        monkeypatch.setattr(draws, "source", lambda *args: lambda sample: sample.fill_(0.75))
+        torch.manual_seed(0)
+        model = Holder({f"weight{n}": torch.randn(shape) for n, shape in enumerate(shapes)})
+        quantizer = MADE[kind][1](model)
+        quantizer.no_optimizer()
+        read = _read(model, quantizer)
+        _step([tensor.sin() for tensor in read], quantizer.model_size())
+        results.append(([bits_of(tensor) for tensor in read], gradients(model)))
+    assert results[0][0] == results[1][0]
+    assert close(results[0][1], results[1][1], SUMS)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_backwards_in_parts(kind):
+    """Losses of some tensors may have backwards of their own, without retain_graph."""
+    results = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        model = _tensors(4)
+        quantizer = MADE[kind][1](model)
+        quantizer.no_optimizer()
+        torch.manual_seed(1)
+        read = [tensor.square().sum() for tensor in _read(model, quantizer)]
+        for part in range(parts):
+            sum(read[part::parts]).backward()
+        results.append(gradients(model))
+    assert close(*results, SUMS)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rounding", "lsq"])
+def test_writes_before_the_backward(kind):
+    """A weight that is written to between forward and backward is torch's error, not a gradient."""
+    model = _tensors(2)
+    quantizer = MADE[kind][1](model)
+    quantizer.no_optimizer()
+    loss = sum(tensor.sum() for tensor in _read(model, quantizer))
+    with torch.no_grad():
+        model.weight1.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_unread_tensors_have_no_gradient():
+    """A tensor that a loss does not read has no gradient, and its bits get zeros."""
+    model = _tensors(3)
+    diffq.DiffQuantizer(model, min_size=0, group_size=None).no_optimizer()
+    with diffq.quantizer_of(model).computing():
+        loss = model.weight0.sin().sum() + model.weight2.sin().sum()
+    loss.backward()
+    assert model.weight1.grad is None
+    assert (model._diffq.learned.grad != 0).tolist() == [True, False, True]
+
+
+def test_large_models_have_several_batches(monkeypatch):
+    """A batch ends after some megabytes, so that its gradients are there before the others'."""
+    monkeypatch.setattr(batches, "_MOST", 100)
+    model = _tensors(6)
+    quantizer = diffq.DiffQuantizer(model, min_size=0)
+    quantizer.no_optimizer()
+    nodes = {tensor.grad_fn for tensor in _read(model, quantizer)}
+    assert len(nodes) == 3
+
+
+def test_kinds_that_differ_are_batches_of_their_own():
+    """Group sizes, dtypes and laws in one model: each tensor is quantized by its own."""
+    tensors = {"a": (6, 8), "b": (8,), "c": (9,), "d": (4,)}
+    model = Holder({name: torch.randn(shape) for name, shape in tensors.items()})
+    model.c.data = model.c.data.double()
+    overrides = {"b": {"group_size": 4}, "d": {"max_bits": 9}}
+    quantizer = diffq.DiffQuantizer(model, min_size=0, noise="rounding", overrides=overrides)
+    quantizer.no_optimizer()
+    trained = [bits_of(tensor) for tensor in _read(model, quantizer)]
+    model.eval()
+    assert [bits_of(tensor) for tensor in _read(model, quantizer)] == trained
