@@ -122,7 +122,7 @@ class Attachment:
         Raises:
             AttachError: one was removed or replaced.
         """
-        if all(children_in(parent) == children for parent, children in self._links):
+        if all(children_in(parent).get(key) is child for parent, key, child in self._links):
             return
         present = set(self.model.modules())
         for place in self._places:
@@ -229,12 +229,13 @@ class Attachment:
         modules = set(module.modules())
         return tuple(place for place in self._places if place.owner in modules)
 
-    def _find_links(self) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:
+    def _find_links(self) -> list[tuple[nn.Module, str, nn.Module]]:
         covered = set(self._covered)
         return [
-            (parent, dict(children))
+            (parent, key, child)
             for parent in self.model.modules()
-            if not covered.isdisjoint((children := children_in(parent)).values())
+            for key, child in children_in(parent).items()
+            if child in covered
         ]
 
     def _parts(self) -> list[Tensor | None]:

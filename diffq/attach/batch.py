@@ -84,6 +84,10 @@ class Batches:
     def __init__(self) -> None:
         self._known: dict[Hashable, Batch] = {}
 
+    def __reduce__(self) -> tuple[type[Batches], tuple[()]]:
+        """Copies and pickles hold nothing."""
+        return Batches, ()
+
     def of(self, tensors: Sequence[tuple[Any, Tensor]]) -> list[tuple[Batch, list[Tensor]]]:
         """Batches, and the tensors of each, in the order of the first ones.
 

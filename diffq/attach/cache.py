@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq.attach.place import Place
-from diffq.attach.ready import Ready
 from diffq.torch_inside.tensors import INTEGERS, stamp
 
 # Elements of each tensor that are compared at each entry.
@@ -65,15 +63,9 @@ class EvalCache:
         self._learned: _Seen | None = None
         # By the indices of some weights.
         self._probes: dict[tuple[int, ...], _Probe] = {}
-        # By the identity of the places, which each holds.
-        self._ready: dict[int, tuple[Ready, _Probe]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EvalCache:
-        """Copies begin with nothing."""
-        return EvalCache(len(self._kept))
 
     def __reduce__(self) -> tuple[type[EvalCache], tuple[int]]:
-        """Pickles hold nothing."""
+        """Copies and pickles hold nothing."""
         return EvalCache, (len(self._kept),)
 
     def clear(self) -> None:
@@ -81,26 +73,6 @@ class EvalCache:
         self._kept = [None] * len(self._kept)
         self._learned = None
         self._probes = {}
-        self._ready = {}
-
-    def ready(self, places: Sequence[Place], learned: Tensor | None) -> Ready | None:
-        """All quantized weights of some places, if a forward computed with them and all are right.
-
-        Args:
-            places: the same object as in that forward.
-            learned: the flat parameter.
-        """
-        ready, probe = self._ready.get(id(places), (None, None))
-        if ready is None or probe is None or not self._has_learned(learned):
-            return None
-        # Elements last: the memory of another tensor may be gone.
-        return ready if ready.is_right() and probe.is_still() else None
-
-    def keep_ready(self, ready: Ready) -> None:
-        """Keeps what a forward computed with, unless another thread has changed something since."""
-        probe = self._probes.get(tuple(place.quantizer.index for place, _ in ready.pairs))
-        if probe is not None:
-            self._ready[id(ready.places)] = ready, probe
 
     def _has_learned(self, learned: Tensor | None) -> bool:
         return learned is None or bool(self._learned and self._learned.is_still(learned))

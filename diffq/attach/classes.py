@@ -126,12 +126,6 @@ class QuantizedTensor(property):
         # Functions and no methods, which torch 2.6 cannot compile.
         def read(module: Any) -> Any:
             parameters, cover = parameters_in(module), module._diffq_cover
-            if cover is not None and not is_compiling():
-                stack = cover.forwards.stacks.get(get_ident())
-                if stack and not (torch.is_grad_enabled() or module.training):
-                    ready = stack[-1].ready.get(id(parameters.get(name)))
-                    if ready is not None:
-                        return ready
             forward = None if cover is None else cover.forwards.current()
             if forward is None:
                 return parameters[name] if name in parameters else _plain(module, name, inner)
@@ -286,7 +280,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
         if not is_compiling():
             # Almost all calls are in a forward that has all tensors.
             stack = cover.forwards.stacks.get(get_ident())
-            if stack and not stack[-1].draws_parts:
+            if stack and not is_managed(self):
                 return method(self, *args, **kwargs)
         if not cover.forwards.attached or (of_tensors and not _has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)

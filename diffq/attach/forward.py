@@ -22,17 +22,15 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.batch import Batch, Batches, Run
 from diffq.attach.cache import EvalCache
+from diffq.attach.drawing import Drawing, beside
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
-from diffq.attach.ready import Ready, can_be_ready
-from diffq.attach.sample import Forward, Sample, separate_versions
+from diffq.attach.sample import Forward, Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.attach.writes import Writes
 from diffq.numerics.noise import straight_through
 from diffq.torch_inside.graph import (
-    Tied,
     call_after_backward,
     in_backward,
     is_plain,
@@ -41,7 +39,7 @@ from diffq.torch_inside.graph import (
     untraced,
 )
 from diffq.torch_inside.modules import parameter_in
-from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
+from diffq.torch_inside.sharding import is_dtensor, is_managed
 
 
 class Forwards:
@@ -74,7 +72,7 @@ class Forwards:
         self.stacks: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
-        self._batches = Batches()
+        self._drawing = Drawing(learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
@@ -84,7 +82,6 @@ class Forwards:
             "replayed": None,
             "root": None,
             "attached": False,
-            "_batches": Batches(),
         }
         return {**self.__dict__, **outside}
 
@@ -154,20 +151,13 @@ class Forwards:
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
         forward, plain = Forward(len(self.quantizers), entry), is_plain()
-        if plain and entry is not None:
-            ready = self.cache.ready(places, parameter)
-            if ready is not None:
-                return self._begin_ready(forward, ready)
         training: list[tuple[Place, Tensor]] = []
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
         for place in places:
             quantizer, owner = place.quantizer, place.owner
-            if is_managed(owner):
-                forward.draws_parts = True  # FSDP's tensors are whole only while their module runs
-                continue
-            if quantizer.index in seen:
-                continue
+            if is_managed(owner) or quantizer.index in seen:
+                continue  # FSDP's tensors are whole only while their module runs
             base = place.base()
             if base.is_meta:
                 continue  # offloaded tensors come when their module runs
@@ -189,20 +179,6 @@ class Forwards:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
             forward.writes = Writes(forward, pairs, thorough)
-            if entry is not None and can_be_ready(places, pairs):
-                self.cache.keep_ready(Ready(places, pairs, forward.quantized))
-        return forward
-
-    def _begin_ready(self, forward: Forward, ready: Ready) -> Forward:
-        """Has a forward compute with what one before it computed with."""
-        shared = not torch.is_grad_enabled()
-        forward.quantized = ready.samples(shared)
-        for quantizer, sample in zip(self.quantizers, forward.quantized, strict=True):
-            quantizer.slot = sample
-        if shared:
-            forward.ready, forward.writes = ready.values, ready
-        else:
-            forward.writes = Writes(forward, ready.pairs, thorough=False)
         return forward
 
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
@@ -257,8 +233,6 @@ class Forwards:
             sample = self._at_reading(forward, place, base, training)
         if not training:
             quantizer.readings.note_eval()
-            if sample.shared and sample.weight is base and not torch.compiler.is_compiling():
-                forward.ready[id(base)] = sample.value
             return self._quantized(sample, base)
         if not torch.compiler.is_compiling():
             quantizer.readings.note_training()
@@ -269,8 +243,7 @@ class Forwards:
         # own for each part: two of them must not share a node.
         own_graph = sample.read_without_grad and in_backward()
         if sample.connected is None or own_graph or sample.weight is not base:
-            learned = self.learned.part(quantizer.index)
-            return self._connect_alone(quantizer, base, sample, learned)
+            return self._drawing.connect(quantizer, base, sample)
         return sample.connected
 
     def forget(self) -> None:
@@ -299,38 +272,12 @@ class Forwards:
             place.quantizer.look(weight.detach(), None if learned is None else learned.detach())
 
     def _draw(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
-        pairs_of = [(place.quantizer, base) for place, base in pairs]
-        batches = self._batches.of(pairs_of)
-        runs = self.learned.runs([batch.quantizers for batch, _ in batches])
-        for (batch, bases), run in zip(batches, runs, strict=True):
-            run = run.beside(bases[0])
-            with torch.no_grad():
-                samples = batch.draw(bases, run.detach())
-            if is_plain():
-                separate_versions(samples)
-            if torch.is_grad_enabled():
-                self._connect(batch, bases, samples, run)
-            for quantizer, sample in zip(batch.quantizers, samples, strict=True):
-                forward.put(quantizer.index, sample)
-                if torch.compiler.is_compiling():
-                    # Reading must change nothing in what checkpoints run again.
-                    quantizer.readings.note_training()
-
-    def _connect(
-        self, batch: Batch, bases: Sequence[Tensor], samples: Sequence[Sample], learned: Run
-    ) -> None:
-        connected = batch.connect(bases, samples, learned)
-        each = zip(batch.quantizers, samples, connected, learned.parts(), strict=True)
-        for quantizer, sample, value, part in each:
-            sample.connected = _tied(quantizer, value, part)
-
-    def _connect_alone(
-        self, quantizer: WeightQuantizer, base: Tensor, sample: Sample, learned: Tensor | None
-    ) -> Tensor:
-        """A value with a node of its own."""
-        learned = _beside(base, learned)
-        connected = base if sample.is_weight else quantizer.connect(base, sample, learned)
-        return _tied(quantizer, connected, learned)
+        tensors = [(place.quantizer, base) for place, base in pairs]
+        for quantizer, sample in self._drawing.draw(tensors):
+            forward.put(quantizer.index, sample)
+            if torch.compiler.is_compiling():
+                # Reading must change nothing in what checkpoints run again.
+                quantizer.readings.note_training()
 
     def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
@@ -350,7 +297,7 @@ class Forwards:
             cache.probe(indices, bases)
 
     def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
-        learned = None if learned is None else _beside(base, learned.detach())
+        learned = None if learned is None else beside(base, learned.detach())
         # Values that inference mode made would be of no use to a later backward.
         plain = is_plain() and not base.is_inference()
         with torch.inference_mode(False) if plain else nullcontext():
@@ -366,7 +313,7 @@ class Forwards:
         if is_plain():
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
-        if sample.weight is base and not sample.shared:
+        if sample.weight is base:
             sample.connected = connected
         return connected
 
@@ -393,19 +340,3 @@ class Forwards:
 
     def _end_replay(self) -> None:
         self.replayed = None
-
-
-def _beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:
-    """What is learned on the device of its weight."""
-    if learned is None or learned.device == weight.device:
-        return learned
-    return learned.to(weight.device, non_blocking=True)
-
-
-def _tied(quantizer: WeightQuantizer, value: Tensor, learned: Tensor | None) -> Tensor:
-    """A value with what its quantizer learned in its graph, also when it learns no more."""
-    if learned is None or quantizer.learning or not is_distributed():
-        return value
-    # DistributedDataParallel waits for the gradient of every parameter.
-    tied: Tensor = Tied.apply(value, learned)  # type: ignore[no-untyped-call]
-    return tied

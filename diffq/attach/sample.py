@@ -35,7 +35,6 @@ class Sample:
         connected: the value with its gradient, in the weight's dtype.
         read_without_grad: the value was read where gradients are off.
         version: the version of the weight when it was drawn, for blocks that may write to it.
-        shared: other forwards compute with it too, so it keeps no graph.
     """
 
     weight: Tensor
@@ -47,7 +46,6 @@ class Sample:
     connected: Tensor | None = None
     read_without_grad: bool = False
     version: int | None = None
-    shared: bool = False
 
     def __post_init__(self) -> None:
         self.value = laid_out_as(self.weight, self.value)
@@ -71,8 +69,6 @@ class Forward:
         quantized: the same for eval.
         entry: the module whose call it is; None in a block that computes.
         writes: finds writes to quantized tensors at the end.
-        draws_parts: modules that FSDP shards draw when they run.
-        ready: by the identity of each weight, what eval without gradients computes with.
     """
 
     def __init__(self, count: int, entry: nn.Module | None) -> None:
@@ -80,8 +76,6 @@ class Forward:
         self.quantized: list[Sample | None] = [None] * count
         self.entry = entry
         self.writes: Any = None
-        self.draws_parts = False
-        self.ready: dict[int, Tensor] = {}
 
     def samples(self, training: bool) -> list[Sample | None]:
         """The samples of a mode."""

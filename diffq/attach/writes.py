@@ -36,7 +36,7 @@ class Writes:
         for place, base in self._pairs:
             now = parameter_in(place.owner, place.name)
             # A tensor that is no Parameter is put in place for a call, or computed.
-            if isinstance(base, nn.Parameter) and now is not base:
+            if now is not base and isinstance(base, nn.Parameter):
                 raise place.replaced(base)
         present = self._present_versions()
         for (place, _), sample, before, after in zip(
