@@ -20,10 +20,9 @@ from torch.compiler import is_compiling
 
 from diffq.attach import containers
 from diffq.attach.forward import Forwards
-from diffq.attach.methods import methods_that_read
+from diffq.attach.methods import has_tensor, methods_that_read
 from diffq.attach.place import Place
 from diffq.errors import AttachError
-from diffq.torch_inside.graph import output_tensors
 from diffq.torch_inside.modules import parameters_in
 from diffq.torch_inside.overrides import after_loads, before_moves
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
@@ -130,6 +129,10 @@ class QuantizedTensor(property):
             if forward is None:
                 return parameters[name] if name in parameters else _plain(module, name, inner)
             base, training = parameters.get(name), module.training
+            if forward.ready is not None and not (training or torch.is_grad_enabled()):
+                ready = forward.ready.get(id(base))
+                if ready is not None and not is_compiling():
+                    return ready
             place = cover.own[name]
             if base is None and inner is not None and name not in module.__dict__:
                 # Computed once, when the forward began.
@@ -282,7 +285,7 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
             stack = cover.forwards.stacks.get(get_ident())
             if stack and not is_managed(self):
                 return method(self, *args, **kwargs)
-        if not cover.forwards.attached or (of_tensors and not _has_tensor(args, kwargs)):
+        if not cover.forwards.attached or (of_tensors and not has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
         if not is_compiling():
             return cover.call(self, method, args, kwargs)
@@ -302,10 +305,6 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     wrapper: Any = counted
     wrapper.__code__ = wrapper.__code__.replace(co_name=method.__name__)
     return wrapper
-
-
-def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return next(output_tensors([*args, *kwargs.values()]), None) is not None
 
 
 def _watched(method: Any) -> Any:

@@ -151,6 +151,11 @@ class Forwards:
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
         forward, plain = Forward(len(self.quantizers), entry), is_plain()
+        shares = plain and entry is not None and not torch.is_grad_enabled()
+        if shares and self.cache.begin(forward, places, parameter):
+            for quantizer, sample in zip(self.quantizers, forward.quantized, strict=True):
+                quantizer.slot = sample
+            return forward
         training: list[tuple[Place, Tensor]] = []
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
@@ -179,6 +184,8 @@ class Forwards:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
             forward.writes = Writes(forward, pairs, thorough)
+            if shares and not thorough:
+                self.cache.keep(forward, places, pairs)
         return forward
 
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
@@ -231,11 +238,10 @@ class Forwards:
             sample = forward.samples(training)[quantizer.index]
         if sample is None or not sample.stands_for(base) or forward.is_outdated(sample):
             sample = self._at_reading(forward, place, base, training)
+        if not torch.compiler.is_compiling():  # checkpoints allow no side effects
+            quantizer.readings.note(training)
         if not training:
-            quantizer.readings.note_eval()
-            return self._quantized(sample, base)
-        if not torch.compiler.is_compiling():
-            quantizer.readings.note_training()
+            return self._quantized(forward, sample, base)
         if not torch.is_grad_enabled():
             sample.read_without_grad = True
             return sample.value.to(base.dtype)
@@ -277,7 +283,7 @@ class Forwards:
             forward.put(quantizer.index, sample)
             if torch.compiler.is_compiling():
                 # Reading must change nothing in what checkpoints run again.
-                quantizer.readings.note_training()
+                quantizer.readings.note(training=True)
 
     def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
@@ -303,7 +309,7 @@ class Forwards:
         with torch.inference_mode(False) if plain else nullcontext():
             return place.quantizer.quantize(base.detach(), learned)
 
-    def _quantized(self, sample: Sample, base: Tensor) -> Tensor:
+    def _quantized(self, forward: Forward, sample: Sample, base: Tensor) -> Tensor:
         # Tracers run a model twice, and compare the graphs.
         if not (torch.is_grad_enabled() and base.requires_grad) or is_traced():
             return sample.value
@@ -313,7 +319,7 @@ class Forwards:
         if is_plain():
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
-        if sample.weight is base:
+        if sample.weight is base and forward.ready is None:
             sample.connected = connected
         return connected
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,8 @@ class Forward:
         quantized: the same for eval.
         entry: the module whose call it is; None in a block that computes.
         writes: finds writes to quantized tensors at the end.
+        ready: where the samples of eval are shared with other forwards: by the identity of each
+            weight that one has read, what eval without gradients computes with.
     """
 
     def __init__(self, count: int, entry: nn.Module | None) -> None:
@@ -76,6 +78,7 @@ class Forward:
         self.quantized: list[Sample | None] = [None] * count
         self.entry = entry
         self.writes: Any = None
+        self.ready: Mapping[int, Tensor] | None = None
 
     def samples(self, training: bool) -> list[Sample | None]:
         """The samples of a mode."""

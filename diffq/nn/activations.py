@@ -25,7 +25,7 @@ from diffq.numerics.masks import block_mask
 from diffq.numerics.noise import straight_through
 from diffq.numerics.ranges import Observer, RangeTracker, check_observer
 from diffq.torch_inside.modules import CONVOLUTIONS, buffers_in, is_attention_projection, is_lazy
-from diffq.torch_inside.tensors import stamp
+from diffq.torch_inside.tensors import Stamp, stamp
 
 #: Name of the buffer that a layer gets: float32 [2, 1] or [2, channels], low and high of
 #: its input; NaN before calibration.
@@ -180,7 +180,7 @@ class LayerInput:
         self.name = name
         self.settings = settings
         self.tracker: RangeTracker | None = None
-        self._checked: tuple[int, int] | None = None
+        self._checked: Stamp = None
 
     def attach(self, layer: _Layer) -> list[RemovableHandle]:
         """Gives a layer its buffer and hooks."""

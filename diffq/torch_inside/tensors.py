@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def stamp(tensor: Tensor) -> tuple[int, int] | None:
-    """Address and version, one of which changes with each write but those through `.data`.
-
-    None for tensors of inference mode, which count no versions.
-    """
-    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+#: Address, version and shape of a tensor; None for one of inference mode, which has no version.
+Stamp: TypeAlias = tuple[int, int, torch.Size] | None
 
 
-def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int] | None]:
-    """The stamps of many tensors, in one pass without calls of Python functions."""
-    return [None if t.is_inference() else (t.data_ptr(), t._version) for t in tensors]
+def stamps(tensors: Iterable[Tensor]) -> list[Stamp]:
+    """Stamps of tensors: one changes with each write to its tensor but those through `.data`."""
+    # In one pass without calls of Python functions: forwards do this for all tensors.
+    return [None if t.is_inference() else (t.data_ptr(), t._version, t.shape) for t in tensors]
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """The stamp of one tensor."""
+    return stamps([tensor])[0]
