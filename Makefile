@@ -24,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-integrations test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
+.PHONY: help demo test test-slow test-integrations test-kernels test-gpu test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -42,6 +42,12 @@ test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make te
 test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries
 	$(PY) -m pytest tests/integrations $(PARALLEL) $(PYTEST_FLAGS)
 
+test-kernels: $(VENV)/.installed-kernels  ## run the tests of GPU kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(PARALLEL) $(PYTEST_FLAGS)
+
+test-gpu: $(VENV)/.installed-test  ## run the tests of GPU kernels on a GPU, with the Triton of its torch
+	$(PY) -m pytest tests/kernels $(PYTEST_FLAGS)
+
 test-processors: $(VENV)/.installed-test  ## run the tests as on other processors, $(PROCESSORS)
 	@failed=; for settings in $(PROCESSORS); do \
 		printf '\n== %s\n' "$$settings"; \
@@ -51,7 +57,7 @@ test-processors: $(VENV)/.installed-test  ## run the tests as on other processor
 
 # Without the files that take long, that multiply no matrices, or that need other libraries.
 test-processors-short: PROCESSORS = ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2,PERTURB=1
-test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli integrations \
+test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli integrations kernels \
 	test_distributed.py storage/test_open.py storage/test_load.py $(patsubst %,attach/test_%.py,compile fault_injection attach changed_models))
 test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--earlier", type=Path, help="Python of the environment with diffq 0.2.4")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
-    contenders = ["diffq-zstd", "diffq-packed", "torch", "safetensors"]
+    contenders = ["diffq-zstd", "diffq-rans", "diffq-packed", "torch", "safetensors"]
     contenders += ["earlier"] if args.earlier else []
     table = {}
     for millions in args.sizes:

@@ -126,6 +126,7 @@ def main() -> None:
     meter = Meter()
     runs: dict[str, Callable[[], None]] = {
         "diffq-zstd": lambda: run_diffq("zstd", args.millions, args.path, meter),
+        "diffq-rans": lambda: run_diffq("rans", args.millions, args.path, meter),
         "diffq-packed": lambda: run_diffq("packed", args.millions, args.path, meter),
         "earlier": lambda: run_earlier(args.millions, args.path, meter),
         "torch": lambda: run_torch(args.millions, args.path, meter),

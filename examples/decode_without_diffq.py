@@ -63,8 +63,8 @@ def check(condition: bool, what: str) -> None:
 
 def read_chunks(data: bytes) -> dict[bytes, bytes]:
     check(data[:8] == SIGNATURE, "the signature")
-    version = struct.unpack_from("<H", data, 8)[0]
-    check(version == 1, f"version {version}, of which this reader knows nothing,")
+    major, minor = data[8], data[9]
+    check((major, minor) in ((1, 0), (1, 1)), f"version {major}.{minor}, unknown to this reader,")
     bodies, offset, tag = {}, 10, b""
     while tag != b"DONE":
         tag, size, crc = struct.unpack_from("<4sQI", data, offset)
@@ -179,19 +179,24 @@ class Index:
             number = len(self.segments) - back
             check(number >= 0 and self.segments[number]["item"] == item, "a place")
             self.segments[number]["pieces"].append((count, min(group_size, count)))
+            self.segments[number]["starts"].append(0)
             return [(number, len(self.segments[number]["pieces"]) - 1)]
-        first = len(self.segments)
+        first, start = len(self.segments), 0
         for piece in cut(item, count, group_size):
             pieces = [(piece, min(group_size, piece))]
-            self.segments.append({"item": item, "pieces": pieces})
+            self.segments.append({"item": item, "pieces": pieces, "starts": [start]})
+            start += piece
         return [(number, 0) for number in range(first, len(self.segments))]
 
     def read_segment(self, cursor: Cursor, segment: dict) -> None:
         segment |= {"size": cursor.varint(), "crc": cursor.unsigned(4)}
         if segment["item"] == self.LEVELS:
             segment["payload"], used = cursor.varint(), cursor.unsigned(2)
-            segment["map_width"] = cursor.unsigned(1)
             widths = [bits for bits in range(1, 17) if used >> bits % 16 & 1]
+            if not segment["payload"]:
+                segment["widths"] = widths
+                return
+            segment["map_width"] = cursor.unsigned(1)
             segment["widths"] = {bits: cursor.unsigned(1) for bits in widths}
 
 
@@ -230,6 +235,8 @@ def unpack(data: bytes, count: int, width: int) -> tuple[np.ndarray, bytes]:
 def read_segment(segment: dict, stored: bytes) -> list:
     """Each piece's bytes, or its bitwidths and levels."""
     if segment["item"] == Index.LEVELS:
+        if not segment["payload"]:
+            return read_runs(segment, stored)
         return read_levels(segment, expand(stored, segment["payload"]))
     item, counts = segment["item"], [count for count, _ in segment["pieces"]]
     payload = expand(stored, item * sum(counts))
@@ -260,6 +267,89 @@ def read_levels(segment: dict, payload: bytes) -> list[tuple[np.ndarray, np.ndar
         check((levels[chosen] <= (1 << width) - 1).all(), "a level")
     check(not payload and set(all_bits) == set(segment["widths"]), "a segment of levels")
     return pairs(of_weights, np.split(levels, np.cumsum([len(bits) for bits in of_weights])[:-1]))
+
+
+# Section 14
+
+
+class Lanes:
+    """States that take turns, and the words that all of them read."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        lanes, words = cursor.varint(), cursor.varint()
+        self.states = list(struct.unpack(f"<{lanes}I", cursor.take(4 * lanes)))
+        check(bool(lanes) and min(self.states) >= 1 << 16, "a state")
+        self.words = list(struct.unpack(f"<{words}H", cursor.take(2 * words)))[::-1]
+        self.cursor = cursor
+
+    def run(self, count: int) -> list[int]:
+        """The next run of symbols, and before it its frequencies."""
+        slots = self.read_slots()
+        out = []
+        for number in range(count):
+            lane = number % len(self.states)
+            x = self.states[lane]
+            symbol, start, frequency = slots[x % (1 << 16)]
+            x = frequency * (x >> 16) + x % (1 << 16) - start
+            if x < 1 << 16:
+                check(bool(self.words), "the number of words")
+                x = x << 16 | self.words.pop()
+            self.states[lane] = x
+            out.append(symbol)
+        return out
+
+    def read_slots(self) -> list[tuple[int, int, int]]:
+        """For each slot its symbol, with start and frequency."""
+        symbol, slots = self.cursor.varint(), []
+        while len(slots) < 1 << 16:
+            frequency = self.cursor.varint()
+            check(len(slots) + frequency <= 1 << 16, "a sum of frequencies")
+            slots += [(symbol, len(slots), frequency)] * frequency
+            symbol += 1 if frequency else 1 + self.cursor.varint()
+        return slots
+
+    def end(self) -> None:
+        check(not self.words and set(self.states) == {1 << 16}, "the end of the lanes")
+        check(self.cursor.offset == len(self.cursor.data), "the end of a segment")
+
+
+def read_runs(segment: dict, stored: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each piece's bitwidths and levels."""
+    pieces, widths, cursor = segment["pieces"], segment["widths"], Cursor(stored)
+    lanes = Lanes(cursor)
+    lowest, highest = cursor.unsigned(1), cursor.unsigned(1)
+    columns = [cursor.varint() for _ in pieces]
+    rows = [rows_of(*piece) for piece in zip(segment["starts"], pieces, columns, strict=True)]
+    marks = np.array(lanes.run(sum(rows) + sum(columns)))
+    counts = [-(-count // group_size) for count, group_size in pieces]
+    maps = np.array(lanes.run(sum(counts)) if len(widths) > 1 else widths * sum(counts))
+    of_weights, classes = [], []
+    for number, (count, group_size) in enumerate(pieces):
+        bits, maps = maps[: counts[number]], maps[counts[number] :]
+        of_weights.append(np.repeat(bits, group_size)[:count])
+        places = segment["starts"][number] + np.arange(count)
+        sums = np.full(count, marks[0])
+        if columns[number]:
+            row = places // columns[number] - places[0] // columns[number]
+            sums = marks[row] + marks[rows[number] + places % columns[number]]
+        marks = marks[rows[number] + columns[number] :]
+        classes.append(np.clip(sums, lowest, highest))
+    all_bits, all_classes = np.concatenate(of_weights), np.concatenate(classes)
+    check(sorted(set(all_bits)) == widths, "a segment of levels")
+    levels = np.zeros(len(all_bits), np.uint16)
+    for width in widths:
+        for number in np.unique(all_classes[all_bits == width]):
+            chosen = (all_bits == width) & (all_classes == number)
+            run = lanes.run(int(chosen.sum()))
+            check(max(run) < 1 << width, "a level")
+            levels[chosen] = run
+    lanes.end()
+    return pairs(of_weights, np.split(levels, np.cumsum([count for count, _ in pieces])[:-1]))
+
+
+def rows_of(start: int, piece: tuple[int, int], columns: int) -> int:
+    """The number of rows that a piece has weights in."""
+    return (start + piece[0] - 1) // columns - start // columns + 1 if columns else 1
 
 
 # Section 10

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffq.attach.sample import Sample
+from diffq.kernels.weights import traits
 from diffq.torch_inside.graph import is_plain
 
 # Weights of a batch, 32 MB in float32: a batch has its gradients together, and gradients that are
@@ -98,7 +99,8 @@ class Batches:
         sizes: dict[Hashable, int] = {}
         members: dict[Hashable, list[tuple[Any, Tensor]]] = {}
         for quantizer, base in tensors:
-            kind = type(quantizer), quantizer.alike, base.dtype, base.device
+            trait = traits(base) if plain else None
+            kind = type(quantizer), quantizer.alike, base.dtype, base.device, trait
             size = sizes[kind] = sizes.get(kind, 0) + base.numel()
             # Compiled code of layers that are alike is shared, if each has a batch of its own.
             part = size // _MOST if plain else quantizer.index

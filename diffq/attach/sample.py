@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffq.numerics.grid import laid_out_as
-from diffq.numerics.noise import Drawn
 from diffq.torch_inside.graph import in_backward, is_plain
 from diffq.torch_inside.tensors import version_of
 
@@ -27,9 +26,7 @@ class Sample:
         weight: the tensor that it stands for.
         value: perturbed or quantized, without graph: of the weight's shape and strides, in its
             dtype or a wider one.
-        drawn: what the tensors of its batch compute with; None where a method takes them one
-            by one.
-        place: its place there.
+        drawn: what `Batch.connect` needs of the tensors that were drawn together.
         training: whether it is one of training.
         is_weight: it is the weight itself, which the method leaves as it is.
         connected: the value with its gradient, in the weight's dtype.
@@ -39,8 +36,7 @@ class Sample:
 
     weight: Tensor
     value: Tensor
-    drawn: Drawn | None = None
-    place: int = 0
+    drawn: Any = None
     training: bool = True
     is_weight: bool = False
     connected: Tensor | None = None

@@ -30,9 +30,9 @@ class Writes:
         samples = [(place, forward.first(place.quantizer.index)) for place, _ in pairs]
         # A sample that is the weight itself may be written to.
         self._watched = [(place, s) for place, s in samples if s is not None and not s.is_weight]
-        self._values = [sample.value for _, sample in self._watched]
-        self._stamps = stamps(self._values)
-        self._sums = _checksums(self._values) if thorough else None
+        self._computed = [sample.value for _, sample in self._watched]
+        self._stamps = stamps(self._computed)
+        self._sums = _checksums(self._computed) if thorough else None
 
     def check(self) -> None:
         """Raises AttachError for a tensor that was assigned or written to."""
@@ -41,13 +41,13 @@ class Writes:
             # A tensor that is no Parameter is put in place for a call, or computed.
             if now is not base and isinstance(base, nn.Parameter):
                 raise place.replaced(base)
-        each = zip(self._watched, self._stamps, stamps(self._values), strict=True)
+        each = zip(self._watched, self._stamps, stamps(self._computed), strict=True)
         for (place, sample), before, after in each:
             if before != after or _was_moved(sample):
                 raise place.refused("write to", "written to")
         if self._sums is None:
             return
-        changed = (_checksums(self._values) != self._sums).nonzero().view(-1).tolist()
+        changed = (_checksums(self._computed) != self._sums).nonzero().view(-1).tolist()
         for number in changed[:1]:
             raise self._watched[number][0].refused("write to", "written to")
 

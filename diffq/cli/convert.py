@@ -77,9 +77,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--codec",
-        choices=("zstd", "packed"),
+        choices=("zstd", "rans", "packed"),
         default="zstd",
-        help="zstd for the smallest file; packed only packs bits (default: %(default)s)",
+        help="zstd is fast to load; rans makes the smallest file; packed only packs bits "
+        "(default: %(default)s)",
     )
 
 

@@ -132,6 +132,7 @@ def _describe_tensor(
         "dtype": entry.dtype,
         "kind": entry.kind,
         **{key: getattr(entry, key, absent) for key, absent in _DETAILS.items()},
+        "codings": stored.reader.codings(name),
         "bits": None,
         "mean_bits": None,
         "bytes": size,
@@ -159,13 +160,14 @@ def _float32_bytes(entry: Entry) -> int:
 
 def _print(described: dict[str, Any]) -> None:
     tensors = described["tensors"]
-    header = ["tensor", "shape", "dtype", "kind", "groups", "bits", "mean", "bytes", "share"]
+    header = ["tensor", "shape", "dtype", "kind", "groups", "bits", "mean", "coding"]
+    header += ["bytes", "share"]
     total = [
         *(f"{len(tensors)} tensors", "", "", "", ""),
-        *("", ratio(described["mean_bits"]), f"{described['bytes']:,}", "100.0%"),
+        *("", ratio(described["mean_bits"]), "", f"{described['bytes']:,}", "100.0%"),
     ]
     overhead = described["overhead_bytes"]
-    rest = ["(index, metadata)", "", "", "", "", "", "", f"{overhead:,}", _share(described)]
+    rest = ["(index, metadata)", *[""] * 7, f"{overhead:,}", _share(described)]
     bound = described["entropy_bound_bytes"]
     lines = [_row(tensor) for tensor in tensors]
     if bound is not None:
@@ -196,6 +198,7 @@ def _row(tensor: dict[str, Any]) -> list[str]:
         str(tensor["groups"]) if tensor["group_size"] else "-",
         histogram(tensor["bits"]) if tensor["bits"] else "-",
         ratio(tensor["mean_bits"]),
+        "+".join(tensor["codings"]) or "-",
         f"{tensor['bytes']:,}",
         f"{tensor['share']:.1%}",
     ]

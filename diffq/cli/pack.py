@@ -104,9 +104,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--codec",
-        choices=("zstd", "packed"),
+        choices=("zstd", "rans", "packed"),
         default="zstd",
-        help="zstd for the smallest file; packed only packs bits (default: %(default)s)",
+        help="zstd is fast to load; rans makes the smallest file; packed only packs bits "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--key", help="where a torch checkpoint keeps its state dict, such as model.state_dict"

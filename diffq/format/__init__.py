@@ -9,7 +9,11 @@ From the inside out, each module importing only from those above it:
     source         the bytes of a file, in memory or on the disk
     frames         one zstd frame
     layout         which segment holds which part of which tensor
-    entropy        segments of levels
+    costs          what coding costs, in whole numbers
+    entropy        segments of levels in zstd
+    contexts       classes of levels by rows and columns
+    rans           symbols to few bits
+    runs           segments of levels in rANS
     elements       segments of whole elements
     kinds.base     what a kind of record is
     kinds.raw      one tensor as it is

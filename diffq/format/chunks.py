@@ -12,7 +12,8 @@ from diffq.format.wire import Cursor, damaged, varint
 
 #: A byte above 127, CR LF, Ctrl-Z and LF: any text-mode transfer changes one of them.
 MAGIC = b"\x89DFQ\r\n\x1a\n"
-VERSION = 1
+#: The major version, and the highest minor one: files have the lowest that describes them.
+VERSION, MINOR = 1, 1
 
 INDEX, METADATA, DATA, END = b"INDX", b"meta", b"DATA", b"DONE"
 KNOWN = (INDEX, METADATA, DATA, END)
@@ -23,13 +24,14 @@ HEADER_BYTES = 16
 MAX_CHUNKS = 64
 #: Bytes of the content of INDX or meta: an index of a million tensors.
 MAX_TEXT = 1 << 26
+_PROLOGUE_BYTES = len(MAGIC) + 2
 # Chunks that a reader skips are checked in pieces of this many bytes.
 _STEP = 1 << 20
 
 
-def prologue() -> bytes:
-    """The bytes that every file starts with."""
-    return MAGIC + VERSION.to_bytes(2, "little")
+def prologue(minor: int = 0) -> bytes:
+    """The bytes that every file of a minor version starts with."""
+    return MAGIC + bytes([VERSION, minor])
 
 
 def chunk_header(tag: bytes, size: int, body: bytes | memoryview = b"") -> bytes:
@@ -94,21 +96,44 @@ class Chunk:
     body: memoryview
 
 
-def read_chunks(source: Source) -> dict[bytes, Chunk]:
-    """Checks signature, version and every chunk, and cuts the file.
+def read_prologue(source: Source) -> int:
+    """Checks signature and version.
 
     Args:
         source: the whole file.
 
     Returns:
+        the minor version.
+
+    Raises:
+        FormatError: not a diffq file, or another version.
+    """
+    data = bytes(source.read(0, min(_PROLOGUE_BYTES, source.size)))
+    _check_magic(data)
+    _check_room(source, 0, _PROLOGUE_BYTES, "the signature")
+    major, minor = data[len(MAGIC) :]
+    if major != VERSION or minor > MINOR:
+        known, got = f"{VERSION}.0 to {VERSION}.{MINOR}", f"{major}.{minor}"
+        raise FormatError(
+            f"This diffq reads versions {known} of the file format, got version {got}. "
+            "Install a diffq that reads it."
+        )
+    return minor
+
+
+def read_chunks(source: Source) -> dict[bytes, Chunk]:
+    """Checks every chunk, and cuts the file.
+
+    Args:
+        source: the whole file, whose signature and version have been read.
+
+    Returns:
         the known chunks by their tags.
 
     Raises:
-        FormatError: not a diffq file, another version, or damage outside the segments.
+        FormatError: damage outside the segments.
     """
-    offset = len(MAGIC) + 2
-    _check_prologue(bytes(source.read(0, min(offset, source.size))))
-    _check_room(source, 0, offset, "the signature")
+    offset = _PROLOGUE_BYTES
     known: list[Chunk] = []
     for _ in range(MAX_CHUNKS):
         chunk = _read_chunk(source, offset)
@@ -136,7 +161,7 @@ def _check_order(known: list[Chunk]) -> None:
         raise damaged("Chunk DONE", "it must be empty", f"{end.stop - end.start} bytes")
 
 
-def _check_prologue(data: bytes) -> None:
+def _check_magic(data: bytes) -> None:
     if not data.startswith(MAGIC):
         if MAGIC[1:4] in data[:7]:
             raise FormatError(
@@ -146,12 +171,6 @@ def _check_prologue(data: bytes) -> None:
         raise FormatError(
             f"A diffq file starts with {MAGIC!r}, got {data[: len(MAGIC)]!r}. "
             "Check the path: this is another kind of file."
-        )
-    version = int.from_bytes(data[len(MAGIC) :], "little")
-    if len(data) == len(MAGIC) + 2 and version != VERSION:
-        raise FormatError(
-            f"This diffq reads version {VERSION} of the file format, got version {version}. "
-            "Install a diffq that reads it."
         )
 
 

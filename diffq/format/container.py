@@ -12,23 +12,25 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, FormatError
-from diffq.format import chunks, elements, entropy
+from diffq.format import chunks, elements, entropy, runs
 from diffq.format.index import Storage, write_index
 from diffq.format.kinds.base import Coded, Entry, Record
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
 from diffq.format.reader import Reader, least_size
+from diffq.format.runs import RunCoding
 from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
-Codec = Literal["zstd", "packed"]
+#: How levels are coded: quick to read, smallest, or at their bitwidth.
+Codec = Literal["zstd", "rans", "packed"]
 
 
 class _Source(NamedTuple):
@@ -52,7 +54,9 @@ def encode(
         records: name -> record, in the order that the file keeps.
         aliases: further name -> name of a record, for tied tensors.
         metadata: a JSON object.
-        codec: "zstd" for the smallest file; "packed" stores all levels at their bitwidth.
+        codec: "zstd" compresses all segments; "rans" codes levels in rANS where that is
+            smaller, for the smallest file, in version 1.1 of the format; "packed" stores all
+            levels at their bitwidth.
         threads: threads to use; by default one for each core.
 
     Raises:
@@ -73,21 +77,22 @@ def encode_parts(
 
     A large file is then never held twice. Takes and raises what `encode` does.
     """
-    if codec not in ("zstd", "packed"):
-        raise ConfigError(f"The codec is 'zstd' or 'packed', got {codec!r}.")
-    compress = codec == "zstd"
+    if codec not in get_args(Codec):
+        raise ConfigError(f"The codec is 'zstd', 'rans' or 'packed', got {codec!r}.")
     _check_aliases(records, aliases or {})
     sources = [_Source(r.entry(name), r.elements, r.coded) for name, r in records.items()]
     entries = [source.entry for source in sources]
     texts = {}
     if metadata is not None and metadata != {}:
         texts[chunks.METADATA] = write_metadata(metadata)
-    pooling = Pooling(compress)
+    pooling = Pooling(codec != "packed")
     backs = [pooling.add(source.entry, source.coded) for source in sources]
-    work = partial(_encode_segment, sources=sources, compress=compress)
+    work = partial(_encode_segment, sources=sources, codec=codec)
     segments = in_threads(work, pooling.layout.segments, threads)
     index = write_index(entries, aliases or {}, backs, [storage for storage, _ in segments])
-    parts = _assemble({chunks.INDEX: index, **texts}, [stored for _, stored in segments])
+    minor = int(any(isinstance(storage.coding, RunCoding) for storage, _ in segments))
+    stored = [stored for _, stored in segments]
+    parts = [chunks.prologue(minor), *_chunks({chunks.INDEX: index, **texts}, stored)]
     return _fill_up(parts, sum(entry.decoded_bytes for entry in entries))
 
 
@@ -116,9 +121,9 @@ def _check_aliases(records: Mapping[str, Record], aliases: Mapping[str, str]) ->
             raise FormatError(f"The alias {name!r} must name a stored tensor, got {target!r}.")
 
 
-def _assemble(texts: Mapping[bytes, bytes], segments: Sequence[bytes]) -> list[bytes]:
-    """The chunks of a file (docs/format.md, section 3)."""
-    parts = [chunks.prologue()]
+def _chunks(texts: Mapping[bytes, bytes], segments: Sequence[bytes]) -> list[bytes]:
+    """The chunks of a file but the last (docs/format.md, section 3)."""
+    parts = []
     for tag, text in texts.items():
         body = chunks.text_body(text)
         parts += [chunks.chunk_header(tag, len(body), body), body]
@@ -137,11 +142,16 @@ def _fill_up(parts: list[bytes], decoded: int) -> list[bytes]:
 
 
 def _encode_segment(
-    segment: Segment, sources: Sequence[_Source], compress: bool
+    segment: Segment, sources: Sequence[_Source], codec: Codec
 ) -> tuple[Storage, bytes]:
+    compress = codec != "packed"
     if segment.item == LEVELS:
         pieces = [_levels(piece, sources[piece.record]) for piece in segment.pieces]
         coding, payload, stored = entropy.encode(pieces, compress)
+        if codec == "rans":
+            run_coding, coded = runs.encode(pieces)
+            if len(coded) < len(stored):
+                return Storage(len(coded), zlib.crc32(coded), 0, run_coding), coded
         return Storage(len(stored), zlib.crc32(stored), payload, coding), stored
     parts = [_elements(piece, sources[piece.record]) for piece in segment.pieces]
     data = np.concatenate(parts)
@@ -153,7 +163,8 @@ def _levels(piece: Piece, source: _Source) -> entropy.LevelPiece:
     # Only tensors of integers have parts of them.
     coded = cast(Coded, source.coded)
     levels, bits = coded.levels[piece.start : piece.stop], coded.bits[piece.groups]
-    return entropy.LevelPiece(source.entry.where, bits, levels, piece.group_size)
+    where, columns = source.entry.where, coded.columns
+    return entropy.LevelPiece(where, bits, levels, piece.group_size, piece.start, columns)
 
 
 def _elements(piece: Piece, source: _Source) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ gives the fewest bytes is measured for each stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ class Coding:
     map_width: int
     stored_widths: dict[int, int]
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bitwidths in use, rising."""
+        return tuple(self.stored_widths)
+
 
 @dataclass(frozen=True)
 class LevelPiece:
@@ -50,12 +55,16 @@ class LevelPiece:
         bits: uint8 [groups].
         levels: [weights] of an unsigned dtype.
         group_size: weights per group; the last may be short.
+        start: the first weight's place in the tensor.
+        columns: weights in a row of the tensor; 0 if it has none.
     """
 
     where: str
     bits: NDArray[np.uint8]
     levels: NDArray[np.uint16]
     group_size: int
+    start: int
+    columns: int
 
     def streams(self) -> dict[int, NDArray[np.uint16]]:
         """The levels of each bitwidth.
@@ -132,14 +141,21 @@ def _streams(pieces: Sequence[LevelPiece]) -> list[_Stream]:
     """The bit map, counted from its minimum, then the levels by rising bitwidth."""
     bits = np.concatenate([piece.bits for piece in pieces])
     offsets = bits - bits.min()
+    levels = [_Stream(width, stream) for width, stream in level_streams(pieces).items()]
+    return [_Stream(int(offsets.max()).bit_length(), offsets), *levels]
+
+
+def level_streams(pieces: Sequence[LevelPiece]) -> dict[int, NDArray[np.uint16]]:
+    """The levels of each bitwidth of all pieces, by rising bitwidth.
+
+    Raises:
+        FormatError: a level does not fit its bitwidth.
+    """
     by_width: dict[int, list[NDArray[np.uint16]]] = {}
     for piece in pieces:
         for width, levels in piece.streams().items():
             by_width.setdefault(width, []).append(levels)
-    streams = [_Stream(int(offsets.max()).bit_length(), offsets)]
-    for width in sorted(by_width):
-        streams.append(_Stream(width, np.concatenate(by_width[width])))
-    return streams
+    return {width: np.concatenate(by_width[width]) for width in sorted(by_width)}
 
 
 def _best_width(stream: _Stream) -> int:
@@ -179,7 +195,7 @@ class DecodedPiece:
 
 def decode(
     payload: bytes | memoryview, coding: Coding, pieces: Sequence[Piece], where: str
-) -> Iterator[DecodedPiece]:
+) -> list[DecodedPiece]:
     """Inverse of `encode`.
 
     Args:
@@ -192,22 +208,65 @@ def decode(
         FormatError: the payload contradicts `coding` or `pieces`.
     """
     cursor = Cursor(payload, where)
-    sizes = [piece.group_count for piece in pieces]
-    maps = np.split(_decode_map(cursor, coding, sum(sizes), where), np.cumsum(sizes)[:-1])
-    counts = [
-        stream_counts(bits, piece.group_size, piece.count)
-        for bits, piece in zip(maps, pieces, strict=True)
-    ]
-    used = sorted({width for count in counts for width in count})
-    if used != list(coding.stored_widths):
-        rule = f"the bit map must use the bitwidths {list(coding.stored_widths)}"
-        raise damaged(where, rule, used)
+    bits = _decode_map(cursor, coding, sum(piece.group_count for piece in pieces), where)
+    shares = Shares.of(bits, pieces, coding.widths, where)
     streams = {
-        width: _decode_stream(cursor, sum(count.get(width, 0) for count in counts), width, stored)
-        for width, stored in coding.stored_widths.items()
+        width: _decode_stream(cursor, count, width, coding.stored_widths[width])
+        for width, count in shares.totals().items()
     }
     cursor.end()
-    yield from _deal(maps, counts, streams)
+    return shares.deal(streams)
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """What each piece of a segment has of the streams.
+
+    Attributes:
+        maps: the bitwidths of each piece's groups.
+        counts: for each piece bitwidth -> levels.
+    """
+
+    maps: list[NDArray[np.uint8]]
+    counts: list[dict[int, int]]
+
+    @classmethod
+    def of(
+        cls, bits: NDArray[np.uint8], pieces: Sequence[Piece], widths: Sequence[int], where: str
+    ) -> Shares:
+        """Cuts the bit map of a segment.
+
+        Args:
+            bits: the bitwidths of all groups.
+            pieces: what the segment holds.
+            widths: the bitwidths in use, rising.
+            where: the segment, for errors.
+
+        Raises:
+            FormatError: the bit map uses other bitwidths.
+        """
+        maps = np.split(bits, np.cumsum([piece.group_count for piece in pieces])[:-1])
+        pairs = zip(maps, pieces, strict=True)
+        counts = [stream_counts(bits, piece.group_size, piece.count) for bits, piece in pairs]
+        used = sorted({width for count in counts for width in count})
+        if used != list(widths):
+            raise damaged(where, f"the bit map must use the bitwidths {list(widths)}", used)
+        return cls(maps, counts)
+
+    def totals(self) -> dict[int, int]:
+        """Levels of each bitwidth, by rising bitwidth."""
+        widths = sorted({width for count in self.counts for width in count})
+        return {width: sum(count.get(width, 0) for count in self.counts) for width in widths}
+
+    def deal(self, streams: Mapping[int, NDArray[Any]]) -> list[DecodedPiece]:
+        """Hands each piece its share of every stream."""
+        used, pieces = dict.fromkeys(streams, 0), []
+        for bits, count in zip(self.maps, self.counts, strict=True):
+            parts = {width: streams[width][used[width] :][:n] for width, n in count.items()}
+            for width, number in count.items():
+                used[width] += number
+            pieces.append(DecodedPiece(bits, parts))
+        return pieces
 
 
 def _decode_map(cursor: Cursor, coding: Coding, groups: int, where: str) -> NDArray[np.uint8]:
@@ -228,20 +287,6 @@ def _decode_stream(cursor: Cursor, count: int, width: int, stored_width: int) ->
         rule = f"levels of {width} bits must be below {1 << width}"
         raise damaged(cursor.where, rule, levels.max())
     return levels
-
-
-def _deal(
-    maps: Sequence[NDArray[np.uint8]],
-    counts: Sequence[Mapping[int, int]],
-    streams: Mapping[int, NDArray[Any]],
-) -> Iterator[DecodedPiece]:
-    """Hands each piece its share of every stream."""
-    used = dict.fromkeys(streams, 0)
-    for bits, count in zip(maps, counts, strict=True):
-        parts = {width: streams[width][used[width] :][:number] for width, number in count.items()}
-        for width, number in count.items():
-            used[width] += number
-        yield DecodedPiece(bits, parts)
 
 
 def _unpack(cursor: Cursor, count: int, width: int) -> NDArray[Any]:

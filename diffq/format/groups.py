@@ -33,12 +33,12 @@ def stream_counts(bits: NDArray[np.uint8], group_size: int, numel: int) -> dict[
 
 
 def split_groups(
-    levels: NDArray[np.uint16], bits: NDArray[np.uint8], group_size: int
-) -> dict[int, NDArray[np.uint16]]:
+    levels: NDArray[Any], bits: NDArray[np.uint8], group_size: int
+) -> dict[int, NDArray[Any]]:
     """The levels of each bitwidth in use, in the order of their weights.
 
     Args:
-        levels: [weights].
+        levels: [weights]: levels, or something else of each weight.
         bits: uint8 [groups].
         group_size: weights per group; the last may be short.
 

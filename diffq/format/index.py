@@ -16,6 +16,7 @@ from diffq.format.entropy import WIDER, Coding
 from diffq.format.kinds.base import Entry
 from diffq.format.layout import LEVELS, Layout, Segment
 from diffq.format.records import KINDS
+from diffq.format.runs import RunCoding
 from diffq.format.wire import REMEDY, Cursor, damaged, varint
 
 MAX_NAME_BYTES = 1024
@@ -34,14 +35,21 @@ class Storage:
     Attributes:
         size: stored bytes.
         crc: CRC-32 of the stored bytes.
-        payload: bytes once decompressed.
-        coding: how the payload is cut in streams, for levels.
+        payload: bytes once decompressed; 0 for levels in rANS.
+        coding: how the levels are coded, for levels.
     """
 
     size: int
     crc: int
     payload: int
-    coding: Coding | None = None
+    coding: Coding | RunCoding | None = None
+
+    @property
+    def method(self) -> str:
+        """How the bytes are coded: "none", "rans" or "zstd"."""
+        if isinstance(self.coding, RunCoding):
+            return "rans"
+        return "zstd" if self.size < self.payload else "none"
 
 
 @dataclass(frozen=True)
@@ -95,18 +103,21 @@ def _write_storage(storage: Storage) -> bytes:
     out = varint(storage.size) + storage.crc.to_bytes(4, "little")
     if storage.coding is None:
         return out
-    widths = storage.coding.stored_widths
-    used = sum(1 << width % 16 for width in widths)
-    stored = bytes([storage.coding.map_width, *widths.values()])
-    return out + varint(storage.payload) + used.to_bytes(2, "little") + stored
+    coding = storage.coding
+    used = sum(1 << width % 16 for width in coding.widths)
+    out += varint(storage.payload) + used.to_bytes(2, "little")
+    if isinstance(coding, RunCoding):
+        return out
+    return out + bytes([coding.map_width, *coding.stored_widths.values()])
 
 
-def read_index(data: bytes | memoryview, budget: int) -> Index:
+def read_index(data: bytes | memoryview, budget: int, minor: int) -> Index:
     """Inverse of `write_index`.
 
     Args:
         data: the bytes of the index.
         budget: the most bytes that all tensors together may decode to.
+        minor: the minor version of the file.
 
     Raises:
         FormatError: a rule of section 4 is broken, or the tensors exceed the budget.
@@ -133,8 +144,11 @@ def read_index(data: bytes | memoryview, budget: int) -> Index:
     storages = []
     for number, segment in enumerate(layout.segments):
         first = entries[segment.pieces[0].record].name
-        storages.append(_read_storage(cursor, segment, f"Segment {number} (tensor {first!r})"))
+        where = f"Segment {number} (tensor {first!r})"
+        storages.append(_read_storage(cursor, segment, minor, where))
     cursor.end()
+    if minor and not any(isinstance(storage.coding, RunCoding) for storage in storages):
+        raise damaged(_WHERE, "a file of version 1.1 has a segment of levels in rANS", "none")
     return Index(tuple(entries), aliases, layout, tuple(storages))
 
 
@@ -206,28 +220,36 @@ def _place(cursor: Cursor, entry: Entry, layout: Layout) -> None:
     layout.place(parts, backs, entry.where)
 
 
-def _read_storage(cursor: Cursor, segment: Segment, where: str) -> Storage:
+def _read_storage(cursor: Cursor, segment: Segment, minor: int, where: str) -> Storage:
     size = cursor.varint("a stored size")
     crc = cursor.fixed(4, "a checksum")
-    payload, coding = segment.item * segment.count, None
+    payload = most = segment.item * segment.count
+    coding: Coding | RunCoding | None = None
     if segment.item == LEVELS:
         payload = cursor.varint("a payload size")
-        coding = _read_coding(cursor, where)
+        widths = _read_widths(cursor, where)
         groups = sum(piece.group_count for piece in segment.pieces)
         most = groups + 2 * segment.count + _MOST_PADDING
         if payload > most:
             rule = f"{segment.count} levels in {groups} groups take at most {most} bytes"
             raise damaged(where, rule, payload)
-    if not 1 <= size <= payload:
-        raise damaged(where, f"a segment of {payload} bytes is stored in 1 to as many", size)
+        in_runs = minor and not payload
+        coding = RunCoding(tuple(widths)) if in_runs else _read_coding(cursor, widths, where)
+        most = most if in_runs else payload
+    if not 1 <= size <= most:
+        raise damaged(where, f"a segment of {most} bytes is stored in 1 to as many", size)
     return Storage(size, crc, payload, coding)
 
 
-def _read_coding(cursor: Cursor, where: str) -> Coding:
+def _read_widths(cursor: Cursor, where: str) -> list[int]:
+    """The bitwidths in use, rising."""
     used = cursor.fixed(2, "the bitwidths in use")
     if not used:
         raise damaged(where, "a segment of levels uses some of the bitwidths 1 to 16", "none")
-    widths = [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width % 16 & 1]
+    return [width for width in range(1, bitpack.MAX_BITS + 1) if used >> width % 16 & 1]
+
+
+def _read_coding(cursor: Cursor, widths: Sequence[int], where: str) -> Coding:
     map_width = _read_width(cursor, (widths[-1] - widths[0]).bit_length(), where)
     return Coding(map_width, {width: _read_width(cursor, width, where) for width in widths})
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diffq.format import layout
 from diffq.format.bitpack import MAX_BITS
+from diffq.format.costs import UNIT, entropy
 from diffq.format.kinds.base import Coded, Entry
 from diffq.format.layout import Layout, Part
 
@@ -23,12 +24,9 @@ _LONGEST = 1 << 18
 # Open segments of levels that a tensor can choose from, the latest ones.
 _CHOICE = 16
 
-# Costs are whole numbers of 1/1024 bit, so that all machines choose alike: the last digits
-# of a float, which differ between them, do not change how log2 of a count is rounded.
-_UNIT = 1024
-_SEGMENT_COST = 20 * 8 * _UNIT
-_STREAM_COST = 8 * 8 * _UNIT
-_SYMBOL_COST = 5 * _UNIT
+_SEGMENT_COST = 20 * 8 * UNIT
+_STREAM_COST = 8 * 8 * UNIT
+_SYMBOL_COST = 5 * UNIT
 
 _Counts = NDArray[np.int64]
 
@@ -132,10 +130,8 @@ def _added_costs(
 
 def _compressed_cost(counts: _Counts) -> NDArray[np.int64]:
     """Entropy plus tables of the streams in the last two dimensions, in 1/1024 bit."""
-    totals = counts.sum(axis=-1)
-    entropy = totals * _log2(totals) - (counts * _log2(counts)).sum(axis=-1)
-    tables = _STREAM_COST * (totals > 0) + _SYMBOL_COST * (counts > 0).sum(axis=-1)
-    return np.asarray((entropy + tables).sum(axis=-1))
+    tables = _STREAM_COST * counts.any(axis=-1) + _SYMBOL_COST * (counts > 0).sum(axis=-1)
+    return np.asarray((entropy(counts) + tables).sum(axis=-1))
 
 
 def _packed_cost(counts: _Counts) -> NDArray[np.int64]:
@@ -143,8 +139,4 @@ def _packed_cost(counts: _Counts) -> NDArray[np.int64]:
     used = counts > 0
     span = MAX_BITS - used[..., ::-1].argmax(axis=-1) - used.argmax(axis=-1)
     # frexp's exponent is the bit length of a whole number.
-    return np.asarray(counts.sum(axis=(-1, -2)) * np.frexp(span)[1].sum(axis=-1) * _UNIT)
-
-
-def _log2(counts: _Counts) -> NDArray[np.int64]:
-    return np.asarray(np.rint(np.log2(np.maximum(counts, 1)) * _UNIT), np.int64)
+    return np.asarray(counts.sum(axis=(-1, -2)) * np.frexp(span)[1].sum(axis=-1) * UNIT)

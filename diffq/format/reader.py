@@ -6,18 +6,20 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import ConfigError
-from diffq.format import chunks, elements, entropy, frames
+from diffq.format import chunks, elements, entropy, frames, runs
 from diffq.format.decoding import QuantizedTarget, Target, quantized_target
+from diffq.format.entropy import DecodedPiece
 from diffq.format.index import read_index
 from diffq.format.kinds.base import Entry, QuantizedEntry, Record
 from diffq.format.kinds.levels import LevelRecord
 from diffq.format.metadata import read_metadata
+from diffq.format.runs import RunCoding
 from diffq.format.source import Buffer, MemorySource, Source
 from diffq.format.threads import in_threads
 from diffq.format.wire import damaged
@@ -30,8 +32,10 @@ _BUDGET_RATIO = 1024
 # Files below this many bytes are read by one thread: each takes the memory of a segment.
 _SMALL = 1 << 16
 
-# Decompressed segments that are kept because several tensors share them.
+# Decoded segments that are kept because several tensors share them.
 _MOST_SHARED = 16
+
+_Content: TypeAlias = "NDArray[np.uint8] | list[DecodedPiece]"
 
 
 def default_budget(size: int) -> int:
@@ -77,10 +81,12 @@ class Reader:
         self._source = MemorySource(file) if isinstance(file, Buffer) else file
         self.size = self._source.size
         self._threads = 1 if threads is None and self.size < _SMALL else threads
+        minor = chunks.read_prologue(self._source)
         found = chunks.read_chunks(self._source)
         index = read_index(
             chunks.read_text(found[chunks.INDEX].body, "The index"),
             default_budget(self.size) if budget is None else budget,
+            minor,
         )
         text = found.get(chunks.METADATA)
         self.metadata: dict[str, Any] = {}
@@ -99,7 +105,9 @@ class Reader:
             rule = f"the segments of the index take {self._starts[-1] - data.start} bytes"
             raise damaged("Chunk DATA", rule, data.stop - data.start)
         self.overhead = self.size - (data.stop - data.start)
-        self._shared: dict[int, NDArray[np.uint8]] = {}
+        self._shared: dict[int, _Content] = {}
+        self._kept: dict[int, _Content] = {}
+        self._keeps = False
 
     def record(self, name: str) -> Record:
         """Decodes one tensor, by its name or an alias.
@@ -184,12 +192,29 @@ class Reader:
                 before += piece.count
         return total
 
-    def verify(self) -> None:
+    def codings(self, name: str) -> list[str]:
+        """How the segments of a tensor's integers, or else elements, are coded.
+
+        Returns:
+            Of "none", "rans" and "zstd" those in use.
+
+        Raises:
+            ConfigError: no tensor has this name.
+        """
+        last = self._layout.homes[self._number(name)][-1:]
+        return sorted({self._storages[number].method for home in last for number in home})
+
+    def verify(self, keep: bool = False) -> None:
         """Checks every byte of the file, without keeping what it decodes.
+
+        Args:
+            keep: keep levels in rANS, a byte or two each, until the reader is closed: they
+                take longest to decode, and reading them next takes no time.
 
         Raises:
             FormatError: something is damaged.
         """
+        self._keeps = keep
         targets = {
             number: quantized_target(entry, None)
             for number, entry in enumerate(self._entries)
@@ -205,6 +230,7 @@ class Reader:
     def close(self) -> None:
         """Closes the file, or releases the buffer."""
         self._shared.clear()
+        self._kept.clear()
         self._source.close()
 
     def _number(self, name: str) -> int:
@@ -244,43 +270,44 @@ class Reader:
         return [segment for home in self._layout.homes[number] for segment in home]
 
     def _decode_segment(self, number: int, targets: Mapping[int, Target]) -> None:
-        segment, coding = self._layout.segments[number], self._storages[number].coding
-        payload = self._payload(number)
-        if coding:
-            parts = entropy.decode(payload.data, coding, segment.pieces, self._where(number))
-            for piece, part in zip(segment.pieces, parts, strict=True):
-                target = targets.get(piece.record)
-                if isinstance(target, QuantizedTarget):
-                    target.add_levels(piece, part)
-            return
-        start = 0
-        for piece in segment.pieces:
-            if piece.record in targets:
-                targets[piece.record].add_elements(piece, payload[start : start + piece.count])
+        content, start = self._content(number), 0
+        for place, piece in enumerate(self._layout.segments[number].pieces):
+            target = targets.get(piece.record)
+            if target is not None and isinstance(content, np.ndarray):
+                target.add_elements(piece, content[start : start + piece.count])
+            elif isinstance(target, QuantizedTarget):
+                target.add_levels(piece, content[place])
             start += piece.count
 
-    def _payload(self, number: int) -> NDArray[np.uint8]:
-        """The content of a segment: bytes of levels, or uint8 [elements, item]."""
+    def _content(self, number: int) -> _Content:
+        """What a segment holds: uint8 [elements, item], or levels piece by piece."""
+        if self._keeps and isinstance(self._storages[number].coding, RunCoding):
+            if number not in self._kept:
+                self._kept[number] = self._read_content(number)
+            return self._kept[number]
         if len(self._layout.segments[number].pieces) == 1:
-            return self._read_payload(number)
-        # Short tensors read one by one must not decompress what they share each time.
-        payload = self._shared.get(number)
-        if payload is None:
+            return self._read_content(number)
+        # Short tensors read one by one must not decode what they share each time.
+        content = self._shared.get(number)
+        if content is None:
             if len(self._shared) >= _MOST_SHARED:
                 self._shared.clear()
-            payload = self._shared[number] = self._read_payload(number)
-        return payload
+            content = self._shared[number] = self._read_content(number)
+        return content
 
-    def _read_payload(self, number: int) -> NDArray[np.uint8]:
-        """The checked and decompressed content of a segment."""
+    def _read_content(self, number: int) -> _Content:
+        """The checked and decoded content of a segment."""
         storage, where = self._storages[number], self._where(number)
+        segment, coding = self._layout.segments[number], storage.coding
         stored = self._source.read(self._starts[number], self._starts[number + 1])
         if zlib.crc32(stored) != storage.crc:
             raise damaged(where, "the checksum must match", "another")
-        if storage.coding:
-            return np.frombuffer(frames.expand(stored, storage.payload, where), np.uint8)
-        item = self._layout.segments[number].item
-        return elements.decode(stored, item, storage.payload, where)
+        if isinstance(coding, RunCoding):
+            return runs.decode(stored, coding, segment.pieces, where)
+        if coding:
+            payload = frames.expand(stored, storage.payload, where)
+            return entropy.decode(payload, coding, segment.pieces, where)
+        return elements.decode(stored, segment.item, storage.payload, where)
 
     def _where(self, number: int) -> str:
         pieces = self._layout.segments[number].pieces

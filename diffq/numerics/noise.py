@@ -44,17 +44,12 @@ class Drawn:
     values: Tensor
     ends: Ends | None
 
-    def only(self, place: int) -> Drawn:
-        """The same for one of the tensors."""
-        if len(self.flat.shapes) == 1:
-            return self
-        flat = Flat([self.flat.shapes[place]], self.flat.width if self.flat.grouped else None)
-        start, count = self.flat.rows.starts[place], self.flat.rows.counts[place]
-        ends = self.ends
-        if ends is not None:
-            low, high, places = (part[place : place + 1] for part in ends)
-            ends = Ends(low, high, places - start * self.flat.width)
-        return Drawn(flat, self.values[start : start + count], ends)
+    @classmethod
+    def of(cls, flat: Flat, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Drawn:
+        """What some values are, where each is known and not what they were drawn with."""
+        with torch.no_grad():
+            ends = flat.ends(flat.join(weights, weights[0]))
+            return cls(flat, flat.join(values, values[0]), ends)
 
 
 def perturb(
@@ -157,7 +152,7 @@ class PseudoNoise(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _twice_differentiable(ctx.drawn, ctx.law, logits, weights, grads)
+            found = noise_twice(ctx.drawn, ctx.law, logits, weights, grads)
         else:
             found = _gradients(ctx.drawn, ctx.law, logits, weights, grads, needs)
         return None, None, *found, *[None] * len(weights)
@@ -240,7 +235,7 @@ def _logits_of(drawn: Drawn, logits: Tensor | None) -> Sequence[Tensor | None]:
     return torch.split(logits, list(drawn.flat.groups.counts))
 
 
-def _twice_differentiable(
+def noise_twice(
     drawn: Drawn,
     law: BitsLaw,
     logits: Tensor | None,

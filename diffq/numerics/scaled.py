@@ -14,6 +14,9 @@ from diffq.numerics.grid import finite_levels, is_narrow
 from diffq.numerics.noise import Drawn, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
+# The least positive scale.
+_LEAST = torch.finfo(torch.float32).tiny
+
 
 class Levels(NamedTuple):
     """Whole numbers from the lowest to the highest that a bitwidth can tell apart.
@@ -42,7 +45,7 @@ class Levels(NamedTuple):
 
 def positive(scales: Tensor) -> Tensor:
     """Learned scales without sign or zero, in float32."""
-    return scales.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return scales.float().abs().clamp(min=_LEAST)
 
 
 def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Drawn:
@@ -87,21 +90,32 @@ class LearnedScale(torch.autograd.Function):
         scales, *weights = ctx.kept.tensors()
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        drawn, levels, like = ctx.drawn, ctx.levels, weights[0]
-        flat = drawn.flat
-        upstream, joined = flat.join(grads, like), flat.join(weights, like)
-        wide = positive(scales).to(joined.dtype)
-        ratio = joined / flat.rows.spread(wide)[:, None]
-        inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
-        error = (drawn.values - joined * inside) * upstream
-        counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
-        divisor = flat.constants.get(levels, counts, error.dtype, error.device)
-        totals = flat.rows.sums(row_sums(error)) / divisor
-        for_scales = (totals / wide * scales.sign()).to(scales.dtype)
-        for_weights = flat.split(upstream * inside)
-        each = zip(for_weights, grads, strict=True)
-        found = [None if grad is None else part.to(like.dtype) for part, grad in each]
-        return None, None, for_scales, *found, *[None] * len(weights)
+        for_scales, for_weights = scale_gradients(ctx.drawn, ctx.levels, scales, weights, grads)
+        return None, None, for_scales, *for_weights, *[None] * len(weights)
+
+
+def scale_gradients(
+    drawn: Drawn,
+    levels: Levels,
+    scales: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of `LearnedScale`: of scales, [tensors], and weights; differentiable."""
+    flat, like = drawn.flat, weights[0]
+    upstream, joined = flat.join(grads, like), flat.join(weights, like)
+    wide = positive(scales).to(joined.dtype)
+    ratio = joined / flat.rows.spread(wide)[:, None]
+    inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
+    error = (drawn.values - joined * inside) * upstream
+    counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
+    divisor = flat.constants.get(levels, counts, error.dtype, error.device)
+    totals = flat.rows.sums(row_sums(error)) / divisor
+    # What is below the least positive scale counts as that.
+    signs = scales.sign() * (scales.abs() >= _LEAST)
+    for_scales = (totals / wide * signs).to(scales.dtype)
+    each = zip(flat.split(upstream * inside), grads, strict=True)
+    return for_scales, [None if grad is None else part.to(like.dtype) for part, grad in each]
 
 
 def pass_scale(

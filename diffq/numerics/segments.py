@@ -65,19 +65,17 @@ class Segments:
 
     def _reduced(self, flat: Tensor, name: str, ufunc: np.ufunc, empty: float) -> Tensor:
         if not in_numpy(flat):
-            if is_plain() and len(self.counts) > 1:
+            if is_plain() and len(self.counts) > 1 and not flat.requires_grad:
                 # unsafe leaves out a check that would wait for the device.
                 lengths = self._lengths_on(flat.device)
-                return torch.segment_reduce(
-                    flat.detach(), name, lengths=lengths, unsafe=True, initial=empty
-                )
+                return torch.segment_reduce(flat, name, lengths=lengths, unsafe=True, initial=empty)
             parts = torch.split(flat.view(-1), list(self.counts))
             whole = [getattr(p, name)() if len(p) else p.new_full((), empty) for p in parts]
             return torch.stack(whole)
         result = flat.new_full((len(self.counts),), empty)
         if self._filled:
             starts = [self.starts[place] for place in self._filled]
-            result.numpy()[self._filled] = ufunc.reduceat(flat.detach().numpy(), starts)
+            result.numpy()[self._filled] = ufunc.reduceat(flat.numpy(), starts)
         return result
 
     def starts_on(self, device: torch.device) -> Tensor:
@@ -108,7 +106,7 @@ class Constants:
 
 
 def in_numpy(tensor: Tensor) -> bool:
-    """Whether NumPy can compute with a tensor: numbers on a CPU that nothing traces."""
+    """Whether NumPy can compute with a tensor: numbers on a CPU, without graph or tracing."""
     # Subclasses stand for tensors that hold no numbers, or others' numbers.
     kinds = (Tensor, torch.nn.Parameter)
-    return tensor.is_cpu and type(tensor) in kinds and is_plain()
+    return tensor.is_cpu and type(tensor) in kinds and not tensor.requires_grad and is_plain()

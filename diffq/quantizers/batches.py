@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffq.attach.sample import Sample
+from diffq.kernels.availability import available
+from diffq.kernels.nodes import Launched
+from diffq.kernels.weights import handles
+from diffq.numerics.flat import Flat
 from diffq.numerics.noise import Drawn
+from diffq.torch_inside.graph import is_plain
 
 
-def samples_of(drawn: Drawn, weights: Sequence[Tensor]) -> list[Sample]:
+class Kernels:
+    """The kernels of a batch, by dtype and device, made when they are first used.
+
+    Args:
+        flat: the tensors.
+        make: makes the kernels for a dtype and a device.
+    """
+
+    def __init__(self, flat: Flat, make: Callable[[torch.dtype, torch.device], Any]) -> None:
+        self._width = flat.width if flat.grouped else None
+        self._make = make
+        self._made: dict[tuple[torch.dtype, torch.device], Any] = {}
+
+    def of(self, weights: Sequence[Tensor]) -> Any | None:
+        """The kernels for some weights; None where torch's operations compute.
+
+        Args:
+            weights: of one dtype and device, all of which kernels take, or none.
+        """
+        weight = weights[0]
+        if not is_plain() or not available(weight.device) or not handles(weight, self._width):
+            return None
+        key = weight.dtype, weight.device
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+
+def samples_of(
+    drawn: Drawn | Launched | None, weights: Sequence[Tensor], values: Sequence[Tensor]
+) -> list[Sample]:
     """A sample of each weight of a batch."""
-    each = enumerate(zip(weights, drawn.flat.split(drawn.values), strict=True))
-    return [Sample(weight, value, drawn, place) for place, (weight, value) in each]
+    return [Sample(w, value, drawn) for w, value in zip(weights, values, strict=True)]
 
 
-def drawn_of(samples: Sequence[Sample]) -> tuple[Drawn, list[Tensor]]:
-    """What the samples of a batch were drawn with, and the value of each."""
-    return cast(Drawn, samples[0].drawn), [sample.value for sample in samples]
-
-
-def only_of(sample: Sample) -> tuple[Drawn, list[Tensor]]:
-    """The same of one of the samples, for a node of its own."""
-    return cast(Drawn, sample.drawn).only(sample.place), [sample.value]
+def values_of(samples: Sequence[Sample]) -> list[Tensor]:
+    """The value of each sample."""
+    return [sample.value for sample in samples]

@@ -23,13 +23,15 @@ from diffq.checks import (
     check_number,
 )
 from diffq.errors import ConfigError
+from diffq.kernels import nodes
+from diffq.kernels.nodes import Launched
 from diffq.numerics import noise
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
-from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Noise
+from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Drawn, Noise
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import FOR_ALL, BaseQuantizer
-from diffq.quantizers.batches import drawn_of, only_of, samples_of
+from diffq.quantizers.batches import Kernels, samples_of, values_of
 from diffq.quantizers.grid import GridQuantizer, zeros_of
 
 if TYPE_CHECKING:
@@ -146,9 +148,9 @@ class DiffQWeight(GridQuantizer):
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """The gradient of Equation 6 to the weight, its range and the bitwidths."""
-        drawn, values = only_of(sample)
+        drawn = Drawn.of(Flat([weight.shape], self.row_size), [weight], [sample.value])
         logits = learned if self.learning else None
-        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], values)
+        (connected,) = noise.pass_noise(drawn, self.law, logits, [weight], [sample.value])
         return connected
 
     def size_bits(self) -> Tensor | float:
@@ -214,33 +216,52 @@ class NoisyBatch(Batch):
     def __init__(self, quantizers: Sequence[DiffQWeight]) -> None:
         super().__init__(quantizers)
         self._first, self._all = quantizers[0], tuple(quantizers)
-        self.flat = Flat([q.plan.shape for q in quantizers], self._first.row_size)
+        self._flat = Flat([q.plan.shape for q in quantizers], self._first.row_size)
+        self._kernels = Kernels(self._flat, self._make_kernels)
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 6 of the DiffQ paper."""
-        first, bits = self._first, self._bits(weights[0], learned.flat)
-        if first.noise == "rounding":
-            drawn = noise.round_all(self.flat, weights, torch.round(bits), zeros_of(self._all))
+        logits = learned.flat if self._first.learning else None
+        zeros, kernels = zeros_of(self._all), self._kernels.of(weights)
+        if kernels is not None:
+            given = self._bits(weights[0], learned.flat) if logits is None else logits
+            sampled = kernels.sample(weights, given, zeros=zeros)
+            return samples_of(Launched(kernels, sampled.state, given), weights, sampled.values)
+        bits = self._bits(weights[0], learned.flat) if logits is None else self._law.bits(logits)
+        kind, scale = self._first.noise, self._first.settings.noise_scale
+        if kind == "rounding":
+            drawn = noise.round_all(self._flat, weights, torch.round(bits), zeros)
         else:
-            kind, scale = first.noise, first.settings.noise_scale
-            drawn = noise.perturb(self.flat, weights, bits, kind, scale, zeros_of(self._all))
-        return samples_of(drawn, weights)
+            drawn = noise.perturb(self._flat, weights, bits, kind, scale, zeros)
+        return samples_of(drawn, weights, self._flat.split(drawn.values))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
         """The gradient of Equation 6 to the weights, their ranges and bitwidths."""
-        drawn, values = drawn_of(samples)
+        drawn, values = samples[0].drawn, values_of(samples)
         logits = learned.flat if self._first.learning else None
-        return noise.pass_noise(drawn, self._first.law, logits, weights, values)
+        if isinstance(drawn, Launched):
+            return nodes.pass_noise(drawn, self._law, self._flat, logits, weights, values)
+        return noise.pass_noise(drawn, self._law, logits, weights, values)
 
-    def _bits(self, weight: Tensor, logits: Tensor | None) -> Tensor:
-        first = self._first
-        if first.learning and logits is not None:
-            return first.law.bits(logits)
-        if first.settings.bits is not None:
-            return first.bits(weight, None)
-        return torch.cat([q.bits(weight, logits) for q in self._all])
+    @property
+    def _law(self) -> BitsLaw:
+        return self._first.law
+
+    def _bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """Bitwidths that are not learned, float32 [groups]."""
+        if self._first.settings.bits is not None:
+            return self._first.bits(weight, None).expand(self._flat.groups.total).contiguous()
+        return torch.cat([q.bits(weight, learned) for q in self._all])
+
+    def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from diffq.kernels.noisy import Noisy
+
+        flat, first = self._flat, self._first
+        law = first.law if first.learning else None
+        rule = first.row_size, law, first.noise, first.settings.noise_scale
+        return Noisy(flat.shapes, *rule, dtype, device)
 
 
 class DiffQuantizer(BaseQuantizer[DiffQSettings]):

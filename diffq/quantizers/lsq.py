@@ -19,11 +19,14 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
+from diffq.kernels import nodes
+from diffq.kernels.nodes import Launched
 from diffq.numerics import scaled
 from diffq.numerics.flat import Flat
+from diffq.numerics.noise import Drawn
 from diffq.numerics.scaled import Levels, positive
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import drawn_of, only_of, samples_of
+from diffq.quantizers.batches import Kernels, samples_of, values_of
 from diffq.torch_inside.graph import is_plain
 
 if TYPE_CHECKING:
@@ -84,9 +87,9 @@ class LSQWeight(WeightQuantizer):
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        drawn, values = only_of(sample)
+        drawn = Drawn.of(Flat([weight.shape], None), [weight], [sample.value])
         rule = self.levels, cast(Tensor, learned)
-        (connected,) = scaled.pass_scale(drawn, *rule, [weight], values)
+        (connected,) = scaled.pass_scale(drawn, *rule, [weight], [sample.value])
         return connected
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
@@ -150,22 +153,32 @@ class ScaledBatch(Batch):
 
     def __init__(self, quantizers: Sequence[LSQWeight]) -> None:
         super().__init__(quantizers)
-        self._first = quantizers[0]
-        self.flat = Flat([q.plan.shape for q in quantizers], None)
+        self._levels = quantizers[0].levels
+        self._flat = Flat([q.plan.shape for q in quantizers], None)
+        self._kernels = Kernels(self._flat, self._make_kernels)
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 1 of the LSQ paper."""
-        scales = cast(Tensor, learned.flat)
-        drawn = scaled.scale_all(self.flat, weights, scales, self._first.levels)
-        return samples_of(drawn, weights)
+        scales, kernels = cast(Tensor, learned.flat), self._kernels.of(weights)
+        if kernels is not None:
+            return samples_of(Launched(kernels), weights, kernels.sample(weights, scales))
+        drawn = scaled.scale_all(self._flat, weights, scales, self._levels)
+        return samples_of(drawn, weights, self._flat.split(drawn.values))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
         """Equations 2 and 3 of the LSQ paper."""
-        drawn, values = drawn_of(samples)
-        scales = cast(Tensor, learned.flat)
-        return scaled.pass_scale(drawn, self._first.levels, scales, weights, values)
+        drawn, values, scales = samples[0].drawn, values_of(samples), cast(Tensor, learned.flat)
+        if isinstance(drawn, Launched):
+            return nodes.pass_scale(drawn, self._levels, self._flat, scales, weights, values)
+        return scaled.pass_scale(drawn, self._levels, scales, weights, values)
+
+    def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from diffq.kernels.scaled import Scaled
+
+        shapes = self._flat.shapes
+        return Scaled(shapes, [self._levels] * len(shapes), dtype, device)
 
 
 class LSQQuantizer(BaseQuantizer[LSQSettings]):

@@ -15,9 +15,9 @@ from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_flag
 from diffq.numerics import noise
 from diffq.numerics.flat import Flat
-from diffq.numerics.noise import Drawn, straight_through
+from diffq.numerics.noise import straight_through
 from diffq.quantizers.base import FOR_ALL, BaseQuantizer
-from diffq.quantizers.batches import drawn_of, samples_of
+from diffq.quantizers.batches import Kernels, samples_of, values_of
 from diffq.quantizers.grid import GridQuantizer, zeros_of
 
 if TYPE_CHECKING:
@@ -88,21 +88,33 @@ class RoundedBatch(Batch):
     def __init__(self, quantizers: Sequence[QATWeight]) -> None:
         super().__init__(quantizers)
         self._first, self._all = quantizers[0], tuple(quantizers)
-        self.flat = Flat([q.plan.shape for q in quantizers], None)
+        self._flat = Flat([q.plan.shape for q in quantizers], None)
+        self._kernels = Kernels(self._flat, self._make_kernels)
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 1 of the DiffQ paper."""
-        return samples_of(self._rounded(weights), weights)
+        bits, zeros = self._first.whole_bits(weights[0], None), zeros_of(self._all)
+        kernels = self._kernels.of(weights)
+        if kernels is not None:
+            given = bits.expand(len(weights)).contiguous()
+            values = kernels.sample(weights, given, zeros=zeros)
+        else:
+            values = self._flat.split(self._rounded(weights, bits, zeros))
+        return samples_of(None, weights, values)
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
         """The straight-through estimator."""
-        return straight_through(weights, drawn_of(samples)[1])
+        return straight_through(weights, values_of(samples))
 
-    def _rounded(self, weights: Sequence[Tensor]) -> Drawn:
-        bits = self._first.whole_bits(weights[0], None)
-        return noise.round_all(self.flat, weights, bits, zeros_of(self._all))
+    def _rounded(self, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Tensor:
+        return noise.round_all(self._flat, weights, bits, zeros).values
+
+    def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from diffq.kernels.rounded import Rounded
+
+        return Rounded(self._flat.shapes, None, dtype, device)
 
 
 class QATQuantizer(BaseQuantizer[QATSettings]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.batch import Batch, Run
+from diffq.attach.batch import Batch
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_number, check_whole
@@ -17,7 +17,6 @@ from diffq.numerics.flat import WIDTH
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.batches import samples_of
 from diffq.quantizers.qat import QATSettings, QATWeight, RoundedBatch
 
 if TYPE_CHECKING:
@@ -86,22 +85,29 @@ class QuantNoiseWeight(QATWeight):
 
 
 class PartlyRoundedBatch(RoundedBatch):
-    """Quant-Noise's tensors: blocks picked at random are rounded."""
+    """Quant-Noise's tensors: blocks picked at random are rounded (Equations 6 and 10)."""
 
     def __init__(self, quantizers: Sequence[QuantNoiseWeight]) -> None:
         super().__init__(quantizers)
         self._settings = quantizers[0].noise_settings
 
-    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
-        """Equations 6 and 10 of the Quant-Noise paper."""
-        drawn, rate = self._rounded(weights), self._settings.p
+    def _rounded(self, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Tensor:
+        values, rate = super()._rounded(weights, bits, zeros), self._settings.p
         if rate < 1:
             size = self._settings.block_size
-            exact = self.flat.join(weights, weights[0]).view(-1, size)
-            blocks = drawn.values.view(-1, size)
+            exact, blocks = (
+                self._flat.join(weights, weights[0]).view(-1, size),
+                values.view(-1, size),
+            )
             kept = torch.rand(len(blocks), 1, dtype=torch.float32, device=exact.device) >= rate
             torch.where(kept, exact, blocks, out=blocks)
-        return samples_of(drawn, weights)
+        return values
+
+    def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from diffq.kernels.rounded import Rounded
+
+        rate, size = self._settings.p, self._settings.block_size
+        return Rounded(self._flat.shapes, None, dtype, device, rate=rate, block_size=size)
 
 
 class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):

@@ -49,7 +49,8 @@ def save(
         source: a quantizer, or what its `get_quantized_state` returned.
         path: where to; an old file stays intact until the new one is whole. A binary file
             that is open for writing gets the bytes where it stands, and need not seek.
-        codec: "zstd" entropy-codes the levels; "packed" only packs them.
+        codec: "zstd" compresses the levels; "rans" makes the smallest file, which takes longer
+            to load and needs a reader of version 1.1 of the format; "packed" only packs them.
         metadata: a JSON object to store along, such as the model's configuration.
 
     Returns:
@@ -191,7 +192,7 @@ def _fill(model: nn.Module, stored: StoredModel, strict: bool) -> nn.Module:
         stored.aliases,
     )
     targets = match(model, header, strict)
-    stored.reader.verify()
+    stored.reader.verify(keep=True)
     unique = unique_targets(targets, header, lambda name: stored[name])
     # Large tensors are decoded where they belong, without a copy in between.
     direct = {name: target for name, target in unique if _decodes_into(stored, name, target)}

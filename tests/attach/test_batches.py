@@ -21,7 +21,7 @@ MADE = {
     "fixed": (36, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
     "qat": (30, lambda model: diffq.QATQuantizer(model, min_size=0)),
     "quant-noise": (35, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
-    "lsq": (36, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+    "lsq": (40, lambda model: diffq.LSQQuantizer(model, min_size=0)),
 }
 
 
@@ -74,7 +74,7 @@ def test_operations_do_not_grow_with_the_number_of_tensors(kind):
     assert few == many <= MADE[kind][0]
 
 
-@pytest.mark.parametrize("kind", set(MADE) - {"quant-noise"})
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "quant-noise"])
 def test_tensors_of_a_batch_are_those_of_batches_of_one(kind, monkeypatch):
     """Values and gradients do not depend on what else is in the batch, noise apart."""
     shapes = [(6, 8), (5,), (3, 3, 7), (1,), (130,)]

@@ -219,10 +219,13 @@ class _Reads(torch.nn.Linear):
         return torch.nn.functional.linear(x, weight)
 
 
-def _reading():
+def _reading(forwards=3):
     model, _ = attached(lambda: torch.nn.Sequential(_Reads(16, 16)))
     inputs = torch.randn(3, 16)
-    _evaluate_often(model, inputs)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(forwards):
+            model(inputs)
     return model, inputs
 
 
@@ -234,17 +237,37 @@ def _move(weight):
     weight.data = torch.zeros_like(weight)
 
 
+@pytest.mark.parametrize("forwards", range(4))
 @pytest.mark.parametrize("act", [_write, _move])
-def test_a_write_in_a_later_forward_is_an_error(act):
+def test_a_write_in_any_forward_is_an_error(act, forwards):
     """A write to a quantized weight in any eval forward is an error, and the next one is right."""
-    model, inputs = _reading()
+    model, inputs = _reading(forwards)
+    before = computed(model)
+    model[0].act = act
     with torch.no_grad():
-        right = model(inputs)
-        model[0].act = act
         with pytest.raises(AttachError, match="must not write to a quantized tensor"):
             model(inputs)
         model[0].act = None
-        assert close(model(inputs), right)
+        model(inputs)
+    assert same_bits(computed(model), before)
+
+
+def test_memory_that_was_released_is_not_read():
+    """A weight whose memory was released and given back with other numbers is quantized anew."""
+    model, inputs = _reading()
+    storage, other = model[0].weight.untyped_storage(), torch.randn(16, 16)
+    size = storage.nbytes()
+    storage.resize_(0)
+    kept = [torch.zeros(16, 16) for _ in range(8)]  # may be in the memory that was released
+    storage.resize_(size)
+    model[0].weight.data.copy_(other)
+    with torch.no_grad():
+        outputs = model(inputs)
+    fresh, _ = attached(lambda: torch.nn.Sequential(_Reads(16, 16)))
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert close(outputs, fresh.eval()(inputs))
+    assert len(kept) == 8
 
 
 def test_a_parameter_assigned_in_a_later_forward_is_an_error():
@@ -294,3 +317,28 @@ def test_a_layer_in_training_in_a_later_forward():
         assert not close(model(inputs), quantized)
         model[0].training = False
         assert close(model(inputs), quantized)
+
+
+class _Chooses(torch.nn.Module):
+    """Two layers, of which it may leave out one."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        self.calls_both = False
+
+    def forward(self, x):
+        x = self.always(x)
+        return self.sometimes(x) if self.calls_both else x
+
+
+def test_a_layer_that_a_later_forward_calls_first():
+    """A layer that no eval forward has called counts as read from the first one that calls it."""
+    model, _ = attached(_Chooses)
+    inputs = torch.randn(3, 16)
+    _evaluate_often(model, inputs)
+    read = {q.plan.name: q.readings.ever for q in attachment_of(model).quantizers}
+    assert read["always.weight"] and not read["sometimes.weight"]
+    model.calls_both = True
+    _evaluate_often(model, inputs)
+    assert all(q.readings.ever for q in attachment_of(model).quantizers)

@@ -21,7 +21,7 @@ from diffq.format.records import GridRecord
 from diffq.ptq.state import Settings, quantize_state
 from diffq.storage.state import raw_record
 from tests.compare import same_bits
-from tests.format.samples import grid, product
+from tests.format.samples import grid, matrix, product
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +155,22 @@ def test_inspect_tells_of_codebooks(tmp_path, run, run_json):
     assert "product 16x8 uint8" in out
     _, out, _ = run("inspect", path, "--index")
     assert "product 1x3 float16" in out
+
+
+def test_inspect_tells_how_tensors_are_coded(tmp_path, run, run_json):
+    """Each tensor has the codings of its levels, or else elements; one without bytes has none."""
+    path = tmp_path / "model.diffq"
+    records = {"a": matrix(80, 90, 0.1), "b": raw_record(torch.zeros(900)), "c": grid(8)}
+    records |= {"d": raw_record(torch.ones(0)), "e": raw_record(torch.tensor(True))}
+    path.write_bytes(encode(records, codec="rans"))
+    told = {t["name"]: t["codings"] for t in run_json("inspect", "--index", path)[1]["tensors"]}
+    with diffq.open(path) as stored:
+        assert told == {name: stored.reader.codings(name) for name in records}
+    assert (told["a"], told["b"], told["d"]) == (["rans"], ["zstd"], [])
+    _, out, _ = run("inspect", path)
+    row = next(line for line in out.splitlines() if line.startswith("a "))
+    assert "rans" in row.split()
+    assert run("verify", path)[0] == 0
 
 
 def test_inspect_compares_with_float32(state, packed, run_json):
@@ -368,9 +384,11 @@ def test_pack_options_reach_the_file(state, run):
     assert kinds("--include", "body.*")["embed.weight"] == "raw"
     assert kinds("--min-size", "0.015")["embed.weight"] == "raw"
     assert kinds("--min-size", "0")["body.bias"] == "grid"
-    small = out.stat().st_size
-    kinds("--min-size", "0", "--codec", "packed")
-    assert out.stat().st_size > small
+    sizes = {}
+    for codec in ("packed", "zstd", "rans"):
+        kinds("--min-size", "0", "--codec", codec)
+        sizes[codec] = out.stat().st_size
+    assert sizes["packed"] > sizes["zstd"] >= sizes["rans"]
     kinds("--float16", "--per-channel")
     with diffq.open(out) as stored:
         assert stored.entries["body.bias"].stored_dtype == "float16"

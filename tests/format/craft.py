@@ -110,6 +110,74 @@ class Levels(Elements):
         return super().described() + leb(payload) + tail
 
 
+@dataclass
+class Runs(Elements):
+    """A segment of levels in rANS, of the given bitwidths in use."""
+
+    used: int = 1 << 2
+
+    def described(self):
+        """Its description in the index."""
+        return super().described() + leb(0) + self.used.to_bytes(2, "little")
+
+
+TOTAL = 1 << 16
+
+
+def frequencies(table):
+    """The frequencies of a run: a dict of symbols, rising, each with an entry."""
+    first, last = min(table), max(table)
+    entries = b""
+    gap = 0
+    for symbol in range(first, last + 1):
+        if symbol in table:
+            entries += (leb(0) + leb(gap - 1) if gap else b"") + leb(table[symbol])
+            gap = 0
+        else:
+            gap += 1
+    return leb(first) + entries
+
+
+def in_runs(
+    *runs,
+    lanes=1,
+    bounds=(0, 0),
+    columns=(0,),
+    marks=((0,), {0: TOTAL}),
+    states=None,
+    words=None,
+    tables=None,
+    tail=b"",
+):
+    """The stored bytes of a segment in rANS, coded as docs/format.md, section 14, says.
+
+    Args:
+        runs: symbols and their frequencies, run by run, after the marks.
+        lanes: number of lanes.
+        bounds: lowest and highest class.
+        columns: of each piece.
+        marks: symbols and frequencies of the marks.
+        states, words, tables: what to write instead.
+        tail: what to write at the end.
+    """
+    runs, put = (marks, *runs), []
+    x = [TOTAL] * lanes
+    for symbols, table in reversed(runs):
+        for number in reversed(range(len(symbols))):
+            lane, frequency = number % lanes, table[symbols[number]]
+            if x[lane] >= frequency * TOTAL:
+                put.append(x[lane] % TOTAL)
+                x[lane] //= TOTAL
+            start = sum(f for symbol, f in table.items() if symbol < symbols[number])
+            x[lane] = x[lane] // frequency * TOTAL + x[lane] % frequency + start
+    states = x if states is None else states
+    words = put[::-1] if words is None else words
+    tables = [frequencies(table) for _, table in runs] if tables is None else tables
+    head = leb(len(states)) + leb(len(words))
+    head += np.array(states, "<u4").tobytes() + np.array(words, "<u2").tobytes()
+    return head + bytes(bounds) + b"".join([*map(leb, columns), *tables, tail])
+
+
 def floats(*numbers):
     """float32 parameters."""
     return np.array(numbers, "<f4").tobytes()
@@ -130,7 +198,7 @@ class File:
     index_body: bytes | None = None
     meta: bytes | None = None
     data: bytes | None = None
-    version: int = 1
+    version: tuple = (1, 0)
     magic: bytes = MAGIC
     chunks: tuple | None = None
     before: tuple = ()
@@ -156,5 +224,5 @@ class File:
         order = ("INDX", "meta", "extra", "DATA", "DONE") if self.chunks is None else self.chunks
         extra = {"extra": b"".join(self.extra)}
         body = b"".join((self.parts | extra).get(key, key) for key in order)
-        start = self.magic + self.version.to_bytes(2, "little") + b"".join(self.before)
+        start = self.magic + bytes(self.version) + b"".join(self.before)
         return start + body + self.tail

@@ -121,8 +121,14 @@ CONTAINER = {
     "text mode: eighth bit dropped": (bytes(b & 0x7F for b in SOUND), "text mode"),
     "text mode: Latin-1 to UTF-8": (SOUND.decode("latin1").encode(), "text mode"),
     "text mode: stops at Ctrl-Z": (SOUND[: SOUND.index(b"\x1a")], "text mode"),
-    "version 2": (File(version=2).build(), "version 1 .* got version 2"),
-    "version 0": (File(version=0).build(), "version 1 .* got version 0"),
+    "version 2": (File(version=(2, 0)).build(), r"versions 1\.0 to 1\.1 .* got version 2\.0"),
+    "version 0": (File(version=(0, 1)).build(), r"versions 1\.0 to 1\.1 .* got version 0\.1"),
+    "version 1.2": (File(version=(1, 2)).build(), r"got version 1\.2\. Install a diffq"),
+    "version 1.255": (File(version=(1, 255)).build(), r"got version 1\.255\. Install a diffq"),
+    "version 1.1 without rANS": (
+        File(version=(1, 1)).build(),
+        r"version 1\.1 has a segment of levels in rANS, got none",
+    ),
     "unknown required chunk": (File(extra=(chunk(b"Evil"),)).build(), "Chunk Evil.*Upgrade"),
     "chunk larger than the file": (File(chunks=(chunk(b"INDX", b"", size=99),)).build(), "99 more"),
     "chunk of 2^64 - 1 bytes": (

@@ -17,7 +17,15 @@ from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
 from diffq.format.kinds.product import ProductRecord
 from diffq.format.records import GridRecord, RawRecord, ScaledRecord
 from tests.format.craft import File, chunk
-from tests.format.samples import expected_array, grid, product, random_levels, raw, small_model
+from tests.format.samples import (
+    expected_array,
+    grid,
+    matrix,
+    product,
+    random_levels,
+    raw,
+    small_model,
+)
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -121,6 +129,61 @@ def codebooks():
     return records
 
 
+def runs():
+    """Levels with classes: of several tensors, in rows and not, of one bitwidth and several."""
+    wide = matrix(30, 40, 0.1, seed=3)
+    bits = np.resize(np.uint8([4, 5, 4, 7]), 300)
+    head = wide.shape, "float32", 4, 4, bits, wide.levels
+    return {
+        "matrix.a": matrix(40, 30, 0.1),
+        "matrix.b": matrix(24, 60, 0.4, seed=1),
+        "one.row": matrix(1, 70, 0.2, seed=2),
+        "mixed": GridRecord(*head, np.float32([[-2, 1]]), zero_point=True),
+        "norm": raw(np.linspace(0.5, 1.5, 9, dtype=np.float32)),
+    }
+
+
+def skewed_bitwidths():
+    """Levels of 1 to 15 bits of which few are frequent, and all bitwidths in one tensor."""
+    random, records = np.random.default_rng(5), {}
+    bits = np.tile(np.arange(1, 16), 20).astype(np.uint8)
+    for name, widths in (("mixed", bits), *((f"all_{w}", np.uint8([w])) for w in range(1, 16))):
+        size = 8 if name == "mixed" else 400
+        top = (1 << np.repeat(widths.astype(np.int64), size)) - 1
+        near = np.rint(random.laplace(size=top.size) * 0.3).astype(np.int64)
+        levels = (top // 2 + near).clip(0, top).astype(np.uint16)
+        head = (levels.size // 20, 20), "float32", size, int(widths.min()), widths, levels
+        records[name] = GridRecord(*head, np.float32([[-1, 2]]))
+    return records
+
+
+def skewed_codebooks():
+    """Indices of 1 to 12 bits of which few are frequent."""
+    random, records = np.random.default_rng(6), {}
+    for width in (1, 2, 5, 8, 9, 12):
+        codewords = (1 << width - 1) + 1
+        blocks = max(codewords, 900)
+        indices = (random.random(blocks) ** 40 * codewords).astype(np.uint16)
+        words = random.integers(0, 256, (codewords, 1), np.uint8)
+        head = (blocks,), "float16", words, indices
+        records[f"of_{codewords}"] = ProductRecord(*head, 0.25, 100)
+    return records
+
+
+def long_runs():
+    """Nearly empty tensors cut in several segments: within rows, and within one group."""
+    records = {}
+    for columns, group_size in ((1000, 1 << 19), (700, None)):
+        rows = layout.MAX_WEIGHTS // columns + 2
+        levels = np.full((rows, columns), 8, np.uint16)
+        levels[::50, ::7] = np.resize(np.uint16([7, 9, 9, 12]), levels[::50, ::7].shape)
+        group_size = group_size or levels.size
+        bits = np.full(-(-levels.size // group_size), 4, np.uint8)
+        head = levels.shape, "float32", group_size, 4, bits, levels.reshape(-1)
+        records[f"rows.{columns}"] = ScaledRecord(*head, np.float32([0.5]))
+    return records
+
+
 def long_codebooks():
     """Indices of 16 bits, and more indices than a segment holds; both compress well."""
     long = np.arange(33_000).astype(np.uint16)
@@ -163,6 +226,10 @@ MODELS = {
     "product": (codebooks(), {}, {}, "zstd"),
     "product_packed": (codebooks(), {}, {}, "packed"),
     "product_long": (long_codebooks(), {}, {}, "zstd"),
+    "runs": (runs(), {"tied": "matrix.a"}, {"by": "me"}, "rans"),
+    "runs_bitwidths": (skewed_bitwidths(), {}, {}, "rans"),
+    "runs_product": (skewed_codebooks(), {}, {}, "rans"),
+    "runs_long": (long_runs(), {}, {}, "rans"),
 }
 
 

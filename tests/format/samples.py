@@ -138,6 +138,18 @@ def grid(numel, group_size=8, bits=(2, 6), seed=0, tail=None, shape=None):
     return GridRecord(shape, "float32", group_size, least, group_bits, levels, ranges)
 
 
+def matrix(rows, columns, scale, seed=0, group_size=None):
+    """A trained weight of 4 bits around zero whose rows and columns differ in size."""
+    random = np.random.default_rng(seed)
+    sizes = np.exp(random.standard_normal((rows, 1)) + random.standard_normal(columns))
+    levels = np.rint(scale * sizes * random.laplace(size=(rows, columns))).clip(-8, 7) + 8
+    group_size = group_size or levels.size
+    bits = np.full(group_count(levels.size, group_size), 4, np.uint8)
+    levels = levels.astype(np.uint16).reshape(-1)
+    head = (rows, columns), "float32", group_size, 4, bits, levels
+    return ScaledRecord(*head, np.float32([0.125]))
+
+
 def product(blocks, codewords, block_size=8, stored="float16", seed=0, shape=None):
     """Indices as k-means leaves them: frequent codewords first, the rarest half as frequent."""
     random = np.random.default_rng(seed)

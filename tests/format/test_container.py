@@ -42,7 +42,7 @@ JSON = st.recursive(
     ),
     max_leaves=10,
 )
-CODECS = st.sampled_from(["zstd", "packed"])
+CODECS = st.sampled_from(["zstd", "rans", "packed"])
 LARGE = 1 << 40
 
 
@@ -77,7 +77,7 @@ def test_values_are_those_of_the_record(record, codec):
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_SIZES))
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_every_raw_dtype(dtype, codec):
     """Raw tensors of every dtype are stored to the bit, NaN payloads and -0.0 included."""
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_every_raw_dtype(dtype, codec):
     assert_same(restored["b"], smooth)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_all_bitwidths_at_once(codec):
     """One tensor can use all bitwidths from 1 to 15."""
     bits = np.tile(np.arange(1, 16), 40).astype(np.uint8)
@@ -109,7 +109,7 @@ def test_all_bitwidths_at_once(codec):
         (2 * layout.MAX_WEIGHTS + 100, layout.MAX_WEIGHTS + 50),
     ],
 )
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_long_tensors_are_cut(numel, group_size, codec):
     """Tensors longer than a segment come back, also where a group fills several segments."""
     record = grid(numel, group_size)
@@ -363,8 +363,8 @@ def test_shapes_that_no_reader_takes(shape, rule):
 
 
 def test_unknown_codec():
-    """Another codec than zstd and packed is refused."""
-    with pytest.raises(ConfigError, match="'zstd' or 'packed', got 'lzma'"):
+    """Another codec than zstd, rans and packed is refused."""
+    with pytest.raises(ConfigError, match="'zstd', 'rans' or 'packed', got 'lzma'"):
         encode({}, codec="lzma")
 
 

@@ -13,24 +13,27 @@ from diffq.errors import FormatError
 from diffq.format.container import decode, encode
 from diffq.format.reader import Reader
 from tests.format.craft import File, text
-from tests.format.samples import grid, small_model
+from tests.format.samples import grid, matrix, small_model
+from tests.fuzz.target import read_repaired, take_apart
 
 
-def damaged_file():
+def damaged_file(codec="zstd"):
     """A small file with chunks, levels, elements and metadata, compressed and not."""
-    return encode(
-        {**small_model(), "long": grid(900, 8, (2, 4))}, {"tied": "embed.weight"}, {"epoch": 3}
-    )
+    records = {**small_model(), "long": grid(900, 8, (2, 4)), "matrix": matrix(20, 30, 0.1)}
+    return encode(records, {"tied": "embed.weight"}, {"epoch": 3}, codec)
 
 
 DATA = damaged_file()
+RUNS = damaged_file("rans")
+FILES = pytest.mark.parametrize("data", [DATA, RUNS], ids=["zstd", "rans"])
 
 
-def test_every_truncation():
+@FILES
+def test_every_truncation(data):
     """A file that ends early, at any byte, is refused."""
-    for size in range(len(DATA)):
+    for size in range(len(data)):
         with pytest.raises(FormatError):
-            decode(DATA[:size])
+            decode(data[:size])
 
 
 @pytest.mark.parametrize("extra", [1, 2, 16, 1000])
@@ -41,11 +44,12 @@ def test_trailing_bytes(extra):
             Reader(DATA + bytes([byte]) * extra)
 
 
+@FILES
 @pytest.mark.parametrize("change", [0x01, 0x20, 0x80, 0xFF])
-def test_every_change_of_a_byte(change):
+def test_every_change_of_a_byte(change, data):
     """Any byte with bits flipped is noticed, when the file is opened or a tensor is read."""
-    for place in range(len(DATA)):
-        changed = bytearray(DATA)
+    for place in range(len(data)):
+        changed = bytearray(data)
         changed[place] ^= change
         with pytest.raises(FormatError):
             decode(changed)
@@ -67,9 +71,23 @@ def test_every_substitution_in_a_tiny_file():
 
 
 @pytest.mark.slow
-def test_every_substitution_in_a_small_file():
+@FILES
+def test_every_substitution_in_a_small_file(data):
     """Every other value of every byte of a file with all kinds of tensors is noticed."""
-    assert_all_substitutions_noticed(DATA)
+    assert_all_substitutions_noticed(data)
+
+
+def test_every_change_behind_the_checksum():
+    """Changed levels in rANS whose checksum is right are noticed, or are other sound levels."""
+    file = encode({"matrix": matrix(20, 30, 0.1)}, codec="rans")
+    assert Reader(file).codings("matrix") == ["rans"]
+    index, data, meta = take_apart(file)
+    noticed = 0
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        noticed += not read_repaired(index, bytes(changed), meta)
+    assert noticed > 0.8 * len(data)
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(0, 255), st.booleans())

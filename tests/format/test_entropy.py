@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffq.format import entropy, layout, pooling
+from diffq.format import costs, entropy, layout, pooling
 from diffq.format.container import encode
 from diffq.format.entropy import entropy_bits
 from diffq.format.records import GridRecord, RawRecord, ScaledRecord
@@ -118,8 +118,8 @@ def test_bound_of_other_kinds():
 
 def test_no_count_is_near_a_tie():
     """Rounded to 1/1024 bit, the log2 of no count depends on the last digits of a float."""
-    counts = np.arange(1, layout.MAX_WEIGHTS + 1)
-    scaled = np.log2(counts) * pooling._UNIT
+    counts = np.arange(1, 2 * layout.MAX_WEIGHTS + 1)
+    scaled = np.log2(counts) * costs.UNIT
     assert abs(scaled - np.floor(scaled) - 0.5).min() > 1e-9
 
 

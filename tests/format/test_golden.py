@@ -1,4 +1,4 @@
-"""Files of version 1 are read for ever, by diffq and by a reader written from the specification."""
+"""Files of all versions are read for ever, by diffq and by a reader made from the specification."""
 
 import json
 import re
@@ -67,6 +67,16 @@ def test_diffq_reads(name):
     values = Reader(data, BUDGET).values_of()
     levels = {key: r.values() for key, r in records.items() if not isinstance(r, RawRecord)}
     assert_arrays_equal(values, levels)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_versions(name):
+    """Files with a segment in rANS are of version 1.1, all others of 1.0."""
+    data = (FOLDER / f"{name}.diffq").read_bytes()
+    reader = Reader(data, BUDGET)
+    in_runs = any("rans" in reader.codings(tensor) for tensor in reader.entries)
+    assert data[8:10] == bytes([1, in_runs])
+    assert in_runs == name.startswith("runs")
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -8,9 +8,25 @@ import pytest
 from diffq.errors import FormatError
 from diffq.format.container import decode
 from diffq.format.reader import Reader, default_budget
-from tests.format.craft import FLOAT32, Elements, File, Levels, chunk, floats, frame, grid, raw
-from tests.format.hostile import CASES, LEVELS, PARAMETERS, SPLIT, SPLIT_FIRST
+from tests.format import hostile, hostile_runs
+from tests.format.craft import (
+    FLOAT32,
+    TOTAL,
+    Elements,
+    File,
+    Levels,
+    Runs,
+    chunk,
+    floats,
+    frame,
+    frequencies,
+    grid,
+    in_runs,
+    raw,
+)
+from tests.format.hostile import LEVELS, PARAMETERS, SPLIT, SPLIT_FIRST
 
+CASES = hostile.CASES | hostile_runs.CASES
 MOST_MEMORY = 16_000_000
 
 
@@ -77,6 +93,14 @@ def test_crafted_file_is_sound():
     records, _, _ = read_everything(File().build())
     assert records["w"].levels.tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
     assert records["w"].values().tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8, 12])
+def test_crafted_runs_are_sound(lanes):
+    """So is the file in rANS, whatever its number of lanes."""
+    runs = Runs(in_runs(hostile_runs.RUN, lanes=lanes))
+    records, _, _ = read_everything(File(segments=(PARAMETERS, runs), version=(1, 1)).build())
+    assert records["w"].levels.tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("count", [1, 61])
@@ -146,6 +170,25 @@ def test_largest_bomb_of_elements(item, dtype):
         finally:
             tracemalloc.stop()
         assert peak < MOST_MEMORY
+
+
+@pytest.mark.parametrize("columns", [0, 1, 1 << 10, 1 << 19])
+def test_largest_bomb_in_rans(columns):
+    """A tiny file whose levels, classes and lanes take all that rANS can is read likewise."""
+    count = 1 << 20
+    tables = [frequencies({1: TOTAL})] * 2
+    stored = in_runs(states=[TOTAL] * 64, columns=(columns,), bounds=(0, 30), tables=tables)
+    segments = (PARAMETERS, Runs(stored), Runs(stored))
+    data = File(tensors=(grid((2 * count,), 2 * count),), segments=segments, version=(1, 1)).build()
+    assert len(data) < 1024
+    tracemalloc.start()
+    try:
+        values = Reader(data).values("w")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (values == 1).all()
+    assert peak < MOST_MEMORY
 
 
 def test_negative_zero_of_a_constant():

@@ -101,7 +101,7 @@ class SignEntry(QuantizedEntry):
         return SignRecord(self.shape, self.dtype, self.scale, elements)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_new_kinds_are_written_and_read(codec, monkeypatch):
     """A kind that is added to the list is written and read beside the others, in every way."""
     monkeypatch.setattr(index, "KINDS", (*index.KINDS, SignEntry))

@@ -93,7 +93,7 @@ def test_contradictions(change, rule):
 
 
 @pytest.mark.parametrize("codewords", [1, 2, 3, 255, 256, 257, 512, 40_000, 65_535, 65_536])
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_codebooks_of_any_size(codewords, codec):
     """Indices of 0 to 16 bits come back, and packed take their bits and hardly more."""
     record = product(max(codewords, 3000), codewords, 2)
@@ -103,7 +103,7 @@ def test_codebooks_of_any_size(codewords, codec):
 
 
 @pytest.mark.parametrize("codewords", [1, 5, 1000])
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_long_tensors_are_cut(codewords, codec):
     """Tensors of more blocks than a segment holds come back."""
     assert_both_ways(product(2 * layout.MAX_WEIGHTS + 5, codewords, 2), codec, 1 << 30)

@@ -29,7 +29,8 @@ def fuzz(data):
         return
     size = int.from_bytes(data[:2], "little")
     with repaired_checksums():
-        read(with_checksums(data[2 : 2 + size], data[2 + size :]))
+        for minor in (0, 1):
+            read(with_checksums(data[2 : 2 + size], data[2 + size :], minor=minor))
 
 
 def plant(folder):

@@ -1,16 +1,21 @@
 """Hypothesis fuzzes the reader: as bytes come, and with all checksums repaired."""
 
+from typing import get_args
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffq.format.container import encode
+from diffq.format.container import Codec, encode
 from tests.format.craft import (
+    TOTAL,
     Elements,
     File,
     Levels,
+    Runs,
     floats,
     grid,
+    in_runs,
     leb,
     name,
     product,
@@ -18,7 +23,7 @@ from tests.format.craft import (
     scaled,
 )
 from tests.format.make_golden import FOLDER
-from tests.format.samples import RECORDS, codebook_model, small_model
+from tests.format.samples import RECORDS, codebook_model, matrix, small_model
 from tests.fuzz.target import read_and_write, read_repaired, take_apart
 
 STEMS = ("example", "every_dtype", "shared", "zero_points")
@@ -28,6 +33,8 @@ SEEDS = [
     File().build(),
     encode(codebook_model()),
     encode(codebook_model(), codec="packed"),
+    encode({**small_model(), **codebook_model()}, codec="rans"),
+    encode({"a": matrix(12, 10, 0.2), "b": matrix(9, 20, 0.5, group_size=4)}, codec="rans"),
     *((FOLDER / f"{stem}.diffq").read_bytes() for stem in STEMS),
 ]
 FUZZ = settings(max_examples=300)
@@ -91,10 +98,9 @@ def test_edited_metadata(meta):
 
 
 @FUZZ
-@given(st.lists(RECORDS, min_size=1, max_size=3), EDITS, st.booleans())
-def test_edited_models(records, edits, packed):
+@given(st.lists(RECORDS, min_size=1, max_size=3), EDITS, st.sampled_from(get_args(Codec)))
+def test_edited_models(records, edits, codec):
     """Edits in the index of models of all kinds give tensors or a FormatError."""
-    codec = "packed" if packed else "zstd"
     model = {f"layer.{i}.weight": record for i, record in enumerate(records)}
     index, body, meta = take_apart(encode(model, codec=codec))
     read_repaired(edited(index, edits), body, meta)
@@ -134,6 +140,24 @@ TENSORS = st.one_of(
         st.binary(min_size=5, max_size=5) | st.just(b""),
     ),
 )
+
+
+@st.composite
+def crafted_runs(draw):
+    """A segment in rANS, sound in itself, of any marks, columns and levels."""
+    marks = draw(st.lists(st.integers(0, 31), min_size=1, max_size=12))
+    levels = draw(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+    stored = in_runs(
+        (levels, dict.fromkeys(range(4), TOTAL // 4)),
+        marks=(marks, dict.fromkeys(range(32), TOTAL // 32)),
+        lanes=draw(st.integers(1, 4)),
+        bounds=(draw(st.integers(0, 31)), draw(st.integers(0, 31))),
+        columns=draw(st.lists(NUMBERS, max_size=2)),
+        tail=draw(st.binary(max_size=2)),
+    )
+    return Runs(stored, used=draw(st.sampled_from([2, 4, 6, 8])))
+
+
 SEGMENTS = st.one_of(
     st.builds(Elements, st.binary(max_size=20)),
     st.builds(lambda pair: Elements(floats(*sorted(pair))), st.tuples(BYTES, BYTES)),
@@ -145,6 +169,10 @@ SEGMENTS = st.one_of(
         map_width=st.integers(0, 9),
         widths=st.lists(st.integers(0, 9), max_size=3).map(tuple),
     ),
+    st.builds(
+        Runs, st.binary(max_size=20), used=st.integers(0, 2**16 - 1) | st.sampled_from([2, 4, 6])
+    ),
+    crafted_runs(),
 )
 
 
@@ -153,9 +181,11 @@ SEGMENTS = st.one_of(
 def test_built_files(tensors, segments, data):
     """Files put together from hostile numbers give tensors or a FormatError."""
     names = tuple(f"t{i}" for i in range(len(tensors)))
+    version = 1, data.draw(st.integers(0, 1))
     aliases = tuple(data.draw(st.lists(st.sampled_from(["a", "b", "t0"]), max_size=2)))
     targets = tuple(data.draw(st.integers(0, 3)) for _ in aliases)
-    read_and_write(File(names, aliases, targets, tuple(tensors), tuple(segments)).build())
+    parts = names, aliases, targets, tuple(tensors), tuple(segments)
+    read_and_write(File(*parts, version=version).build())
 
 
 @FUZZ

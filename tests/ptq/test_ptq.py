@@ -185,7 +185,7 @@ def test_measured_errors_are_those_of_the_records(state, group_size, per_channel
     st.floats(0.02, 1.2),
     st.integers(0, 20),
     st.booleans(),
-    st.sampled_from(["zstd", "packed"]),
+    st.sampled_from(["zstd", "rans", "packed"]),
 )
 def test_a_file_never_exceeds_its_target(state, share, group_size, per_channel, codec):
     """Any target gives a file of at most that size, or an error with the smallest possible one."""

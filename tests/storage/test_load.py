@@ -18,7 +18,7 @@ from tests.compare import same_bits
 from tests.holder import Holder, all_bits, bits_of, blank
 from tests.models import QUANTIZERS, ConvNet, TiedModules, computed_weight, mlp
 
-CODECS = ["zstd", "packed"]
+CODECS = ["zstd", "rans", "packed"]
 
 
 def _qat(model, **options):

@@ -121,7 +121,7 @@ def test_threads_of_an_open_file(threads, tied):
 # --- Lazy ---
 
 
-@pytest.mark.parametrize("codec", ["zstd", "packed"])
+@pytest.mark.parametrize("codec", ["zstd", "rans", "packed"])
 def test_one_tensor_alone(codec, tmp_path):
     """Damage in one tensor is met when it is asked for; a tensor elsewhere comes back sound."""
     path = tmp_path / "m.diffq"

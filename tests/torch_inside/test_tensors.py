@@ -14,14 +14,16 @@ def test_writes_raise_the_version():
 
 
 def test_stamp_changes_with_writes_and_with_other_memory():
-    """A stamp changes with a write, and with other memory in the same tensor, and else not."""
+    """A stamp changes with a write, with other memory, and with another shape, and else not."""
     tensor = torch.zeros(4)
     first = stamp(tensor)
     assert stamp(tensor) == first
     tensor.add_(1)
     second = stamp(tensor)
     tensor.data = torch.zeros(4)
-    assert len({first, second, stamp(tensor)}) == 3
+    third = stamp(tensor)
+    tensor.data = tensor.data.view(2, 2)
+    assert len({first, second, third, stamp(tensor)}) == 4
 
 
 def test_inference_tensors_count_nothing():

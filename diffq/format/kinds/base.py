@@ -40,11 +40,13 @@ class Coded:
         levels: uint16 [levels].
         bits: uint8 [groups], the bitwidth of each group.
         group_size: levels per group; the last group may be short.
+        columns: levels in a row of the tensor; 0 if it has no rows.
     """
 
     levels: Levels
     bits: Bytes
     group_size: int
+    columns: int = 0
 
     def counts(self) -> dict[int, int]:
         """Number of levels at each bitwidth in use, by rising bitwidth."""

@@ -139,7 +139,10 @@ class LevelRecord(QuantizedRecord):
     @property
     def coded(self) -> Coded | None:
         """The levels; None for a constant."""
-        return None if self.constant else Coded(self.levels, self.bits, self.group_size)
+        if self.constant:
+            return None
+        columns = self.numel // self.shape[0] if len(self.shape) > 1 and self.numel else 0
+        return Coded(self.levels, self.bits, self.group_size, columns)
 
     def stored_bits(self) -> int:
         """Equation 12 of the DiffQ paper for this tensor, in bits."""
