@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,63 +35,72 @@ def _see(tensor: Tensor) -> _Seen | None:
     return None if seen is None else _Seen(tensor, seen)
 
 
-class _Probe:
-    """Some elements of weights on the CPU, and what they were, as integers of their bits.
+class _Kept(NamedTuple):
+    """A quantized weight.
 
-    NumPy joins hundreds of short views in half the time of torch.
+    Attributes:
+        weight: what it was computed from.
+        value: the quantized weight.
+        elements: a view of some elements of a weight on the CPU; else of none.
+        bits: what they were.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._weights = [weight for weight in weights if _is_probed(weight)]
-        self._pointers = [weight.data_ptr() for weight in self._weights]
-        self._views = [_elements(weight) for weight in self._weights]
-        self._bits = self._joined()
+    weight: _Seen
+    value: Tensor
+    elements: NDArray[Any]
+    bits: NDArray[Any]
 
-    def is_still(self) -> bool:
-        """Whether the elements are what they were."""
-        # Pointers first: the memory of a view is gone where its storage was resized.
-        if [weight.data_ptr() for weight in self._weights] != self._pointers:
-            return False
-        return self._joined() == self._bits
 
-    def _joined(self) -> bytes:
-        return np.concatenate(self._views).tobytes() if self._views else b""
+class _Elements:
+    """Some elements of weights, which show writes through `.data`.
+
+    Reading them is safe as long as the stamps of the weights are what they were: the memory of
+    a view is gone where its storage was resized.
+    """
+
+    def __init__(self, kept: Iterable[_Kept]) -> None:
+        # NumPy joins hundreds of short views in half the time of torch.
+        views, bits = zip(*((each.elements, each.bits) for each in kept), strict=True)
+        self._views, self._bits = views, np.concatenate(bits).tobytes()
+
+    def are_still(self) -> bool:
+        """Whether they are what they were."""
+        return np.concatenate(self._views).tobytes() == self._bits
 
 
 class _Entry:
     """What eval forwards of a module begin with: all tensors in it are unchanged Parameters.
 
     Args:
+        forward: the first of the forwards, without gradients.
         places: of the module.
         pairs: the place of each tensor that was quantized, and the tensor.
-        forward: the first of the forwards, without gradients.
-        stamps: of the tensors.
-        probe: of the tensors.
+        kept: of each tensor.
     """
 
     def __init__(
         self,
+        forward: Forward,
         places: Sequence[Place],
         pairs: Sequence[tuple[Place, Tensor]],
-        forward: Forward,
-        stamps: list[Stamp],
-        probe: _Probe,
+        kept: Sequence[_Kept],
     ) -> None:
-        self.places = places
+        self._places = places  # the entry is found by their identity
         self._samples, self._writes = forward.quantized, forward.writes
         # Lists of what a check needs and no more: in a large model, all of it has left the caches.
         self._owners = [(p.owner, type(p.owner), p.name, weight) for p, weight in pairs]
         self._weights = [weight for _, weight in pairs]
-        self._stamps, self._probe = stamps, probe
-        read = [(p.quantizer.index, w) for p, w in pairs if p.quantizer.readings.ever]
-        self._ready = {id(w): s.value for i, w in read if (s := self._samples[i]) is not None}
+        self._stamps = [each.weight.stamp for each in kept]
+        self._elements = _Elements(kept)
+        each_kept = zip(pairs, kept, strict=True)
+        self._ready = {id(w): k.value for (p, w), k in each_kept if p.quantizer.readings.ever}
 
     def is_right(self) -> bool:
         """Whether all modules are in eval, and hold the same Parameters, unchanged."""
         for owner, kind, name, weight in self._owners:
             if owner.training or type(owner) is not kind or parameter_in(owner, name) is not weight:
                 return False
-        return stamps(self._weights) == self._stamps and self._probe.is_still()
+        return stamps(self._weights) == self._stamps and self._elements.are_still()
 
     def begin(self, forward: Forward) -> None:
         """Has a forward compute with the same tensors."""
@@ -108,11 +117,10 @@ class EvalCache:
     """
 
     def __init__(self, count: int) -> None:
-        self._kept: list[tuple[_Seen, Tensor] | None] = [None] * count
+        self._kept: list[_Kept | None] = [None] * count
+        # What they were computed with.
         self._learned: _Seen | None = None
-        # By the indices of some weights.
-        self._probes: dict[tuple[int, ...], _Probe] = {}
-        # By the identity of the places, which each holds.
+        # By the identity of the places.
         self._entries: dict[int, _Entry] = {}
 
     def __reduce__(self) -> tuple[type[EvalCache], tuple[int]]:
@@ -120,10 +128,8 @@ class EvalCache:
         return EvalCache, (len(self._kept),)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets all quantized weights."""
         self._kept = [None] * len(self._kept)
-        self._learned = None
-        self._probes = {}
         self._entries = {}
 
     def begin(self, forward: Forward, places: Sequence[Place], learned: Tensor | None) -> bool:
@@ -150,19 +156,20 @@ class EvalCache:
             places: of the module that is called.
             pairs: those of them that it began with, and the tensors.
         """
-        indices = tuple(place.quantizer.index for place, _ in pairs)
-        seen = [kept[0].stamp for i in indices if (kept := self._kept[i]) is not None]
-        probe = self._probes.get(indices)
-        # Nothing is known where another thread has changed something since.
-        if probe is None or {len(seen), len({p.quantizer.index for p in places})} != {len(pairs)}:
+        kept: list[_Kept] = []
+        for place, _ in pairs:
+            index = place.quantizer.index
+            known, sample = self._kept[index], forward.quantized[index]
+            # Another thread may have changed something since.
+            if known is None or sample is None or known.value is not sample.value:
+                return
+            kept.append(known)
+        if not kept or len(kept) < len({place.quantizer.index for place in places}):
             return
-        entry = _Entry(places, pairs, forward, seen, probe)
+        entry = _Entry(forward, places, pairs, kept)
         if entry.is_right():
             self._entries[id(places)] = entry
             entry.begin(forward)
-
-    def _has_learned(self, learned: Tensor | None) -> bool:
-        return learned is None or bool(self._learned and self._learned.is_still(learned))
 
     def values(
         self, learned: Tensor | None, indices: Sequence[int], weights: Sequence[Tensor]
@@ -174,36 +181,32 @@ class EvalCache:
             indices: of the quantizers.
             weights: of each.
         """
-        known = self._probes.get(tuple(indices))
-        if not all(probe.is_still() for probe in ([known] if known else self._probes.values())):
-            self.clear()
         if learned is not None and not self._has_learned(learned):
             self.clear()
             self._learned = _see(learned)
-        kept = [self._kept[index] for index in indices]
-        each = zip(kept, weights, strict=True)
-        return [k[1] if k is not None and k[0].is_still(weight) else None for k, weight in each]
+        each = zip((self._kept[index] for index in indices), weights, strict=True)
+        kept = [k if k is not None and k.weight.is_still(weight) else None for k, weight in each]
+        right = [k for k in kept if k is not None]
+        if right and not _Elements(right).are_still():
+            self.clear()
+            return [None] * len(kept)
+        return [None if k is None else k.value for k in kept]
 
     def put(self, index: int, weight: Tensor, value: Tensor) -> None:
         """Keeps a quantized weight."""
-        seen = _see(weight)
-        self._kept[index] = None if seen is None else (seen, value)
-        self._probes = {}
+        seen, elements = _see(weight), _elements(weight)
+        kept = None if seen is None else _Kept(seen, value, elements, elements.copy())
+        self._kept[index] = kept
 
-    def probe(self, indices: Sequence[int], weights: Sequence[Tensor]) -> None:
-        """Notes some elements of weights whose quantized ones are kept."""
-        where = tuple(indices)
-        if where and where not in self._probes:
-            self._probes[where] = _Probe(weights)
-
-
-def _is_probed(weight: Tensor) -> bool:
-    seen = stamp(weight)
-    has_memory = seen is not None and seen[0] != 0
-    return has_memory and weight.is_cpu and weight.is_contiguous()
+    def _has_learned(self, learned: Tensor | None) -> bool:
+        return learned is None or bool(self._learned and self._learned.is_still(learned))
 
 
 def _elements(weight: Tensor) -> NDArray[Any]:
+    seen = stamp(weight)
+    has_memory = seen is not None and seen[0] != 0
+    if not (has_memory and weight.is_cpu and weight.is_contiguous()):
+        return np.empty(0, np.int8)
     bits = weight.detach().view(-1).view(INTEGERS[weight.element_size()])
     # Not `numpy()`, after which torch refuses to resize the memory.
     return np.from_dlpack(bits[:: max(1, weight.numel() // _PROBED)])

@@ -293,14 +293,14 @@ class Forwards:
             values = cache.values(self.learned.flat(), indices, bases)
         parts: list[Tensor | None] | None = None
         for (place, base), index, value in zip(pairs, indices, values, strict=True):
+            is_kept = value is not None
             if value is None:
                 parts = self.learned.parts() if parts is None else parts
                 value = self._quantize(place, base, parts[index])
-                if cache is not None:
-                    cache.put(index, base, value)
-            forward.put(index, Sample(base, value, training=False))
-        if cache is not None:
-            cache.probe(indices, bases)
+            sample = Sample(base, value, training=False)
+            if cache is not None and not is_kept:
+                cache.put(index, base, sample.value)
+            forward.put(index, sample)
 
     def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
         learned = None if learned is None else beside(base, learned.detach())

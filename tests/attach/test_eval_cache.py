@@ -74,6 +74,19 @@ def test_a_write_to_data_is_quantized_once():
     assert len(calls) == len(quantizers_in(model))
 
 
+def test_a_write_to_data_after_another_part_was_quantized_anew():
+    """A write that leaves no trace is seen, also after a part of the model was quantized anew."""
+    model, quantizer = attached(mlp)
+    inputs = MODELS["mlp"][1]()
+    _evaluate_often(model, inputs)
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+        model[2](torch.ones(1, model[2].in_features))
+        model[0].weight.data.mul_(2)
+        outputs = model(inputs)
+        assert close(outputs, restored(mlp, quantizer)(inputs))
+
+
 def _evaluate_often(model, inputs):
     """Evaluates until nothing is left to note for later forwards."""
     model.eval()
@@ -338,7 +351,8 @@ def test_a_layer_that_a_later_forward_calls_first():
     inputs = torch.randn(3, 16)
     _evaluate_often(model, inputs)
     read = {q.plan.name: q.readings.ever for q in attachment_of(model).quantizers}
-    assert read["always.weight"] and not read["sometimes.weight"]
+    assert read["always.weight"]
+    assert not read["sometimes.weight"]
     model.calls_both = True
     _evaluate_often(model, inputs)
     assert all(q.readings.ever for q in attachment_of(model).quantizers)
