@@ -100,7 +100,7 @@ class Learned(Overridable):
         ends = {end for each in slices for piece in each for end in piece}
         cuts = sorted({0, flat.numel(), *ends})
         lengths = [end - start for start, end in pairwise(cuts)]
-        pieces = dict(zip(cuts, torch.split(flat, lengths), strict=False))
+        pieces = dict(zip(cuts[:-1], torch.split(flat, lengths), strict=True))
         runs = []
         for each, shape in zip(slices, shapes, strict=True):
             found = [pieces[start] for start, _ in each]
