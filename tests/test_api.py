@@ -12,6 +12,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import diffq
 from diffq import errors
@@ -289,6 +290,24 @@ def test_private_names_of_torch(name):
     """Private functions and classes of torch are named in `torch_inside` only."""
     private = [n for n in _dotted(MODULES[name]) if re.fullmatch(r"torch(\.\w+)*\._[\w.]+", n)]
     assert private == [] or name.split(".")[1] == "torch_inside"
+
+
+def _private_members():
+    names = {*dir(torch.nn.Module), *vars(torch.nn.Module()), *dir(torch.Tensor)}
+    return {name for name in names if re.fullmatch(r"_[a-z]\w*", name)}
+
+
+# Names of members are not looked for in `diffq.format`, which knows no torch.
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if n.split(".")[1:2] not in (["torch_inside"], ["format"])]
+)
+def test_private_members_of_torch(name):
+    """Private members of modules and tensors are read and overridden in `torch_inside` only."""
+    nodes = list(ast.walk(MODULES[name]))
+    found = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    found |= {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
+    assert found & _private_members() == set()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -21,6 +21,7 @@ from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, warn
 from diffq.numerics.size import Sized, Sizes
+from diffq.torch_inside.modules import children_in, parameters_in
 from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
 T = TypeVar("T")
@@ -92,10 +93,10 @@ class Attachment:
                 tensors were untied.
         """
         place, *others = (p for p in self._places if p.quantizer is quantizer)
-        weight = self._base(place)
+        weight = self._gathered(place)
         place.check_shape(weight)
         for other in others:
-            base = self._base(other)
+            base = self._gathered(other)
             # What is computed is another tensor each time.
             if (
                 isinstance(weight, nn.Parameter)
@@ -121,7 +122,7 @@ class Attachment:
         Raises:
             AttachError: one was removed or replaced.
         """
-        if all(parent._modules.get(key) is child for parent, key, child in self._links):
+        if all(children_in(parent).get(key) is child for parent, key, child in self._links):
             return
         present = set(self.model.modules())
         for place in self._places:
@@ -202,8 +203,8 @@ class Attachment:
             cover = cover_of(module)
             if cover is not None and cover.forwards is self.forwards:
                 take_off(module)
-        if self.model._modules.get(LEARNED) is self.learned:
-            del self.model._modules[LEARNED]
+        if children_in(self.model).get(LEARNED) is self.learned:
+            del children_in(self.model)[LEARNED]
 
     def bake(self, quantizer: WeightQuantizer, value: Tensor) -> None:
         """Sets a tensor of the detached model at every place; whatever computed it is removed."""
@@ -220,7 +221,7 @@ class Attachment:
         for quantizer in self.quantizers:
             for site in quantizer.plan.sites:
                 owner, name = site.owner(self.model), site.attribute
-                position = [*owner._parameters, name].index(name)
+                position = [*parameters_in(owner), name].index(name)
                 places.append(Place(quantizer, owner, name, position))
         return tuple(places)
 
@@ -233,7 +234,7 @@ class Attachment:
         return [
             (parent, key, child)
             for parent in self.model.modules()
-            for key, child in parent._modules.items()
+            for key, child in children_in(parent).items()
             if child in covered
         ]
 
@@ -241,8 +242,8 @@ class Attachment:
         parts = self.learned.parts()
         return [None if part is None else part.detach() for part in parts]
 
-    def _base(self, place: Place) -> Tensor:
-        if place.name in place.owner._parameters:
+    def _gathered(self, place: Place) -> Tensor:
+        if place.name in parameters_in(place.owner):
             return whole(place.base())
         chains: Any = getattr(place.owner, "parametrizations", ())
         computed = [chains[place.name]] if place.name in chains else []

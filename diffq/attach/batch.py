@@ -85,33 +85,33 @@ class Batches:
     def __init__(self) -> None:
         self._known: dict[Hashable, Batch] = {}
 
+    def __reduce__(self) -> tuple[type[Batches], tuple[()]]:
+        """Copies and pickles hold nothing."""
+        return Batches, ()
+
     def of(self, tensors: Sequence[tuple[Any, Tensor]]) -> list[tuple[Batch, list[Tensor]]]:
         """Batches, and the tensors of each, in the order of the first ones.
 
         Args:
             tensors: weight quantizers, and the tensor of each.
         """
-        plain = is_plain()
+        if not is_plain():
+            # Compiled code of layers that are alike is shared, if each has a batch of its own.
+            return [(type(quantizer).batch([quantizer]), [base]) for quantizer, base in tensors]
         sizes: dict[Hashable, int] = {}
         members: dict[Hashable, list[tuple[Any, Tensor]]] = {}
         for quantizer, base in tensors:
-            trait = traits(base) if plain else None
-            kind = type(quantizer), quantizer.alike, base.dtype, base.device, trait
+            kind = type(quantizer), quantizer.alike, base.dtype, base.device, traits(base)
             size = sizes[kind] = sizes.get(kind, 0) + base.numel()
-            # Compiled code of layers that are alike is shared, if each has a batch of its own.
-            part = size // _MOST if plain else quantizer.index
-            members.setdefault((*kind, part), []).append((quantizer, base))
+            members.setdefault((*kind, size // _MOST), []).append((quantizer, base))
         batches = []
         for each in members.values():
             quantizers, bases = zip(*each, strict=True)
-            batches.append((self._batch(quantizers, plain), list(bases)))
+            batches.append((self._batch(quantizers), list(bases)))
         return batches
 
-    def _batch(self, quantizers: Sequence[Any], plain: bool) -> Batch:
+    def _batch(self, quantizers: Sequence[Any]) -> Batch:
         kind, alike = type(quantizers[0]), quantizers[0].alike
-        if not plain:
-            batch: Batch = kind.batch(quantizers)
-            return batch
         key = kind, alike, *(quantizer.index for quantizer in quantizers)
         if key not in self._known:
             self._known[key] = kind.batch(quantizers)

@@ -24,6 +24,7 @@ from diffq.attach.place import Place
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
 from diffq.errors import MismatchError
+from diffq.torch_inside.modules import parameter_in, parameters_in
 from diffq.torch_inside.sharding import is_dtensor
 
 _FLAT, _KEPT, _SETTINGS = (f"{LEARNED}.{name}" for name in ("learned", "kept", "_extra_state"))
@@ -143,13 +144,13 @@ class StateHooks:
         # load_state_dict(assign=True) makes one parameter for each name of a tied one.
         first: dict[int, Place] = {}
         for place in self._places:
-            own = place.owner._parameters.get(place.name)
+            own = parameter_in(place.owner, place.name)
             tied = first.setdefault(place.quantizer.index, place)
-            parameter = tied.owner._parameters.get(tied.name)
+            parameter = parameter_in(tied.owner, tied.name)
             if own is None or parameter is None or own is parameter:
                 continue
             if not same_memory(own, parameter):
-                place.owner._parameters[place.name] = parameter
+                parameters_in(place.owner)[place.name] = parameter
                 self._forwards.look(tied)
 
     def _translate(self, state: dict[str, Any], prefix: str) -> None:
@@ -158,7 +159,7 @@ class StateHooks:
         for quantizer, owner, name, _ in self._places:
             for site in quantizer.plan.sites:
                 stem = ".".join(filter(None, (site.module, "parametrizations", site.attribute)))
-                if name in owner._parameters and f"{prefix}{stem}.original" in state:
+                if name in parameters_in(owner) and f"{prefix}{stem}.original" in state:
                     state[prefix + site.name] = state.pop(f"{prefix}{stem}.original")
                 found.setdefault(quantizer.plan.name, {}).update(_earlier(state, prefix + stem))
         parameter = self._forwards.learned.parameter

@@ -1,8 +1,7 @@
 """The classes of an attached model's modules: a property for each quantized tensor.
 
 A module that holds a quantized tensor, and each module above one, gets a subclass of its class,
-of the same name. In a forward, a property gives the tensor that is computed with in place of
-the Parameter, which stays where it is. The methods that compute are wrapped.
+of the same name. The methods that compute are wrapped.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ import functools
 from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.compiler import is_compiling
 
 from diffq.attach import containers
 from diffq.attach.forward import Forwards
-from diffq.attach.methods import methods_that_read
+from diffq.attach.methods import has_tensor, methods_that_read
 from diffq.attach.place import Place
+from diffq.attach.properties import QuantizedTensor
 from diffq.errors import AttachError
-from diffq.torch_inside.graph import output_tensors
+from diffq.torch_inside.overrides import after_loads, before_moves
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 from diffq.torch_inside.sharding import is_managed
 
@@ -108,69 +109,6 @@ def take_off(module: nn.Module) -> None:
         keep_weights(module)
 
 
-class QuantizedTensor(property):
-    """The property of a quantized tensor.
-
-    Args:
-        name: the tensor's name in its module.
-        inner: the property of another parametrization, which computes the tensor.
-    """
-
-    def __init__(self, name: str, inner: Any) -> None:
-        self._name, self._inner = name, inner
-
-        # Functions and no methods, which torch 2.6 cannot compile.
-        def read(module: Any) -> Any:
-            parameters, cover = module._parameters, module._diffq_cover
-            forward = None if cover is None else cover.forwards.current()
-            if forward is None:
-                return parameters[name] if name in parameters else _plain(module, name, inner)
-            place, training = cover.own[name], module.training
-            base = parameters.get(name)
-            if base is None and inner is not None and name not in module.__dict__:
-                # Computed once, when the forward began.
-                mode = training and not cover.forwards.always_quantized
-                known = forward.samples(mode)[place.quantizer.index]
-                base = None if known is None else known.weight
-            if base is None:
-                base = _plain(module, name, inner)
-            return base if base is None else cover.forwards.read(forward, place, base, training)
-
-        def write(module: nn.Module, value: Any) -> None:
-            if inner is not None:
-                inner.fset(module, value)
-            else:
-                module.__dict__[name] = value
-
-        def delete(module: nn.Module) -> None:
-            if name not in module.__dict__:
-                raise AttributeError(name)
-            del module.__dict__[name]
-
-        super().__init__(read, write, delete)
-
-    def plain(self, module: nn.Module) -> Tensor:
-        """The tensor without quantization.
-
-        Raises:
-            AttributeError: there is none.
-        """
-        tensor: Tensor = _plain(module, self._name, self._inner)
-        return tensor
-
-
-def _plain(module: nn.Module, name: str, inner: Any) -> Any:
-    tensor: Tensor | None = module._parameters.get(name)
-    if tensor is None and name in module.__dict__:
-        # The hooks of older torch, and DataParallel, put tensors there.
-        tensor = module.__dict__[name]
-    if tensor is None and inner is not None and name not in module._parameters:
-        tensor = inner.fget(module)
-    if tensor is None and name not in module._parameters:
-        raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
-    return tensor
-
-
 class _Quiet:
     """Keeps classes that register their subclasses from seeing ours."""
 
@@ -205,9 +143,9 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
     members.update((name, QuantizedTensor(name, vars(base).get(name))) for name in names)
     members["train"] = _watched(base.train)
     if is_root:
-        members["_apply"] = _moved(base._apply)
+        members.update(before_moves(base, _forget))
     if names:
-        members["_load_from_state_dict"] = _loaded(base._load_from_state_dict)
+        members.update(after_loads(base, _look))
     make = _maker(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
@@ -270,13 +208,18 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Wrappers that were made while it was attached may outlive a quantizer.
         cover: Cover | None = getattr(self, COVER, None)
-        if cover is None or not cover.forwards.attached:
+        if cover is None:
             return method(self, *args, **kwargs)
-        if of_tensors and not _has_tensor(args, kwargs):
+        if not is_compiling():
+            # Almost all calls are in a forward that has all tensors.
+            stack = cover.forwards.stacks.get(get_ident())
+            if stack and not is_managed(self):
+                return method(self, *args, **kwargs)
+        if not cover.forwards.attached or (of_tensors and not has_tensor(args, kwargs)):
             return method(self, *args, **kwargs)
-        forwards = cover.forwards
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return cover.call(self, method, args, kwargs)
+        forwards = cover.forwards
         # Checkpoints allow no side effects on what is outside of them.
         if forwards.marks:
             return method(self, *args, **kwargs)
@@ -292,10 +235,6 @@ def _counted(method: Any, of_tensors: bool = False) -> Any:
     wrapper: Any = counted
     wrapper.__code__ = wrapper.__code__.replace(co_name=method.__name__)
     return wrapper
-
-
-def _has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return next(output_tensors([*args, *kwargs.values()]), None) is not None
 
 
 def _watched(method: Any) -> Any:
@@ -314,32 +253,19 @@ def _watched(method: Any) -> Any:
     return train
 
 
-def _moved(method: Any) -> Any:
-    """`_apply`, after which the quantized weights of the model are computed anew."""
-
-    @functools.wraps(method)
-    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A cast or move may end at the same address, so that the weight looks unchanged.
-        cover: Cover | None = getattr(self, COVER, None)
-        if cover is not None:
-            cover.forwards.forget()
-        return method(self, *args, **kwargs)
-
-    return apply
+def _forget(module: Any) -> None:
+    # A cast or move may end at the same address, so that the weight looks unchanged.
+    cover = cover_of(module)
+    if cover is not None:
+        cover.forwards.forget()
 
 
-def _loaded(method: Any) -> Any:
-    """Loading of a module, alone or in its model, after which its zeros are looked for."""
-
-    @functools.wraps(method)
-    def load(self: Any, *args: Any, **kwargs: Any) -> None:
-        method(self, *args, **kwargs)
-        cover = self._diffq_cover
-        if cover is not None:
-            for place in cover.own.values():
-                cover.forwards.look(place)
-
-    return load
+def _look(module: Any) -> None:
+    """Looks for zeros, which a load of the module, alone or in its model, may have brought."""
+    cover = cover_of(module)
+    if cover is not None:
+        for place in cover.own.values():
+            cover.forwards.look(place)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

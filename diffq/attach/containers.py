@@ -11,6 +11,7 @@ from torch import nn
 
 from diffq.attach.learned import Learned
 from diffq.attach.plan import LEARNED
+from diffq.torch_inside.modules import children_in
 
 #: Methods that change a container.
 _CHANGES = (
@@ -22,7 +23,6 @@ _CHANGES = (
 class _Container:
     """A `Sequential` or a list that is the root: it holds the plain model's modules only."""
 
-    _modules: dict[str, Any]
     _diffq_base: Any
 
     def __len__(self) -> int:
@@ -41,7 +41,9 @@ class _Container:
         return self._diffq_base([module for _, module in modules])
 
     def _visible(self) -> dict[str, Any]:
-        return {k: module for k, module in self._modules.items() if not isinstance(module, Learned)}
+        return {
+            k: module for k, module in children_in(self).items() if not isinstance(module, Learned)
+        }
 
 
 class _Mapping(_Container):
@@ -51,7 +53,7 @@ class _Mapping(_Container):
         return iter(self._visible())
 
     def __getitem__(self, key: str) -> Any:
-        return self._modules[key]
+        return children_in(self)[key]
 
     def keys(self) -> Any:
         """The names."""
@@ -86,11 +88,12 @@ def _changing(method: Any) -> Any:
     @functools.wraps(method)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Containers count and rename all modules that they hold.
-        learned = self._modules.pop(LEARNED, None)
+        learned = children_in(self).pop(LEARNED, None)
         try:
             return method(self, *args, **kwargs)
         finally:
             if learned is not None:
-                self._modules[LEARNED] = learned
+                # The method may have made the dictionary anew.
+                children_in(self)[LEARNED] = learned
 
     return change

@@ -22,16 +22,15 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.batch import Batch, Batches, Run
 from diffq.attach.cache import EvalCache
+from diffq.attach.drawing import Drawing, beside
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
-from diffq.attach.sample import Forward, Sample, separate_versions
+from diffq.attach.sample import Forward, Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.attach.writes import Writes
 from diffq.numerics.noise import straight_through
 from diffq.torch_inside.graph import (
-    Tied,
     call_after_backward,
     in_backward,
     is_plain,
@@ -39,7 +38,8 @@ from diffq.torch_inside.graph import (
     output_tensors,
     untraced,
 )
-from diffq.torch_inside.sharding import is_distributed, is_dtensor, is_managed
+from diffq.torch_inside.modules import parameter_in
+from diffq.torch_inside.sharding import is_dtensor, is_managed
 
 
 class Forwards:
@@ -54,6 +54,7 @@ class Forwards:
         root: the model.
         attached: false in copies of a part of a model, which are plain.
         ran: whether a forward has ended.
+        stacks: by thread, the forward that runs and those of blocks in it.
     """
 
     def __init__(self, quantizers: Sequence[WeightQuantizer], learned: Learned) -> None:
@@ -68,21 +69,19 @@ class Forwards:
         self.ran = False
         # The outermost forwards of all threads, for compiled code, which knows no threads.
         self.marks: list[Forward] = []
-        # What `running` gives, by thread.
-        self._running: dict[int, list[Forward]] = {}
+        self.stacks: dict[int, list[Forward]] = {}
         # Modes in which a forward was searched for writes that leave no trace in versions.
         self._searched: set[bool] = set()
-        self._batches = Batches()
+        self._drawing = Drawing(learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are outside of every forward."""
         outside: dict[str, Any] = {
-            "_running": {},
+            "stacks": {},
             "marks": [],
             "replayed": None,
             "root": None,
             "attached": False,
-            "_batches": Batches(),
         }
         return {**self.__dict__, **outside}
 
@@ -94,19 +93,18 @@ class Forwards:
     def running(self) -> list[Forward]:
         """The forward that runs in this thread, and those of blocks in it; empty outside."""
         thread = get_ident()
-        stack = self._running.get(thread)
+        stack = self.stacks.get(thread)
         if stack is None:
-            stack = self._running[thread] = []
+            stack = self.stacks[thread] = []
         return stack
 
     def current(self) -> Forward | None:
         """The forward that runs in this thread, or whose backward runs."""
         if torch.compiler.is_compiling():
             return self.marks[-1] if self.marks else None
-        if self._running:
-            stack = self.running()
-            if stack:
-                return stack[-1]
+        stack = self.stacks.get(get_ident())
+        if stack:
+            return stack[-1]
         return self.replayed if self.replayed is not None and in_backward() else None
 
     @contextmanager
@@ -153,6 +151,11 @@ class Forwards:
         if parameter is not None and parameter.is_meta and is_plain():
             self.learned()  # a hook of offloading brings the numbers
         forward, plain = Forward(len(self.quantizers), entry), is_plain()
+        shares = plain and entry is not None and not torch.is_grad_enabled()
+        if shares and self.cache.begin(forward, places, parameter):
+            for quantizer, sample in zip(self.quantizers, forward.quantized, strict=True):
+                quantizer.slot = sample
+            return forward
         training: list[tuple[Place, Tensor]] = []
         evaluated: list[tuple[Place, Tensor]] = []
         seen: set[int] = set()
@@ -181,6 +184,8 @@ class Forwards:
             thorough = bool(training) not in self._searched
             self._searched.add(bool(training))
             forward.writes = Writes(forward, pairs, thorough)
+            if shares and not thorough:
+                self.cache.keep(forward, places, pairs)
         return forward
 
     def enter_part(self, forward: Forward, places: Iterable[Place]) -> None:
@@ -233,11 +238,10 @@ class Forwards:
             sample = forward.samples(training)[quantizer.index]
         if sample is None or not sample.stands_for(base) or forward.is_outdated(sample):
             sample = self._at_reading(forward, place, base, training)
+        if not torch.compiler.is_compiling():  # checkpoints allow no side effects
+            quantizer.readings.note(training)
         if not training:
-            quantizer.readings.note_eval()
-            return self._quantized(sample, base)
-        if not torch.compiler.is_compiling():
-            quantizer.readings.note_training()
+            return self._quantized(forward, sample, base)
         if not torch.is_grad_enabled():
             sample.read_without_grad = True
             return sample.value.to(base.dtype)
@@ -245,14 +249,13 @@ class Forwards:
         # own for each part: two of them must not share a node.
         own_graph = sample.read_without_grad and in_backward()
         if sample.connected is None or own_graph or sample.weight is not base:
-            learned = self.learned.part(quantizer.index)
-            return self._connect_alone(quantizer, base, sample, learned)
+            return self._drawing.connect(quantizer, base, sample)
         return sample.connected
 
     def forget(self) -> None:
         """Has all quantized weights computed again."""
         self.cache.clear()
-        for stack in list(self._running.values()):
+        for stack in list(self.stacks.values()):
             for forward in stack:
                 forward.forget()
 
@@ -265,7 +268,7 @@ class Forwards:
 
     def look(self, place: Place) -> None:
         """Looks for zeros that must stay; see `diffq.attach.weight`."""
-        weight = place.owner._parameters.get(place.name)
+        weight = parameter_in(place.owner, place.name)
         parameter = self.learned.parameter
         # What other parametrizations compute may change with each computation.
         if weight is None or not is_plain() or weight.is_meta or is_dtensor(weight):
@@ -275,38 +278,12 @@ class Forwards:
             place.quantizer.look(weight.detach(), None if learned is None else learned.detach())
 
     def _draw(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
-        pairs_of = [(place.quantizer, base) for place, base in pairs]
-        batches = self._batches.of(pairs_of)
-        runs = self.learned.runs([batch.quantizers for batch, _ in batches])
-        for (batch, bases), run in zip(batches, runs, strict=True):
-            run = run.beside(bases[0])
-            with torch.no_grad():
-                samples = batch.draw(bases, run.detach())
-            if is_plain():
-                separate_versions(samples)
-            if torch.is_grad_enabled():
-                self._connect(batch, bases, samples, run)
-            for quantizer, sample in zip(batch.quantizers, samples, strict=True):
-                forward.put(quantizer.index, sample)
-                if torch.compiler.is_compiling():
-                    # Reading must change nothing in what checkpoints run again.
-                    quantizer.readings.note_training()
-
-    def _connect(
-        self, batch: Batch, bases: Sequence[Tensor], samples: Sequence[Sample], learned: Run
-    ) -> None:
-        connected = batch.connect(bases, samples, learned)
-        each = zip(batch.quantizers, samples, connected, learned.parts(), strict=True)
-        for quantizer, sample, value, part in each:
-            sample.connected = _tied(quantizer, value, part)
-
-    def _connect_alone(
-        self, quantizer: WeightQuantizer, base: Tensor, sample: Sample, learned: Tensor | None
-    ) -> Tensor:
-        """A value with a node of its own."""
-        learned = _beside(base, learned)
-        connected = base if sample.is_weight else quantizer.connect(base, sample, learned)
-        return _tied(quantizer, connected, learned)
+        tensors = [(place.quantizer, base) for place, base in pairs]
+        for quantizer, sample in self._drawing.draw(tensors):
+            forward.put(quantizer.index, sample)
+            if torch.compiler.is_compiling():
+                # Reading must change nothing in what checkpoints run again.
+                quantizer.readings.note(training=True)
 
     def _evaluate(self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]]) -> None:
         cache = self.cache if is_plain() else None
@@ -316,23 +293,23 @@ class Forwards:
             values = cache.values(self.learned.flat(), indices, bases)
         parts: list[Tensor | None] | None = None
         for (place, base), index, value in zip(pairs, indices, values, strict=True):
+            is_kept = value is not None
             if value is None:
                 parts = self.learned.parts() if parts is None else parts
                 value = self._quantize(place, base, parts[index])
-                if cache is not None:
-                    cache.put(index, base, value)
-            forward.put(index, Sample(base, value, training=False))
-        if cache is not None:
-            cache.probe(indices, bases)
+            sample = Sample(base, value, training=False)
+            if cache is not None and not is_kept:
+                cache.put(index, base, sample.value)
+            forward.put(index, sample)
 
     def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
-        learned = None if learned is None else _beside(base, learned.detach())
+        learned = None if learned is None else beside(base, learned.detach())
         # Values that inference mode made would be of no use to a later backward.
         plain = is_plain() and not base.is_inference()
         with torch.inference_mode(False) if plain else nullcontext():
             return place.quantizer.quantize(base.detach(), learned)
 
-    def _quantized(self, sample: Sample, base: Tensor) -> Tensor:
+    def _quantized(self, forward: Forward, sample: Sample, base: Tensor) -> Tensor:
         # Tracers run a model twice, and compare the graphs.
         if not (torch.is_grad_enabled() and base.requires_grad) or is_traced():
             return sample.value
@@ -342,7 +319,7 @@ class Forwards:
         if is_plain():
             # After a backward comes a step, and fused optimizers leave no trace of theirs.
             connected.register_hook(lambda grad: self.forget())  # type: ignore[no-untyped-call]
-        if sample.weight is base:
+        if sample.weight is base and forward.ready is None:
             sample.connected = connected
         return connected
 
@@ -369,19 +346,3 @@ class Forwards:
 
     def _end_replay(self) -> None:
         self.replayed = None
-
-
-def _beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:
-    """What is learned on the device of its weight."""
-    if learned is None or learned.device == weight.device:
-        return learned
-    return learned.to(weight.device, non_blocking=True)
-
-
-def _tied(quantizer: WeightQuantizer, value: Tensor, learned: Tensor | None) -> Tensor:
-    """A value with what its quantizer learned in its graph, also when it learns no more."""
-    if learned is None or quantizer.learning or not is_distributed():
-        return value
-    # DistributedDataParallel waits for the gradient of every parameter.
-    tied: Tensor = Tied.apply(value, learned)  # type: ignore[no-untyped-call]
-    return tied

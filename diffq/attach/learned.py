@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from diffq.attach.batch import Run
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import OptimizerError
+from diffq.torch_inside.modules import parameters_in
+from diffq.torch_inside.overrides import Overridable
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 
 
-class Learned(nn.Module):
+class Learned(Overridable):
     """The flat parameter of a model's quantizers, and where each has its part.
 
     One parameter costs an optimizer one update, whatever the number of tensors.
@@ -49,21 +51,22 @@ class Learned(nn.Module):
         self.register_parameter("learned", None if flat is None else nn.Parameter(flat))
         # What hooks of offloading have put in place, while a forward of the root runs.
         self._on_hand: Tensor | None = None
+        self._was_meta = False
 
     def forward(self, x: Any = None) -> Any:
         """The input, for code that calls all children; keeps what hooks of offloading brought."""
-        learned = self._parameters["learned"]
+        learned = self.parameter
         self._on_hand = None if learned is None else learned.detach().clone()
         return x
 
     @property
     def parameter(self) -> Tensor | None:
         """The parameter as it is: whole, or this rank's shard; None if nothing is learned."""
-        return self._parameters["learned"]
+        return parameters_in(self)["learned"]
 
     def flat(self) -> Tensor | None:
         """The whole parameter, to compute with."""
-        parameter = self._parameters["learned"]
+        parameter = self.parameter
         if parameter is None:
             return None
         if parameter.is_meta and self._on_hand is not None:
@@ -97,7 +100,7 @@ class Learned(nn.Module):
         ends = {end for each in slices for piece in each for end in piece}
         cuts = sorted({0, flat.numel(), *ends})
         lengths = [end - start for start, end in pairwise(cuts)]
-        pieces = dict(zip(cuts, torch.split(flat, lengths), strict=False))
+        pieces = dict(zip(cuts[:-1], torch.split(flat, lengths), strict=True))
         runs = []
         for each, shape in zip(slices, shapes, strict=True):
             found = [pieces[start] for start, _ in each]
@@ -198,25 +201,31 @@ class Learned(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: the settings are checked before anything is loaded (`StateHooks`)."""
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def before_saving(self) -> None:
+        """Settles what is learned."""
         self.settle()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if any(quantizer.kept() is not None for quantizer in self.quantizers):
-            destination[prefix + "kept"] = self.kept
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def saved_besides(self) -> dict[str, Tensor]:
+        """The integers, where a method has some."""
+        has_some = any(quantizer.kept() is not None for quantizer in self.quantizers)
+        return {"kept": self.kept} if has_some else {}
+
+    def moving(self, move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Keeps the dtype."""
+        self._was_meta = self.learned is not None and self.learned.is_meta
+
         def keep_dtype(tensor: Tensor) -> Tensor:
             # Bitwidths and scales in half precision would hardly learn: casts are for weights.
-            moved = fn(tensor)
+            moved = move(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        was_meta = self.learned is not None and self.learned.is_meta
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and self.learned is not None and not self.learned.is_meta:
-            # to_empty() gives memory without numbers; the weights are to be loaded.
+        return keep_dtype
+
+    def after_moving(self) -> None:
+        """Starts again after to_empty(), which gives memory without numbers, before a load."""
+        if self._was_meta and self.learned is not None and not self.learned.is_meta:
             zero = self.learned.new_zeros(())
             self.write([q.start(zero.expand(q.plan.shape)) for q in self.quantizers])
-        return self
 
 
 def characters(settings: dict[str, Any]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import getattr_static, unwrap
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from diffq.torch_inside.graph import output_tensors
 
 
 def methods_that_read(base: type[nn.Module], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -26,6 +28,11 @@ def methods_that_read(base: type[nn.Module], names: Sequence[str]) -> Iterator[t
         method = getattr_static(base, name, None)
         if name in found and name != "forward" and isinstance(method, FunctionType):
             yield name, method
+
+
+def has_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a tensor is among the arguments of a call."""
+    return next(output_tensors([*args, *kwargs.values()]), None) is not None
 
 
 def _is_special(name: str) -> bool:

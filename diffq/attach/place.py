@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffq.attach.plan import TensorPlan
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError
+from diffq.torch_inside.modules import parameter_in, parameters_in
 
 
 class Place(NamedTuple):
@@ -33,7 +34,7 @@ class Place(NamedTuple):
         Raises:
             AttachError: something else was put in its place.
         """
-        found = self.owner._parameters.get(self.name)
+        found = parameter_in(self.owner, self.name)
         if found is not None and torch.compiler.is_compiling():
             return found
         plain = getattr(getattr(type(self.owner), self.name, None), "plain", None)
@@ -65,7 +66,7 @@ class Place(NamedTuple):
         if len(names) > 1:
             return AttachError(untied(self.quantizer.plan))
         if isinstance(old, nn.Parameter):
-            parameters = self.owner._parameters
+            parameters = parameters_in(self.owner)
             others = [pair for pair in parameters.items() if pair[0] != self.name]
             parameters.clear()
             parameters.update(

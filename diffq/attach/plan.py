@@ -21,7 +21,13 @@ from diffq.checks import check_flag, check_number, check_overrides, check_patter
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
 from diffq.numerics.size import MEGABYTE
-from diffq.torch_inside.modules import is_lazy, non_persistent_buffers
+from diffq.torch_inside.modules import (
+    buffers_in,
+    children_in,
+    is_lazy,
+    non_persistent_buffers,
+    parameters_in,
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,7 +66,7 @@ class Site:
         # Directly where a module is in its place: this is asked for each tensor in each step.
         # What wraps a module may pass the names in it on.
         for name in self.module.split(".") if self.module else ():
-            modules = owner._modules  # TorchScript's has no `get`.
+            modules = children_in(owner)  # TorchScript's has no `get`.
             below = modules[name] if name in modules else getattr(owner, name, None)
             if not isinstance(below, nn.Module):
                 raise AttachError(self.changed("was removed"))
@@ -322,9 +328,9 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         if parametrize.is_parametrized(module):
             inner += (f"{path}.parametrizations.".lstrip("."),)
             names += module.parametrizations
-        names += (name for name, tensor in module._parameters.items() if tensor is not None)
+        names += (name for name, tensor in parameters_in(module).items() if tensor is not None)
         skipped = non_persistent_buffers(module)
-        names += (n for n, t in module._buffers.items() if t is not None and n not in skipped)
+        names += (n for n, t in buffers_in(module).items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)
 
 

@@ -30,14 +30,11 @@ class Readings:
     last: bool = False
     before: bool = True
 
-    def note_eval(self) -> None:
-        """Notes a reading in eval."""
-        if not torch.compiler.is_compiling():  # checkpoints allow no side effects
-            self.ever = True
-
-    def note_training(self) -> None:
-        """Notes a reading in training."""
+    def note(self, training: bool) -> None:
+        """Notes a reading in training or in eval."""
         self.ever = True
+        if not training:
+            return
         if torch.is_grad_enabled() or in_reentrant_checkpoint():
             self.learned = True
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffq.numerics.grid import laid_out_as
 from diffq.torch_inside.graph import in_backward, is_plain
+from diffq.torch_inside.tensors import version_of
 
 
 @dataclass(eq=False)
@@ -64,6 +65,8 @@ class Forward:
         quantized: the same for eval.
         entry: the module whose call it is; None in a block that computes.
         writes: finds writes to quantized tensors at the end.
+        ready: where the samples of eval are shared with other forwards: by the identity of each
+            weight that one has read, what eval without gradients computes with.
     """
 
     def __init__(self, count: int, entry: nn.Module | None) -> None:
@@ -71,6 +74,7 @@ class Forward:
         self.quantized: list[Sample | None] = [None] * count
         self.entry = entry
         self.writes: Any = None
+        self.ready: Mapping[int, Tensor] | None = None
 
     def samples(self, training: bool) -> list[Sample | None]:
         """The samples of a mode."""
@@ -92,11 +96,15 @@ class Forward:
         """Takes a sample."""
         self.samples(sample.training)[index] = sample
         if self.entry is None:
-            sample.version = version_of(sample.weight)
+            sample.version = _version_of(sample.weight)
 
     def is_outdated(self, sample: Sample) -> bool:
         """Whether the weight of a sample was written to since, in a block."""
-        return self.entry is None and version_of(sample.weight) != sample.version
+        return self.entry is None and _version_of(sample.weight) != sample.version
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    return version_of(tensor) if is_plain() else None
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -109,11 +117,6 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
         return one.data_ptr() == other.data_ptr() != 0
     except RuntimeError:  # tensors of torch.func and of tracers have no memory
         return False
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """The version of a tensor; None for those that count none, of inference mode and of tracers."""
-    return tensor._version if is_plain() and not tensor.is_inference() else None
 
 
 def separate_versions(samples: Sequence[Sample | None]) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample
+from diffq.torch_inside.modules import parameter_in
+from diffq.torch_inside.tensors import INTEGERS, stamps
 
 
 class Writes:
@@ -25,54 +27,45 @@ class Writes:
         self, forward: Forward, pairs: Sequence[tuple[Place, Tensor]], thorough: bool
     ) -> None:
         self._pairs = pairs
-        self._samples = [forward.first(place.quantizer.index) for place, _ in pairs]
-        self._versions = self._present_versions()
-        self._sums = _checksums(self._samples) if thorough else None
+        samples = [(place, forward.first(place.quantizer.index)) for place, _ in pairs]
+        # A sample that is the weight itself may be written to.
+        self._watched = [(place, s) for place, s in samples if s is not None and not s.is_weight]
+        self._computed = [sample.value for _, sample in self._watched]
+        self._stamps = stamps(self._computed)
+        self._sums = _checksums(self._computed) if thorough else None
 
     def check(self) -> None:
         """Raises AttachError for a tensor that was assigned or written to."""
         for place, base in self._pairs:
-            now = place.owner._parameters.get(place.name)
+            now = parameter_in(place.owner, place.name)
             # A tensor that is no Parameter is put in place for a call, or computed.
-            if isinstance(base, nn.Parameter) and now is not base:
+            if now is not base and isinstance(base, nn.Parameter):
                 raise place.replaced(base)
-        present = self._present_versions()
-        for (place, _), sample, before, after in zip(
-            self._pairs, self._samples, self._versions, present, strict=True
-        ):
+        each = zip(self._watched, self._stamps, stamps(self._computed), strict=True)
+        for (place, sample), before, after in each:
             if before != after or _was_moved(sample):
                 raise place.refused("write to", "written to")
         if self._sums is None:
             return
-        changed = (_checksums(self._samples) != self._sums).nonzero().view(-1).tolist()
+        changed = (_checksums(self._computed) != self._sums).nonzero().view(-1).tolist()
         for number in changed[:1]:
-            raise self._pairs[number][0].refused("write to", "written to")
-
-    def _present_versions(self) -> list[int | None]:
-        # A sample that is the weight itself may be written to.
-        values = [None if s is None or s.is_weight else s.value for s in self._samples]
-        return [None if v is None or v.is_inference() else v._version for v in values]
+            raise self._watched[number][0].refused("write to", "written to")
 
 
-def _was_moved(sample: Sample | None) -> bool:
+def _was_moved(sample: Sample) -> bool:
     """Whether other memory was put into the tensor that was read."""
-    if sample is None or sample.connected is None or sample.is_weight:
-        return False
     connected, value = sample.connected, sample.value
-    return connected.dtype == value.dtype and connected.data_ptr() != value.data_ptr()
+    if connected is None or connected.dtype != value.dtype:
+        return False
+    return connected.data_ptr() != value.data_ptr()
 
 
-def _checksums(samples: Sequence[Sample | None]) -> Tensor:
-    """The sum of the bits of each value, int64 [samples] on the CPU."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = []
-    for sample in samples:
-        if sample is None or sample.is_weight:
-            sums.append(torch.zeros((), dtype=torch.int64, device="cpu"))
-        else:
-            value = sample.value.detach()
-            sums.append(value.view(kinds[value.element_size()]).sum(dtype=torch.int64))
-    devices = {each.device for each in sums}
-    if len(devices) > 1:
+def _checksums(values: Sequence[Tensor]) -> Tensor:
+    """The sum of the bits of each value, int64 [values] on the CPU."""
+    sums = [
+        value.detach().view(INTEGERS[value.element_size()]).sum(dtype=torch.int64)
+        for value in values
+    ]
+    if len({each.device for each in sums}) > 1:
         sums = [each.cpu() for each in sums]
     return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64, device="cpu")

@@ -24,7 +24,8 @@ from diffq.numerics.grid import finite_levels, is_narrow, widen
 from diffq.numerics.masks import block_mask
 from diffq.numerics.noise import straight_through
 from diffq.numerics.ranges import Observer, RangeTracker, check_observer
-from diffq.torch_inside.modules import CONVOLUTIONS, is_attention_projection, is_lazy
+from diffq.torch_inside.modules import CONVOLUTIONS, buffers_in, is_attention_projection, is_lazy
+from diffq.torch_inside.tensors import Stamp, stamp
 
 #: Name of the buffer that a layer gets: float32 [2, 1] or [2, channels], low and high of
 #: its input; NaN before calibration.
@@ -179,7 +180,7 @@ class LayerInput:
         self.name = name
         self.settings = settings
         self.tracker: RangeTracker | None = None
-        self._checked: tuple[int, int] | None = None
+        self._checked: Stamp = None
 
     def attach(self, layer: _Layer) -> list[RemovableHandle]:
         """Gives a layer its buffer and hooks."""
@@ -231,7 +232,7 @@ class LayerInput:
         """Raises CalibrationError for NaN; looks at each version of the buffer once."""
         if torch.compiler.is_compiling():
             return
-        version = None if bounds.is_inference() else (bounds._version, bounds.data_ptr())
+        version = stamp(bounds)
         if version is None or version != self._checked:
             if not torch.isfinite(bounds).all():
                 raise CalibrationError(
@@ -295,7 +296,7 @@ def _check_model(model: nn.Module) -> None:
         )
     check_model(model)
     for name, module in model.named_modules():
-        if BUFFER in module._buffers:
+        if BUFFER in buffers_in(module):
             raise AttachError(
                 f"The input of {name or 'the model'} has an ActivationQuantizer already. "
                 "Call detach() on that one first."

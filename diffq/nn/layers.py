@@ -19,6 +19,7 @@ from diffq.attach.checkpoints import rename_tensors
 from diffq.attach.sample import same_memory
 from diffq.checks import check_number, check_whole
 from diffq.errors import ConfigError
+from diffq.torch_inside.modules import children_in
 
 Layers = TypeVar("Layers", nn.Sequential, nn.ModuleList)
 
@@ -51,7 +52,7 @@ class LayerDrop(nn.Sequential):
 
     def __init__(self, layers: Iterable[nn.Module], rate: float = 0.1) -> None:
         check_number(rate, "rate", 0, 1)
-        names = layers._modules if isinstance(layers, nn.Module) else count()
+        names = children_in(layers) if isinstance(layers, nn.Module) else count()
         super().__init__(OrderedDict(zip(map(str, names), _all(layers), strict=False)))
         self.rate = rate
 
@@ -209,7 +210,7 @@ def _all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Every layer, also of a `LayerDrop` in training."""
     if not isinstance(layers, nn.Module):
         return list(layers)
-    return [layer for layer in layers._modules.values() if layer is not None]
+    return [layer for layer in children_in(layers).values() if layer is not None]
 
 
 def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -107,6 +107,8 @@ class Constants:
 
 def in_numpy(tensor: Tensor) -> bool:
     """Whether NumPy can compute with a tensor: numbers on a CPU, without graph or tracing."""
+    if not is_plain():  # first: compilers of backwards know few attributes of tensors
+        return False
     # Subclasses stand for tensors that hold no numbers, or others' numbers.
     kinds = (Tensor, torch.nn.Parameter)
-    return tensor.is_cpu and type(tensor) in kinds and not tensor.requires_grad and is_plain()
+    return tensor.is_cpu and type(tensor) in kinds and not tensor.requires_grad

@@ -14,6 +14,8 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
+from diffq.torch_inside.tensors import version_of
+
 T = TypeVar("T")
 
 _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
@@ -92,10 +94,8 @@ class Kept:
         return self._tensors
 
 
-def _version(tensor: Tensor | None) -> int:
-    if tensor is None or not is_plain() or tensor.is_inference():
-        return 0
-    return tensor._version
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or not is_plain() else version_of(tensor)
 
 
 def in_reentrant_checkpoint() -> bool:

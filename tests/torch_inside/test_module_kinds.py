@@ -9,9 +9,13 @@ from torch.nn.utils import prune
 
 from diffq.torch_inside.modules import (
     CONVOLUTIONS,
+    buffers_in,
+    children_in,
     is_attention_projection,
     is_lazy,
     non_persistent_buffers,
+    parameter_in,
+    parameters_in,
     pruned_names,
 )
 
@@ -77,3 +81,35 @@ def test_pruned_names():
     assert pruned_names(layer) == ["weight", "bias"]
     prune.remove(layer, "weight")
     assert pruned_names(layer) == ["bias"]
+
+
+def test_parameters_in():
+    """A module's own Parameters by name, absent ones too; what is put there is the module's."""
+    layer, other = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(2, 2))
+    parameters = parameters_in(layer)
+    assert parameters == {"weight": layer.weight, "bias": None}
+    parameters["weight"] = other
+    assert layer.weight is other
+
+
+def test_parameter_in():
+    """One of a module's own Parameters; None for one that is absent, or of a module below."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    assert parameter_in(model[0], "weight") is model[0].weight
+    assert parameter_in(model[0], "bias") is None
+    assert parameter_in(model, "0.weight") is None
+
+
+def test_buffers_in():
+    """A module's own buffers by name, in order."""
+    norm = nn.BatchNorm1d(2)
+    assert list(buffers_in(norm)) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert buffers_in(norm)["running_var"] is norm.running_var
+
+
+def test_children_in():
+    """A module's own modules by name; what is taken out there is no longer the module's."""
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh()))
+    assert children_in(model) == {"0": model[0], "1": model[1]}
+    del children_in(model)["0"]
+    assert len(model) == 1
