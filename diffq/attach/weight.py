@@ -131,6 +131,11 @@ class WeightQuantizer(ABC):
         return None
 
     @property
+    def learns_bits(self) -> bool:
+        """Whether the method learns bitwidths, also once they are frozen."""
+        return False
+
+    @property
     def learning(self) -> bool:
         """Whether training moves what is learned of this tensor."""
         return True

@@ -104,6 +104,11 @@ class DiffQWeight(GridQuantizer):
         return weight.new_full((self.groups,), init, dtype=torch.float32)
 
     @property
+    def learns_bits(self) -> bool:
+        """Whether bitwidths are not fixed by the settings."""
+        return self.settings.bits is None
+
+    @property
     def learning(self) -> bool:
         """Whether the bitwidths are still learned."""
         return self.stage is Stage.LEARNED

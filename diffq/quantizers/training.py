@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffq.attach.attachment import Attachment
+from diffq.checks import check_number, plain
 from diffq.quantizers.optimizer import add_learned, release
+from diffq.quantizers.penalty import (
+    Penalty,
+    check_learns_bits,
+    check_optimizer,
+    refuse_second_price,
+)
 from diffq.quantizers.steps import StepWatch
 from diffq.torch_inside.sharding import reshard
 
@@ -19,6 +26,7 @@ class OptimizerSetup:
     """Adds `learned_parameters`, `setup_optimizer` and `no_optimizer` to a quantizer."""
 
     _step_watch: StepWatch | None = None
+    _penalty: Penalty | None = None
 
     @property
     @abstractmethod
@@ -38,7 +46,12 @@ class OptimizerSetup:
         return self._attachment.learned.parameters()
 
     def setup_optimizer(
-        self, optimizer: Optimizer, lr: float | Tensor | None = None, **overrides: Any
+        self,
+        optimizer: Optimizer,
+        lr: float | Tensor | None = None,
+        *,
+        lam: float | None = None,
+        **overrides: Any,
     ) -> None:
         """Adds the learned parameters to an optimizer, as a parameter group of their own.
 
@@ -50,6 +63,12 @@ class OptimizerSetup:
         optimizer that was set up before loses the learned parameters. Where nothing is
         learned, this only checks that the optimizer belongs to the model.
 
+        With `lam`, the loss needs no term for the size: each step adds the gradient of
+        `lam * model_size()` to that of the learned parameters, after gradients are accumulated,
+        reduced, unscaled and clipped. It stays for later calls that name none, also with another
+        optimizer, and `lam=0` or `no_optimizer()` ends it. A backward of `model_size()` raises
+        an OptimizerError meanwhile, because the size would have two prices.
+
         Call it after `fully_shard`, before you make a scheduler, and again for each new
         optimizer. A `DiffqWarning` tells you if another optimizer trains the model without
         the learned parameters, or if a scheduler overwrites their learning rate.
@@ -58,22 +77,30 @@ class OptimizerSetup:
             optimizer: holds the model's parameters.
             lr: learning rate of the learned parameters. By default 1e-3, or the present one
                 where they have a group or an optimizer of their own.
+            lam: price of one MB, in units of the loss, that each step adds to the gradients.
             **overrides: further options of their parameter group, such as `betas`.
 
         Raises:
             OptimizerError: the optimizer holds no parameter of the model, cannot take the
-                group, or has a scheduler that would not know it. It stays as it was.
-            ConfigError: the optimizer knows no such option, or `lr` is no learning rate.
+                group or the price, or has a scheduler that would not know it. It stays as it was.
+            ConfigError: the optimizer knows no such option, `lr` is no learning rate, or `lam`
+                is no price, or no bitwidths are learned.
             AttachError: the quantizer was detached.
         """
         attachment = self._attachment
+        penalty = self._new_penalty(lam)
         reshard(attachment.model)
         options = overrides if lr is None else {"lr": lr, **overrides}
         learned = list(self.learned_parameters())
+        if penalty is not None and isinstance(optimizer, Optimizer):
+            check_optimizer(optimizer)
         add_learned(optimizer, attachment.model, learned, options, self._optimizer)
         self._end_checks()
         if learned:
             self._step_watch = StepWatch(optimizer, attachment)
+        self._penalty = penalty
+        if penalty is not None:
+            penalty.start(optimizer)
 
     def no_optimizer(self) -> None:
         """Allows training without `setup_optimizer`: the learned parameters stay as they are.
@@ -85,6 +112,22 @@ class OptimizerSetup:
         if optimizer is not None:
             release(optimizer, list(self.learned_parameters()))
         self._end_checks()
+        self._penalty = None
+
+    def _new_penalty(self, lam: float | None) -> Penalty | None:
+        """The price that a call of `setup_optimizer` sets; without arguments, the present one."""
+        if lam is None:
+            return self._penalty
+        check_number(lam, "lam", 0)
+        check_learns_bits(self._attachment, "lam")
+        return Penalty(self._attachment, plain(lam)) if lam else None
+
+    def _note_size_used(self, attachment: Attachment) -> None:
+        """Takes notice of a backward of the size; refuses it where steps add its gradient."""
+        # After a backward comes a step, and fused optimizers leave no trace of theirs.
+        attachment.forget()
+        if self._penalty is not None and self._penalty.sets_gradient:
+            refuse_second_price(self._penalty.lam)
 
     @property
     def _optimizer(self) -> Optimizer | None:
@@ -92,11 +135,13 @@ class OptimizerSetup:
         return self._step_watch.optimizer if self._step_watch is not None else None
 
     def _end_checks(self) -> None:
-        """Ends all checks of training."""
+        """Ends all checks of training, and the price of size."""
         self._attachment.forwards.expects_optimizer = False
         if self._step_watch is not None:
             self._step_watch.stop()
         self._step_watch = None
+        if self._penalty is not None:
+            self._penalty.stop()
 
     def _expect_optimizer(self) -> None:
         """Refuses training until the learned parameters have an optimizer, if there are any."""

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from tests.compare import same_bits
+from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, same_on_ranks
 from tests.models import QUANTIZERS, computed, mlp, seeded
 
@@ -69,6 +69,30 @@ def assert_trained_alike(wrapped, quantizer):
 def check_all_layers_used():
     """With every layer in use, ranks end with the same weights and learned bits."""
     assert_trained_alike(*train())
+
+
+def bits_after_a_step(wrap, make, make_input, in_the_loss):
+    """What a step with a price of size, in the loss or in the step, makes of the bitwidths."""
+    model = seeded(make)
+    quantizer = QUANTIZERS["diffq"](model)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.0)
+    quantizer.setup_optimizer(optimizer, lr=1.0, lam=None if in_the_loss else 50.0)
+    torch.manual_seed(dist.get_rank())
+    (batch,) = batches(make_input, dist.get_rank(), 1)
+    loss = wrapped(batch).square().mean()
+    (loss + 50 * quantizer.model_size() if in_the_loss else loss).backward()
+    optimizer.step()
+    return next(iter(quantizer.learned_parameters())).detach()
+
+
+def check_price_in_the_step():
+    """A price in the step is not multiplied by the number of ranks: as one in the loss."""
+    learned, expected = (
+        bits_after_a_step(DistributedDataParallel, mlp, inputs, place) for place in (False, True)
+    )
+    assert close(learned, expected)
+    assert same_on_ranks(learned)
 
 
 def check_find_unused_parameters():
