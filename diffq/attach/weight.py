@@ -33,6 +33,7 @@ from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
 from diffq.format.records import Record
+from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
 
@@ -131,9 +132,13 @@ class WeightQuantizer(ABC):
         return None
 
     @property
-    def learns_bits(self) -> bool:
-        """Whether the method learns bitwidths, also once they are frozen."""
-        return False
+    def bits_law(self) -> BitsLaw | None:
+        """How bitwidths come from what is learned, also once they are frozen; None if none do."""
+        return None
+
+    def fix_bits(self, learned: Tensor | None) -> None:
+        """Fixes learned bitwidths at those of logits, and rounds in training from here on."""
+        return None
 
     @property
     def learning(self) -> bool:

@@ -18,7 +18,7 @@ ranks, unscaled and clipped, and the price comes on top once:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from diffq.attach.attachment import Attachment
 from diffq.errors import ConfigError, OptimizerError
 from diffq.numerics.size import MEGABYTE_BITS, learned_slopes
-from diffq.torch_inside.sharding import is_dtensor, local_part
+from diffq.torch_inside.sharding import gather_from, is_dtensor, layout_of, local_part
 
 
 class Penalty:
@@ -65,6 +65,15 @@ class Penalty:
     def sets_gradient(self) -> bool:
         """Whether steps add the size's gradient, so that no backward of the size may."""
         return bool(self._handles)
+
+    @property
+    def price(self) -> float:
+        """The price of one MB at the next step."""
+        return self.lam
+
+    def begin(self) -> None:
+        """Ends a plan, which this price has none of."""
+        self._attachment.learned.follow(None)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Completes the gradients of a step that is to be made."""
@@ -128,6 +137,15 @@ class Penalty:
         return {**self.__dict__, "_handles": []}
 
 
+def norm_on_ranks(parameter: Tensor, gradients: Sequence[Tensor]) -> list[float]:
+    """Norms of gradients of the learned parameter, of which each rank has its part."""
+    squares = torch.stack([_local(each).float().square().sum() for each in gradients])
+    if is_dtensor(parameter):
+        squares = gather_from(layout_of(parameter), squares).sum(0)
+    norms: list[float] = squares.sqrt().tolist()
+    return norms
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """Checks that a price can be added to the gradients of an optimizer.
 
@@ -149,7 +167,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def check_learns_bits(attachment: Attachment, argument: str) -> None:
     """Raises ConfigError if a quantizer has no bitwidths to put a price on."""
-    if not any(quantizer.learns_bits for quantizer in attachment.quantizers):
+    if all(quantizer.bits_law is None for quantizer in attachment.quantizers):
         raise ConfigError(
             f"{argument} puts a price on bitwidths that are learned, and "
             f"{type(attachment.face).__name__} learns none on this model. Leave {argument} out, "

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from diffq.attach.attachment import Attachment
 from diffq.checks import check_number, plain
-from diffq.quantizers.optimizer import add_learned, release
+from diffq.quantizers.course import Course
+from diffq.quantizers.landing import check_reachable
+from diffq.quantizers.optimizer import DEFAULT_LR, add_learned, release
 from diffq.quantizers.penalty import (
     Penalty,
     check_learns_bits,
@@ -19,6 +21,7 @@ from diffq.quantizers.penalty import (
     refuse_second_price,
 )
 from diffq.quantizers.steps import StepWatch
+from diffq.quantizers.target import Plan, Target, make_plan
 from diffq.torch_inside.sharding import reshard
 
 
@@ -51,6 +54,9 @@ class OptimizerSetup:
         lr: float | Tensor | None = None,
         *,
         lam: float | None = None,
+        target_mb: float | None = None,
+        steps: int | None = None,
+        float_share: float | None = None,
         **overrides: Any,
     ) -> None:
         """Adds the learned parameters to an optimizer, as a parameter group of their own.
@@ -69,6 +75,12 @@ class OptimizerSetup:
         optimizer, and `lam=0` or `no_optimizer()` ends it. A backward of `model_size()` raises
         an OptimizerError meanwhile, because the size would have two prices.
 
+        With `target_mb` and `steps`, training ends with a file of `target_mb`, or up to 1 % less.
+        It begins in plain float; then the size goes to the target, by a price that is found on
+        the way; the last steps train with fixed bitwidths (see `diffq.quantizers.target`). The
+        learning rate is by default one that fits the length. The plan is part of the model's
+        state dict, and `quantizer.target` tells where it stands.
+
         Call it after `fully_shard`, before you make a scheduler, and again for each new
         optimizer. A `DiffqWarning` tells you if another optimizer trains the model without
         the learned parameters, or if a scheduler overwrites their learning rate.
@@ -78,29 +90,38 @@ class OptimizerSetup:
             lr: learning rate of the learned parameters. By default 1e-3, or the present one
                 where they have a group or an optimizer of their own.
             lam: price of one MB, in units of the loss, that each step adds to the gradients.
+            target_mb: MB of the file in the end, in place of a price.
+            steps: steps that this optimizer will make in all. With `lam`, the price rises from 0.
+            float_share: share of the steps in plain float, 0 to 0.8; 0.5 by default. Pass 0 to
+                finetune.
             **overrides: further options of their parameter group, such as `betas`.
 
         Raises:
             OptimizerError: the optimizer holds no parameter of the model, cannot take the
                 group or the price, or has a scheduler that would not know it. It stays as it was.
-            ConfigError: the optimizer knows no such option, `lr` is no learning rate, or `lam`
-                is no price, or no bitwidths are learned.
+            ConfigError: the optimizer knows no such option, `lr` is no learning rate, `lam` is no
+                price, arguments contradict each other, no bitwidths are learned, or the target
+                is below the least size.
             AttachError: the quantizer was detached.
         """
         attachment = self._attachment
-        penalty = self._new_penalty(lam)
+        penalty = self._new_penalty(lam, make_plan(lam, target_mb, steps, float_share))
         reshard(attachment.model)
         options = overrides if lr is None else {"lr": lr, **overrides}
         learned = list(self.learned_parameters())
         if penalty is not None and isinstance(optimizer, Optimizer):
             check_optimizer(optimizer)
-        add_learned(optimizer, attachment.model, learned, options, self._optimizer)
+        default_lr = penalty.plan.bits_lr if isinstance(penalty, Course) else DEFAULT_LR
+        add_learned(optimizer, attachment.model, learned, options, self._optimizer, default_lr)
         self._end_checks()
         if learned:
             self._step_watch = StepWatch(optimizer, attachment)
         self._penalty = penalty
-        if penalty is not None:
+        if penalty is None:
+            attachment.learned.follow(None)
+        else:
             penalty.start(optimizer)
+            penalty.begin()
 
     def no_optimizer(self) -> None:
         """Allows training without `setup_optimizer`: the learned parameters stay as they are.
@@ -113,21 +134,46 @@ class OptimizerSetup:
             release(optimizer, list(self.learned_parameters()))
         self._end_checks()
         self._penalty = None
+        self._attachment.learned.follow(None)
 
-    def _new_penalty(self, lam: float | None) -> Penalty | None:
+    @property
+    def target(self) -> Target | None:
+        """Where the plan of `setup_optimizer(..., steps=...)` stands; None without a plan.
+
+        The phase, the step, the size and its goal in MB, and the price, for the log. Reads the
+        size back from the device. A collective if the model is sharded.
+        """
+        return self._penalty.read() if isinstance(self._penalty, Course) else None
+
+    def _new_penalty(self, lam: float | None, plan: Plan | None) -> Penalty | None:
         """The price that a call of `setup_optimizer` sets; without arguments, the present one."""
-        if lam is None:
-            return self._penalty
-        check_number(lam, "lam", 0)
-        check_learns_bits(self._attachment, "lam")
-        return Penalty(self._attachment, plain(lam)) if lam else None
+        attachment = self._attachment
+        if lam is not None:
+            check_number(lam, "lam", 0)
+            check_learns_bits(attachment, "lam")
+        if plan is None:
+            return (
+                self._penalty if lam is None else Penalty(attachment, plain(lam)) if lam else None
+            )
+        if plan.target is not None:
+            check_learns_bits(attachment, "target_mb")
+            check_reachable(attachment, self.model_size, self.compressed_model_size, plan.target)
+        return Course(attachment, self, plan)
+
+    @abstractmethod
+    def model_size(self) -> Tensor:
+        """MB of packed bitwidths."""
+
+    @abstractmethod
+    def compressed_model_size(self) -> float:
+        """MB of the file."""
 
     def _note_size_used(self, attachment: Attachment) -> None:
         """Takes notice of a backward of the size; refuses it where steps add its gradient."""
         # After a backward comes a step, and fused optimizers leave no trace of theirs.
         attachment.forget()
         if self._penalty is not None and self._penalty.sets_gradient:
-            refuse_second_price(self._penalty.lam)
+            refuse_second_price(self._penalty.price)
 
     @property
     def _optimizer(self) -> Optimizer | None:
