@@ -133,15 +133,14 @@ class Course(Penalty):
         step = int(now.step)
         if not self.plan.controls(step):
             return now
+        base = now.base if now.start else self._first_price(optimizer)
+        if base is None:
+            return now
         packed = self._quantizer.model_size().item()
         if self.plan.calibrates(step) or not now.start:
             now = now._replace(ratio=self._file_size() / packed)
         size = packed * now.ratio
-        if not now.start:
-            base = self._first_price(optimizer)
-            if base is None:
-                return now
-            now = now._replace(start=size, base=base)
+        now = now._replace(start=now.start or size, base=base)
         error = math.log(size / self.plan.goal(now.start, step))
         now = now._replace(total=next_sum(now.total, error, self.plan.gain))
         now = now._replace(price=math.exp(log_price(now.base, now.total, error)))
@@ -179,7 +178,9 @@ class Course(Penalty):
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def _refuse_capture(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        parameter = self._attachment.learned.parameter
+        on_gpu = parameter is not None and parameter.is_cuda
+        if on_gpu and torch.cuda.is_current_stream_capturing():
             raise OptimizerError(
                 "A plan counts steps and reads sizes, which a CUDA graph cannot replay. Leave "
                 "optimizer.step() out of the graph, or pass lam= without steps=."

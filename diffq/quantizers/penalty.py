@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from diffq.attach.attachment import Attachment
 from diffq.errors import ConfigError, OptimizerError
 from diffq.numerics.size import MEGABYTE_BITS, learned_slopes
+from diffq.torch_inside.graph import uncompiled
 from diffq.torch_inside.sharding import gather_from, is_dtensor, layout_of, local_part
 
 
@@ -52,7 +53,7 @@ class Penalty:
         self.stop()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_call),
-            optimizer.register_step_post_hook(lambda opt, args, kwargs: self.after_step()),
+            optimizer.register_step_post_hook(self._after_call),
         ]
 
     def stop(self) -> None:
@@ -94,17 +95,25 @@ class Penalty:
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self.before_step(optimizer)
+            self._complete(optimizer)
             return None
         priced = self._after_closure(optimizer, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": priced}
         return (args[0], priced, *args[2:]), kwargs
 
+    @uncompiled
+    def _complete(self, optimizer: Optimizer) -> None:
+        self.before_step(optimizer)
+
+    @uncompiled
+    def _after_call(self, *_: Any) -> None:
+        self.after_step()
+
     def _after_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def priced() -> Any:
             loss = closure()
-            self.before_step(optimizer)
+            self._complete(optimizer)
             return loss
 
         return priced

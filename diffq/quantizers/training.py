@@ -152,9 +152,9 @@ class OptimizerSetup:
             check_number(lam, "lam", 0)
             check_learns_bits(attachment, "lam")
         if plan is None:
-            return (
-                self._penalty if lam is None else Penalty(attachment, plain(lam)) if lam else None
-            )
+            if lam is None:
+                return self._penalty
+            return Penalty(attachment, plain(lam)) if lam else None
         if plan.target is not None:
             check_learns_bits(attachment, "target_mb")
             check_reachable(attachment, self.model_size, self.compressed_model_size, plan.target)

@@ -95,6 +95,41 @@ def check_price_in_the_step():
     assert same_on_ranks(learned)
 
 
+class Normed(nn.Module):
+    """Two layers around a norm, whose buffers differ between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 96), nn.BatchNorm1d(96), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+def trained_to(wrap, make, make_input, target, steps=20):
+    """A model trained by a plan, on other data and other noise on each rank."""
+    model = seeded(make)
+    quantizer = QUANTIZERS["diffq"](model)
+    wrapped = wrap(model)
+    optimizer = torch.optim.Adam(wrapped.parameters(), 0.01)
+    quantizer.setup_optimizer(optimizer, target_mb=target, steps=steps)
+    torch.manual_seed(dist.get_rank())
+    for batch in batches(make_input, dist.get_rank(), steps):
+        optimizer.zero_grad()
+        wrapped(batch).square().mean().backward()
+        optimizer.step()
+    return wrapped, quantizer
+
+
+def check_target():
+    """Training by a plan ends on all ranks with the same bitwidths, and with the target's size."""
+    target = 0.006
+    wrapped, quantizer = trained_to(DistributedDataParallel, Normed, inputs, target)
+    assert quantizer.target.phase == "done"
+    assert same_on_ranks(*wrapped.parameters(), *quantizer.bits().values())
+    assert 0.985 * target <= quantizer.compressed_model_size() <= target
+
+
 def check_find_unused_parameters():
     """`find_unused_parameters` is fine where everything is used."""
     assert_trained_alike(*train(find_unused_parameters=True))

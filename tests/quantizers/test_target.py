@@ -85,7 +85,7 @@ def test_price_on_a_ramp():
     steps=st.integers(300, 3000),
 )
 def test_control_brings_the_size_to_the_target(start, fall, natural, slope, off, steps):
-    """On a simulated training the size is within some percent of the target in the end.
+    """On a simulated training the size comes within 15 % of the target before bits are fixed.
 
     The size falls where the price is above what the present size is worth, which grows as the
     size falls, and it moves by little in a step. The first price may be wrong by a factor of 20.
@@ -101,7 +101,7 @@ def test_control_brings_the_size_to_the_target(start, fall, natural, slope, off,
             price = log_price(base, total, error)
         worth = natural + slope * (start - size)
         size -= speed * math.tanh(price - worth)
-    assert abs(size - math.log(target)) < 0.1
+    assert abs(size - math.log(target)) < 0.15
 
 
 @given(st.floats(allow_nan=True), st.floats(allow_nan=True))
@@ -444,6 +444,28 @@ def test_infinite_gradients_at_the_first_quantized_step():
         scaler.step(optimizer)
         scaler.update()
     assert 0.99 * 0.008 <= file_mb(quantizer) <= 0.008
+
+
+def test_compiled_step():
+    """A compiled function that steps the optimizer follows the plan."""
+    run = _Run(target_mb=0.008, steps=12)
+    step = torch.compile(run.optimizer.step, backend="eager")
+    for _ in range(12):
+        run.optimizer.zero_grad()
+        run.model(torch.randn(4, 24)).sum().backward()
+        step()
+    assert run.quantizer.target.phase == "done"
+    assert 0.99 * 0.008 <= file_mb(run.quantizer) <= 0.008
+
+
+def test_frozen_bits():
+    """Bits that are frozen before the path are moved in the end only, to the size."""
+    run = _Run(target_mb=0.008).train(0, 10)
+    run.quantizer.freeze_bits()
+    run.train(10, 30)
+    assert run.quantizer.mean_bits() == 8
+    run.train(30)
+    assert 0.99 * 0.008 <= file_mb(run.quantizer) <= 0.008
 
 
 @pytest.mark.parametrize(
