@@ -76,9 +76,8 @@ class Course(Penalty):
 
     def begin(self) -> None:
         """Begins the plan, or goes on where it stands, also in a state that was loaded before."""
-        learned, plan = self._attachment.learned, self.plan
-        first = Progress(0.0, plan.steps, plan.float_share, plan.target or 0.0, plan.lam or 0.0)
-        waiting = learned.schedule
+        learned = self._attachment.learned
+        waiting, first = learned.schedule, self._first
         resumes = waiting is not None and tuple(waiting.tolist()[1:5]) == first[1:5]
         learned.follow(waiting if resumes else self._numbers(first))
 
@@ -86,8 +85,12 @@ class Course(Penalty):
     def progress(self) -> Progress:
         """Where the plan stands."""
         numbers = self._attachment.learned.schedule
-        assert numbers is not None, "a plan that has begun has numbers"
-        return Progress(*numbers.tolist())
+        return self._first if numbers is None else Progress(*numbers.tolist())
+
+    @property
+    def _first(self) -> Progress:
+        plan = self.plan
+        return Progress(0.0, plan.steps, plan.float_share, plan.target or 0.0, plan.lam or 0.0)
 
     @property
     def price(self) -> float:
