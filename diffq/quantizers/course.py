@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from diffq.attach.attachment import Attachment
 from diffq.errors import OptimizerError
 from diffq.quantizers.landing import land, largest_on_ranks
+from diffq.quantizers.optimizer import forget_state
 from diffq.quantizers.penalty import Penalty, norm_on_ranks
 from diffq.quantizers.target import FIRST_SHARE, Phase, Plan, Target, log_price, next_sum
 
@@ -98,14 +99,15 @@ class Course(Penalty):
         return self.progress.price
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Adds the price; in the float phase, takes away gradients that mean nothing."""
+        """Adds the price; in the float phase, keeps what is learned as it is."""
         self._refuse_capture()
         now = self.progress
         phase = self.plan.phase(int(now.step))
         if phase is Phase.FLOAT:
-            for parameter in self._attachment.learned.parameters():
-                parameter.grad = None
+            self._keep(optimizer)
             return
+        if now.step == self.plan.begin > 0:
+            forget_state(optimizer, list(self._attachment.learned.parameters()))
         if self.plan.target is not None and phase in (Phase.PATH, Phase.HOLD):
             now = self._controlled(now, optimizer)
         self._add(optimizer, now.price)
@@ -129,6 +131,15 @@ class Course(Penalty):
         goal = plan.goal(now.start, step) if plan.target is not None and now.start else None
         phase = plan.phase(step).value
         return Target(phase, step, plan.steps, size, goal, plan.target, now.price)
+
+    def _keep(self, optimizer: Optimizer) -> None:
+        """Leaves a step nothing to learn, and has the first one fill the optimizer's state.
+
+        `torch.distributed.checkpoint` wants a state of each parameter. The path begins anew.
+        """
+        for parameter in self._attachment.learned.parameters():
+            filled = parameter in optimizer.state
+            parameter.grad = None if filled else torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _controlled(self, now: Progress, optimizer: Optimizer) -> Progress:

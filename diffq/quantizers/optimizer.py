@@ -258,6 +258,13 @@ def _fill_state(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
         optimizer.state.update(Adagrad(late, initial_accumulator_value=start).state)
 
 
+def forget_state(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
+    """Has an optimizer begin anew with learned parameters."""
+    for parameter in learned:
+        optimizer.state.pop(parameter, None)
+    _fill_state(optimizer, learned)
+
+
 @contextmanager
 def _unchanged_after_error(optimizer: Optimizer) -> Iterator[None]:
     """Gives an optimizer its groups, state and defaults back if the block fails."""

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import diffq
 from diffq.quantizers.landing import normal_entropy, search
@@ -268,7 +270,7 @@ def test_float_phase_leaves_bits_alone():
     before = learned.detach().clone()
     run.train(0, STEPS // 2)
     assert same_bits(learned.detach(), before)
-    assert learned not in run.optimizer.state or not run.optimizer.state[learned]
+    assert not run.optimizer.state[learned]["exp_avg"].any()
     assert run.quantizer.mean_bits() == 8
     run.model.eval()
     with run.quantizer.computing():
@@ -300,6 +302,53 @@ def _cut(kind, cut, plan):
 
 def _plain(state):
     return {f"{i}.{key}": value for i, each in state.items() for key, value in each.items()}
+
+
+@pytest.mark.parametrize("cut", [7, 20, 38])
+def test_resume_from_a_distributed_checkpoint(cut, tmp_path):
+    """torch.distributed.checkpoint carries the plan, and states of all parameters."""
+    torch.manual_seed(2)
+    whole = _Run(target_mb=0.008).train()
+    torch.manual_seed(2)
+    first = _Run(target_mb=0.008).train(0, cut)
+    checkpoint.save(_state_of(first), checkpoint_id=tmp_path)
+    random = torch.get_rng_state()
+    second = _Run(target_mb=0.008, seed=4)
+    state = _state_of(second)
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    set_state_dict(
+        second.model,
+        second.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    torch.set_rng_state(random)
+    second.train(cut)
+    assert second.quantizer.target == whole.quantizer.target
+    assert same_bits(snapshot_of(second.model), snapshot_of(whole.model))
+
+
+def _state_of(run):
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    return {"model": model, "optimizer": optimizer}
+
+
+def test_path_begins_with_a_fresh_state():
+    """The first quantized step finds no state of what is learned, as in a new optimizer."""
+    run = _Run(target_mb=0.008).train(0, STEPS // 2)
+    (learned,) = run.quantizer.learned_parameters()
+    run.train(STEPS // 2, STEPS // 2 + 1)
+    assert run.optimizer.state[learned]["step"].item() == 1
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam])
+def test_other_optimizers(make):
+    """Other optimizers reach the size too."""
+    run = _Run(target_mb=0.008)
+    run.optimizer = make(run.model.parameters(), lr=0.01)
+    run.quantizer.setup_optimizer(run.optimizer)
+    run.train()
+    assert 0.99 * 0.008 <= file_mb(run.quantizer) <= 0.008
 
 
 def test_load_before_setup():
