@@ -164,13 +164,14 @@ def check_optimizer(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS):
         raise OptimizerError(
             "LBFGS compares losses, and a price that is added to gradients is in none of them. "
-            "Leave lam out, and add lam * quantizer.model_size() to the loss; or give the "
+            "Pass lam=0, and add lam * quantizer.model_size() to the loss; or give the "
             "learned parameters an optimizer of their own, such as Adam."
         )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise OptimizerError(
-            f"lam needs an optimizer whose steps have hooks, and {type(optimizer).__name__} wraps "
-            "one that has. Call setup_optimizer on the inner optimizer."
+            f"A price of size needs an optimizer whose steps have hooks, and "
+            f"{type(optimizer).__name__} wraps one that has. Call setup_optimizer on the inner "
+            "optimizer."
         )
 
 
