@@ -92,7 +92,10 @@ def train(
     steps: int,
     warmup: int,
 ) -> None:
-    """Minimizes `task_loss() + lam * model size in MB`; `task_loss` draws its own batches."""
+    """Minimizes `task_loss() + lam * model size in MB`; `task_loss` draws its own batches.
+
+    With a target, or a price in the step, `lam` is 0 here.
+    """
     schedule = warmup_cosine(optimizer, steps, warmup)
     with make_progress() as progress:
         task = progress.add_task(title, total=steps, status="")
@@ -102,7 +105,8 @@ def train(
             if quantizer is not None:
                 size = quantizer.model_size()
                 status += f"  size {size.item():.3f} MB"
-                loss = loss + lam * size
+                if lam:
+                    loss = loss + lam * size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -6,6 +6,7 @@
 | `_diffq.learned` | the flat parameter, if something is learned |
 | `_diffq.kept` | int32, what some methods hold besides, such as indices of blocks |
 | `_diffq._extra_state` | float32, the settings as characters |
+| `_diffq.schedule` | float64, where a plan of training stands, if one is followed |
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.forward import Forwards
-from diffq.attach.learned import characters
+from diffq.attach.learned import Learned, characters
 from diffq.attach.place import Place
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
@@ -28,6 +29,8 @@ from diffq.torch_inside.modules import parameter_in, parameters_in
 from diffq.torch_inside.sharding import is_dtensor
 
 _FLAT, _KEPT, _SETTINGS = (f"{LEARNED}.{name}" for name in ("learned", "kept", "_extra_state"))
+
+_SCHEDULE = f"{LEARNED}.schedule"
 
 _REMEDY = (
     "Make the quantizer with the settings of the checkpoint; or load its weights alone, without "
@@ -49,6 +52,7 @@ class StateHooks:
         self._handles: list[RemovableHandle] = []
         # What a load brings besides the learned parameter: stages and integers by name.
         self._loaded: tuple[dict[str, int], dict[str, Tensor]] | None = None
+        self._schedule: Tensor | None = None
 
     def register(self, root: nn.Module) -> None:
         """Registers the hooks."""
@@ -74,6 +78,9 @@ class StateHooks:
         self._translate(state, prefix)
         settings = state.pop(prefix + _SETTINGS, None)
         kept = state.pop(prefix + _KEPT, None)
+        schedule = state.pop(prefix + _SCHEDULE, None)
+        _compare_plans(schedule, self._forwards.learned)
+        self._schedule = schedule
         if settings is not None:
             self._take(state, prefix, _parsed(settings), kept)
         learned = self._forwards.learned
@@ -130,6 +137,9 @@ class StateHooks:
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self._tie_again()
+        if self._schedule is not None:
+            self._forwards.learned.take(self._schedule)
+            self._schedule = None
         if self._loaded is not None:
             stages, kept = self._loaded
             self._loaded = None
@@ -216,6 +226,7 @@ def rename_tensors(state: dict[str, Any], rename: Callable[[str], str | None]) -
     """
     for key in [key for key in state if key.endswith(_SETTINGS)]:
         prefix = key.removesuffix(_SETTINGS)
+        state.pop(prefix + _SCHEDULE, None)  # a plan for the size of another model
         settings = _parsed(state[key])
         entries: dict[str, list[Any]] = settings["tensors"]
         new = {name: rename(prefix + name) for name in entries}
@@ -267,6 +278,25 @@ def _compare(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> N
             f"A checkpoint continues under the settings that it was made with, but {name} has "
             f"{said} in the checkpoint and {asked} in the quantizer of this model. {_REMEDY}"
         )
+
+
+def _compare_plans(schedule: Tensor | None, learned: Learned) -> None:
+    """Raises MismatchError if a checkpoint was made with another plan than the present one."""
+    own = learned.schedule if learned.follows else None
+    if schedule is None or own is None:
+        return
+    if schedule.shape == own.shape and torch.allclose(schedule.cpu().double()[1:5], own[1:5]):
+        return
+    raise MismatchError(
+        "A training goes on with the plan that it began with, but steps, float_share, target_mb "
+        f"and lam are {_listed(schedule)} in the checkpoint and {_listed(own)} in this "
+        "quantizer's setup_optimizer (0 for what is not set). Call it with those of the "
+        f"checkpoint; or leave the entry {_SCHEDULE!r} out, to begin the new plan."
+    )
+
+
+def _listed(schedule: Tensor) -> str:
+    return ", ".join(f"{number:g}" for number in schedule[1:5].tolist())
 
 
 def _cut(flat: Tensor | None, counts: Mapping[str, int]) -> dict[str, Tensor]:

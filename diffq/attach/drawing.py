@@ -40,16 +40,21 @@ class Drawing:
                 separate_versions(samples)
             if torch.is_grad_enabled():
                 connected = batch.connect(bases, samples, run)
-                each = zip(batch.quantizers, samples, connected, run.parts(), strict=True)
-                for quantizer, sample, value, part in each:
-                    sample.connected = _tied(quantizer, value, part)
+                for quantizer, sample, value in zip(
+                    batch.quantizers, samples, connected, strict=True
+                ):
+                    sample.connected = value if quantizer.learning else _tied(value, run.flat)
             yield from zip(batch.quantizers, samples, strict=True)
 
     def connect(self, quantizer: WeightQuantizer, base: Tensor, sample: Sample) -> Tensor:
         """A value with a node of its own."""
         learned = beside(base, self._learned.part(quantizer.index))
         connected = base if sample.is_weight else quantizer.connect(base, sample, learned)
-        return _tied(quantizer, connected, learned)
+        return connected if quantizer.learning else _tied(connected, learned)
+
+    def plain(self, quantizer: WeightQuantizer, base: Tensor) -> Tensor:
+        """A tensor as it is, in the float phase of a plan for the size."""
+        return base if quantizer.index else _tied(base, self._learned.parameter)
 
 
 def beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:
@@ -59,9 +64,9 @@ def beside(weight: Tensor, learned: Tensor | None) -> Tensor | None:
     return learned.to(weight.device, non_blocking=True)
 
 
-def _tied(quantizer: WeightQuantizer, value: Tensor, learned: Tensor | None) -> Tensor:
-    """A value with what its quantizer learned in its graph, also when it learns no more."""
-    if learned is None or quantizer.learning or not is_distributed():
+def _tied(value: Tensor, learned: Tensor | None) -> Tensor:
+    """A value with what is learned in its graph, which training leaves alone."""
+    if learned is None or not is_distributed():
         return value
     # DistributedDataParallel waits for the gradient of every parameter.
     tied: Tensor = Tied.apply(value, learned)  # type: ignore[no-untyped-call]

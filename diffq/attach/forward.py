@@ -5,6 +5,7 @@
 | outside of a forward | empty | none, or of another backward | the Parameter |
 | in a forward | its `Forward` | none | the sample, or the quantized tensor |
 | in the backward of its output | empty | its `Forward` | the same |
+| any of these, training in plain float | as above | as above | the Parameter |
 
 A `Forward` is made by the outermost call of a covered module's `forward`. It draws all samples
 of training at once, outside of regions that activation checkpointing runs again, and looks
@@ -170,6 +171,8 @@ class Forwards:
                 place.check_shape(base)
             seen.add(quantizer.index)
             trains = owner.training and not self.always_quantized
+            if trains and self.learned.plain:
+                continue
             (training if trains else evaluated).append((place, base))
         if training:
             if entry is not None and self.expects_optimizer and torch.is_grad_enabled():
@@ -198,7 +201,7 @@ class Forwards:
             for place in places
             if is_managed(place.owner) and place.owner.training and not self.always_quantized
         ]
-        if pairs:
+        if pairs and not self.learned.plain:
             self._draw(forward, pairs)
 
     def leave(self, forward: Forward, output: Any) -> None:
@@ -231,6 +234,10 @@ class Forwards:
         if base.is_meta:
             return base
         training = training and not self.always_quantized
+        if training and self.learned.plain:
+            if not torch.compiler.is_compiling():
+                quantizer.readings.note(training=False)
+            return self._drawing.plain(quantizer, base)
         if torch.compiler.is_compiling():
             slot = quantizer.slot  # an index would make code of each layer its own
             sample = slot if slot is not None and slot.training == training else None

@@ -31,6 +31,10 @@ class Learned(Overridable):
     Attributes:
         learned: the parameter, float32 [numbers]; None if nothing is learned.
         spans: by index of the quantizers, the first number and the shape of each part.
+        schedule: where a plan of training stands, float64 (see `diffq.quantizers.course`); the
+            first number tells whether training reads the plain weights. None without a plan.
+        follows: whether a plan is followed.
+        plain: what the first number says, while a plan is followed.
     """
 
     learned: nn.Parameter | None
@@ -52,6 +56,8 @@ class Learned(Overridable):
         # What hooks of offloading have put in place, while a forward of the root runs.
         self._on_hand: Tensor | None = None
         self._was_meta = False
+        self.schedule: Tensor | None = None
+        self.plain = self.follows = False
 
     def forward(self, x: Any = None) -> Any:
         """The input, for code that calls all children; keeps what hooks of offloading brought."""
@@ -169,6 +175,20 @@ class Learned(Overridable):
         if self.learned is not None and not any(q.learning for q in self.quantizers):
             self.learned.grad = None
 
+    def follow(self, schedule: Tensor | None) -> None:
+        """Follows a plan from where it stands; None ends that."""
+        self.schedule, self.follows = schedule, schedule is not None
+        self.plain = schedule is not None and bool(schedule[0])
+
+    def take(self, schedule: Tensor) -> None:
+        """Takes up the numbers of a state dict, or keeps them until a plan asks for them."""
+        self.schedule = schedule.detach().to("cpu", torch.float64, copy=True)
+        self.plain = self.follows and bool(schedule[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles follow no plan, until `setup_optimizer` is called for them."""
+        return {**self.__dict__, "follows": False, "plain": False}
+
     def settings(self) -> dict[str, Any]:
         """The quantizers, as a state dict describes them.
 
@@ -206,9 +226,12 @@ class Learned(Overridable):
         self.settle()
 
     def saved_besides(self) -> dict[str, Tensor]:
-        """The integers, where a method has some."""
+        """The integers, where a method has some, and the state of a plan for the size."""
         has_some = any(quantizer.kept() is not None for quantizer in self.quantizers)
-        return {"kept": self.kept} if has_some else {}
+        besides = {"kept": self.kept} if has_some else {}
+        if self.follows and self.schedule is not None:
+            besides["schedule"] = self.schedule
+        return besides
 
     def moving(self, move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Keeps the dtype."""

@@ -33,6 +33,7 @@ from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
 from diffq.format.records import Record
+from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
 
@@ -128,6 +129,15 @@ class WeightQuantizer(ABC):
     @property
     def grouping(self) -> Grouping | None:
         """What the size of learned bitwidths depends on; None if none are learned."""
+        return None
+
+    @property
+    def bits_law(self) -> BitsLaw | None:
+        """How bitwidths come from what is learned, also once they are frozen; None if none do."""
+        return None
+
+    def fix_bits(self, learned: Tensor | None) -> None:
+        """Fixes learned bitwidths at those of logits, and rounds in training from here on."""
         return None
 
     @property

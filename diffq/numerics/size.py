@@ -224,13 +224,25 @@ def learned_bits(learned: Tensor, sizes: Sizes, active: Sequence[bool]) -> Tenso
     Returns:
         0-dim tensor in float32 at least, differentiable in the logits.
     """
-    held, part, ranks = sizes, learned, None
-    if is_dtensor(learned):
-        part, ranks = local_part(learned), layout_of(learned)
-        start = local_start(learned)
-        held = Sizes([_held(each, start, part.numel()) for each in sizes.tensors])
+    part, held = _of_rank(learned, sizes)
+    ranks = layout_of(learned) if is_dtensor(learned) else None
     result: Tensor = LearnedBits.apply(part, held, sizes, active, ranks)  # type: ignore[no-untyped-call]
     return result
+
+
+@torch.no_grad()
+def learned_slopes(learned: Tensor, sizes: Sizes, active: Sequence[bool]) -> Tensor:
+    """The gradient of `learned_bits`, of the numbers that this rank holds; no collective."""
+    part, held = _of_rank(learned, sizes)
+    return held.scatter(held.slopes(held.gather(part), active), part)
+
+
+def _of_rank(learned: Tensor, sizes: Sizes) -> tuple[Tensor, Sizes]:
+    """What this rank holds of the flat parameter, and of each tensor."""
+    if not is_dtensor(learned):
+        return learned, sizes
+    part, start = local_part(learned), local_start(learned)
+    return part, Sizes([_held(each, start, part.numel()) for each in sizes.tensors])
 
 
 def _held(tensor: Sized, start: int, length: int) -> Sized:

@@ -118,8 +118,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
                 parameter = parameter.clone()
             bits = bits + learned_bits(parameter, *learned).to(device, non_blocking=True)
         if bits.requires_grad:
-            # After a backward comes a step, and fused optimizers leave no trace of theirs.
-            bits.register_hook(lambda grad: attachment.forget())  # type: ignore[no-untyped-call]
+            bits.register_hook(lambda grad: self._note_size_used(attachment))  # type: ignore[no-untyped-call]
         return bits / MEGABYTE_BITS
 
     def true_model_size(self) -> float:

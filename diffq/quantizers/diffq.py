@@ -106,6 +106,11 @@ class DiffQWeight(GridQuantizer):
         return weight.new_full((self.groups,), init, dtype=torch.float32)
 
     @property
+    def bits_law(self) -> BitsLaw | None:
+        """Equation 11; None where bits are fixed by the settings."""
+        return self.law if self.settings.bits is None else None
+
+    @property
     def learning(self) -> bool:
         """Whether the bitwidths are still learned."""
         return self.stage is Stage.LEARNED
@@ -177,6 +182,10 @@ class DiffQWeight(GridQuantizer):
         if bits is None and learned is not None:
             bits = self.whole_bits(learned, learned)
         self._set_bits(Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN, bits)
+
+    def fix_bits(self, learned: Tensor | None) -> None:
+        """Fixes the bitwidths at those of logits, and rounds in training from here on."""
+        self.set_stage(Stage.FROZEN_ROUNDING, learned, None)
 
     def settled(self) -> Tensor | None:
         """The logits of frozen bits, which optimizers may have moved on by momentum."""

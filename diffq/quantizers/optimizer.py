@@ -33,6 +33,7 @@ def add_learned(
     learned: Sequence[nn.Parameter],
     options: Mapping[str, Any],
     earlier: Optimizer | None = None,
+    default_lr: float = DEFAULT_LR,
 ) -> None:
     """Gives learned parameters groups of their own in an optimizer, without weight decay.
 
@@ -59,7 +60,7 @@ def add_learned(
             group.update(options if earlier is optimizer else {**decay, **options})
     else:
         _check_new_group(optimizer)
-        first = {"lr": _lr_before(optimizer, model, learned), **decay}
+        first = {"lr": _lr_before(optimizer, model, learned, default_lr), **decay}
         kernel = _in_one_pass(optimizer, learned, options)
         group = {"params": _with_names(optimizer, model, learned), **first, **kernel, **options}
         _move(optimizer, {id(parameter) for parameter in learned}, group)
@@ -186,15 +187,15 @@ def _check_new_group(optimizer: Optimizer) -> None:
 
 
 def _lr_before(
-    optimizer: Optimizer, model: nn.Module, learned: Sequence[nn.Parameter]
+    optimizer: Optimizer, model: nn.Module, learned: Sequence[nn.Parameter], default: float
 ) -> float | Tensor:
     """The learning rate that learned parameters have where no weight of the model is held."""
     ids = {id(parameter) for parameter in learned}
     weights = {id(parameter) for parameter in model.parameters()} - ids
     if any(weights.intersection(_ids(group)) for group in optimizer.param_groups):
-        return DEFAULT_LR
+        return default
     before = next(group for group in optimizer.param_groups if ids.intersection(_ids(group)))
-    lr: float | Tensor = before.get("lr", DEFAULT_LR)
+    lr: float | Tensor = before.get("lr", default)
     return lr
 
 
@@ -255,6 +256,13 @@ def _fill_state(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
     if isinstance(optimizer, Adagrad) and late:
         start = optimizer.param_groups[-1]["initial_accumulator_value"]
         optimizer.state.update(Adagrad(late, initial_accumulator_value=start).state)
+
+
+def forget_state(optimizer: Optimizer, learned: Sequence[nn.Parameter]) -> None:
+    """Has an optimizer begin anew with learned parameters."""
+    for parameter in learned:
+        optimizer.state.pop(parameter, None)
+    _fill_state(optimizer, learned)
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._guards import detect_fake_mode
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from diffq.torch_inside.tensors import version_of
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 
@@ -54,6 +56,12 @@ def untraced(call: Callable[[], T]) -> T:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+def uncompiled(call: Callable[P, T]) -> Callable[P, T]:
+    """A function that compiled code calls as it is. Imports the compiler no earlier than torch."""
+    disabled: Callable[P, T] = _disable_dynamo(call)
+    return disabled
 
 
 def is_plain() -> bool:

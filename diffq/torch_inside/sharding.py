@@ -91,6 +91,12 @@ def layout_of(tensor: Tensor) -> Layout:
     return (sharded.device_mesh, sharded.placements) if is_dtensor(tensor) else (tensor.device, ())
 
 
+def mesh_device(tensor: Tensor) -> torch.device:
+    """The device on which ranks communicate about a tensor, which may be offloaded."""
+    sharded: Any = tensor
+    return torch.device(sharded.device_mesh.device_type) if is_dtensor(tensor) else tensor.device
+
+
 def reshard(model: nn.Module) -> None:
     """Takes away the whole parameters that FSDP keeps after a forward, until the next one.
 

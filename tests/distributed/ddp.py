@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import diffq
-from tests.compare import same_bits
+from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, same_on_ranks
 from tests.models import QUANTIZERS, computed, mlp, seeded
 
@@ -69,6 +69,65 @@ def assert_trained_alike(wrapped, quantizer):
 def check_all_layers_used():
     """With every layer in use, ranks end with the same weights and learned bits."""
     assert_trained_alike(*train())
+
+
+def bits_after_a_step(wrap, make, make_input, in_the_loss):
+    """What a step with a price of size, in the loss or in the step, makes of the bitwidths."""
+    model = seeded(make)
+    quantizer = QUANTIZERS["diffq"](model)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.0)
+    quantizer.setup_optimizer(optimizer, lr=1.0, lam=None if in_the_loss else 50.0)
+    torch.manual_seed(dist.get_rank())
+    (batch,) = batches(make_input, dist.get_rank(), 1)
+    loss = wrapped(batch).square().mean()
+    (loss + 50 * quantizer.model_size() if in_the_loss else loss).backward()
+    optimizer.step()
+    return next(iter(quantizer.learned_parameters())).detach()
+
+
+def check_price_in_the_step():
+    """A price in the step is not multiplied by the number of ranks: as one in the loss."""
+    learned, expected = (
+        bits_after_a_step(DistributedDataParallel, mlp, inputs, place) for place in (False, True)
+    )
+    assert close(learned, expected)
+    assert same_on_ranks(learned)
+
+
+class Normed(nn.Module):
+    """Two layers around a norm, whose buffers differ between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 96), nn.BatchNorm1d(96), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+def trained_to(wrap, make, make_input, target, steps=20):
+    """A model trained by a plan, on other data and other noise on each rank."""
+    model = seeded(make)
+    quantizer = QUANTIZERS["diffq"](model)
+    wrapped = wrap(model)
+    optimizer = torch.optim.Adam(wrapped.parameters(), 0.01)
+    quantizer.setup_optimizer(optimizer, target_mb=target, steps=steps)
+    torch.manual_seed(dist.get_rank())
+    for batch in batches(make_input, dist.get_rank(), steps):
+        optimizer.zero_grad()
+        wrapped(batch).square().mean().backward()
+        optimizer.step()
+    return wrapped, quantizer
+
+
+def check_target():
+    """Training by a plan ends on all ranks with the same bitwidths, and with the target's size."""
+    target = 0.006
+    wrapped, quantizer = trained_to(DistributedDataParallel, Normed, inputs, target)
+    assert quantizer.target.phase == "done"
+    assert same_on_ranks(*wrapped.parameters(), *quantizer.bits().values())
+    assert 0.985 * target <= quantizer.compressed_model_size() <= target
 
 
 def check_find_unused_parameters():

@@ -23,6 +23,7 @@ from diffq.attach.attachment import attachment_of
 from diffq.quantizers import steps
 from diffq.torch_inside import sharding
 from tests.compare import close, same_bits
+from tests.distributed.ddp import bits_after_a_step, trained_to
 from tests.distributed.ranks import batches, file_of, main, require_fsdp, same_on_ranks
 from tests.holder import quantizers_in
 from tests.models import QUANTIZERS, SUMS, Recurrent, seeded
@@ -147,6 +148,23 @@ PRODUCT = partial(
     block_size=2,
     overrides={"blocks.*.2.weight": {"block_size": 3}},
 )
+
+
+def check_target():
+    """Training by a plan ends on all ranks with the same bitwidths, and with the target's size."""
+    target = 0.0019
+    _, quantizer = trained_to(shard, Residual, tokens, target)
+    assert quantizer.target.phase == "done"
+    assert same_on_ranks(*quantizer.bits().values())
+    assert 0.99 * target <= quantizer.compressed_model_size() <= target
+
+
+def check_price_in_the_step():
+    """Each rank adds the price of the numbers that it holds: as a price in the loss."""
+    learned, expected = (
+        sharding.whole(bits_after_a_step(shard, Residual, tokens, place)) for place in (False, True)
+    )
+    assert close(learned, expected)
 
 
 def check_every_quantizer():
