@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from diffq.numerics import draws, grid, noise
+from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
+from diffq.numerics.noise import Drawn
 from diffq.quantizers.tables import table
 
 LAW = BitsLaw(2, 15)
@@ -37,7 +39,8 @@ def by_hand(weight: Tensor, unit: Tensor, logits: Tensor, group_size: int) -> Te
     """The same sample without a graph, and its gradients by hand."""
     with torch.no_grad():
         value = by_autograd(weight, unit, logits, group_size)
-    return noise.pass_noise(weight, value, logits, LAW, group_size)
+        drawn = Drawn.of(Flat([weight.shape], group_size), [weight], [value])
+    return noise.pass_noise(drawn, LAW, logits, [weight], [value])[0]
 
 
 def box_muller(buffer: Tensor, generator: np.random.Generator) -> None:
@@ -56,8 +59,8 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
     weight = torch.randn(count // ROW, ROW).mul_(0.02).requires_grad_()
     logits = torch.zeros(count // group_size, requires_grad=True)
     stored, upstream, buffer = weight.detach(), torch.randn_like(weight), torch.empty(count)
-    unit = torch.randn(count // group_size, group_size)
-    step = torch.rand(count // group_size)
+    unit, flat = torch.randn(count // group_size, group_size), Flat([stored.shape], group_size)
+    bits = torch.full((count // group_size,), 4.0)
     generator = np.random.Generator(np.random.SFC64(0))
 
     def numpy_draw() -> None:
@@ -75,17 +78,17 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "draw: normal_ into a buffer": buffer.normal_,
         "draw: NumPy's fastest generator": numpy_draw,
         "draw: NumPy's bits, Box-Muller": lambda: box_muller(buffer, generator),
-        "draw: NumPy's bits, quantiles (used)": lambda: draws.draw_([buffer], "gaussian"),
-        "sample: draw, scale, add (used)": lambda: noise.perturb(
-            [stored], [step], [group_size], "gaussian"
+        "draw: NumPy's bits, quantiles (used)": lambda: draws.source("gaussian", count, buffer)(
+            buffer
+        ),
+        "sample: extremes, draw, scale, add (used)": lambda: noise.perturb(
+            flat, [stored], bits, "gaussian", 0.5, [False]
         ),
         "copy of the weights, a floor": stored.clone,
         "forward and backward: by autograd": gradients(by_autograd),
         "forward and backward: by hand (used)": gradients(by_hand),
-        "place of minimum and maximum: argmin, argmax": lambda: (stored.argmin(), stored.argmax()),
-        "place of minimum and maximum: by rows (used)": lambda: grid.extremes([stored]).places(
-            0, stored
-        ),
+        "place of minimum and maximum: torch": lambda: (stored.argmin(), stored.argmax()),
+        "place of minimum and maximum: NumPy (used)": lambda: flat.ends([stored]),
     }
 
 
