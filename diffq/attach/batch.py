@@ -103,7 +103,10 @@ class Batches:
         for quantizer, base in tensors:
             kind = type(quantizer), quantizer.alike, base.dtype, base.device, traits(base)
             size = sizes[kind] = sizes.get(kind, 0) + base.numel()
-            members.setdefault((*kind, size // _MOST), []).append((quantizer, base))
+            # What is computed from others has a graph, of which no backward of others may need
+            # anything: checkpoints free graphs in parts.
+            alone = None if base.is_leaf else quantizer.index
+            members.setdefault((*kind, size // _MOST, alone), []).append((quantizer, base))
         batches = []
         for each in members.values():
             quantizers, bases = zip(*each, strict=True)

@@ -171,9 +171,10 @@ class Flat:
             if len(starts) > 1:
                 places = places + self.width * self.rows.starts_on(low.device)[:, None]
             return Ends(low, high, places)
-        values, spots = np.empty((2, len(flat)), flat[0].numpy().dtype), []
+        values, spots = np.empty((2, len(flat)), np.from_dlpack(flat[0]).dtype), []
         for number, (part, row) in enumerate(zip(flat, starts, strict=True)):
-            array = part.numpy()
+            # Not `numpy()`, after which torch refuses to resize the memory, as FSDP does.
+            array = np.from_dlpack(part)
             least, most = array.argmin(), array.argmax()
             values[:, number] = array[least], array[most]
             spots.append((row * self.width + least, row * self.width + most))

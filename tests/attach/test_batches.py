@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
@@ -183,3 +185,21 @@ def test_gradients_that_come_in_are_left_alone(kind, count):
     before = [bits_of(gradient) for gradient in upstream]
     torch.autograd.backward(read, upstream)
     assert [bits_of(gradient) for gradient in upstream] == before
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_computed_tensors_are_batches_of_their_own(kind):
+    """A backward of one tensor does not go through what another one is computed from."""
+    model = nn.Sequential(
+        nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)), weight_norm(nn.Linear(4, 4))
+    )
+    quantizer = MADE[kind][1](model)
+    quantizer.no_optimizer()
+    with quantizer.computing():
+        losses = [layer.weight.sin().sum() for layer in model]
+    # Each frees its own graph.
+    for loss in losses:
+        loss.backward()
+    assert model[0].weight.grad.any()
+    for layer in model[1:]:
+        assert layer.parametrizations.weight.original1.grad.any()
