@@ -238,6 +238,7 @@ def test_size_without_momentum_of_bits():
     assert 0.0079 <= file_mb(run.quantizer) <= 0.008
 
 
+@repeatable()
 def test_float_phase_is_plain_training():
     """Up to the float share the weights are those of a training without a quantizer."""
     run = _Run(target_mb=0.008, float_share=0.5).train(0, STEPS // 2)
@@ -305,6 +306,7 @@ def _plain(state):
 
 
 @pytest.mark.parametrize("cut", [7, 20, 38])
+@repeatable()
 def test_resume_from_a_distributed_checkpoint(cut, tmp_path):
     """torch.distributed.checkpoint carries the plan, and states of all parameters."""
     torch.manual_seed(2)
