@@ -82,7 +82,7 @@ def test_tensors_of_a_batch_are_those_of_batches_of_one(kind, monkeypatch):
     shapes = [(6, 8), (5,), (3, 3, 7), (1,), (130,)]
     values, slopes = [], []
     for most in (2**23, 1):
-        monkeypatch.setattr(batches, "_MOST", most)
+        monkeypatch.setitem(batches._MOST, "cpu", most)
         # Numbers of one draw, whatever is drawn together.
         monkeypatch.setattr(draws, "source", lambda *args: lambda sample: sample.fill_(0.75))
         torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_unread_tensors_have_no_gradient():
 
 def test_large_models_have_several_batches(monkeypatch):
     """A batch ends after some megabytes, so that its gradients are there before the others'."""
-    monkeypatch.setattr(batches, "_MOST", 100)
+    monkeypatch.setitem(batches._MOST, "cpu", 100)
     model = _tensors(6)
     quantizer = diffq.DiffQuantizer(model, min_size=0)
     quantizer.no_optimizer()
