@@ -78,9 +78,9 @@ def ways(count: int, group_size: int) -> dict[str, Callable[[], object]]:
         "draw: normal_ into a buffer": buffer.normal_,
         "draw: NumPy's fastest generator": numpy_draw,
         "draw: NumPy's bits, Box-Muller": lambda: box_muller(buffer, generator),
-        "draw: NumPy's bits, quantiles (used)": lambda: draws.source("gaussian", count, buffer)(
-            buffer
-        ),
+        "draw: NumPy's bits, quantiles (used)": lambda: draws.source(
+            "gaussian", count, buffer, buffer.dtype
+        )(buffer),
         "sample: extremes, draw, scale, add (used)": lambda: noise.perturb(
             flat, [stored], bits, "gaussian", 0.5, [False]
         ),

@@ -293,7 +293,9 @@ def test_private_names_of_torch(name):
 
 
 def _private_members():
+    optimizer = torch.optim.SGD([torch.zeros(1)])
     names = {*dir(torch.nn.Module), *vars(torch.nn.Module()), *dir(torch.Tensor)}
+    names |= {*dir(torch.optim.Optimizer), *vars(optimizer)}
     return {name for name in names if re.fullmatch(r"_[a-z]\w*", name)}
 
 
@@ -302,7 +304,7 @@ def _private_members():
     "name", [n for n in MODULES if n.split(".")[1:2] not in (["torch_inside"], ["format"])]
 )
 def test_private_members_of_torch(name):
-    """Private members of modules and tensors are read and overridden in `torch_inside` only."""
+    """Private members of modules, tensors and optimizers are used in `torch_inside` only."""
     nodes = list(ast.walk(MODULES[name]))
     found = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}

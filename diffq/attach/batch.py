@@ -53,7 +53,13 @@ class Run(NamedTuple):
             return [None] * len(self.shapes)
         counts = [shape.numel() for shape in self.shapes if shape is not None]
         pieces = iter(torch.split(self.flat, counts))
-        return [None if shape is None else next(pieces).view(shape) for shape in self.shapes]
+        return [None if shape is None else shaped(next(pieces), shape) for shape in self.shapes]
+
+
+def shaped(part: Tensor, shape: torch.Size) -> Tensor:
+    """A part of what is learned in its shape."""
+    # Only codebooks have two dimensions, and views cost time.
+    return part if len(shape) == 1 else part.view(shape)
 
 
 class Batch:

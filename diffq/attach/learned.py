@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.batch import Run
+from diffq.attach.batch import Run, shaped
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import OptimizerError
+from diffq.numerics.segments import joined_slices
 from diffq.torch_inside.modules import parameters_in
 from diffq.torch_inside.overrides import Overridable
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
@@ -87,11 +88,7 @@ class Learned(Overridable):
                 these are differentiable views.
         """
         flat = self.flat() if flat is None else flat
-        if flat is None:
-            return [None] * len(self.spans)
-        spans = [span for span in self.spans if span is not None]
-        pieces = iter(torch.split(flat, [shape.numel() for _, shape in spans]))
-        return [None if span is None else _shaped(next(pieces), span[1]) for span in self.spans]
+        return Run(flat, tuple(map(self._shape, self.quantizers))).parts()
 
     def runs(self, batches: Sequence[Sequence[WeightQuantizer]]) -> list[Run]:
         """What the quantizers of each batch learn, differentiable.
@@ -119,15 +116,10 @@ class Learned(Overridable):
         return None if span is None else span[1]
 
     def _slices(self, quantizers: Sequence[WeightQuantizer]) -> list[tuple[int, int]]:
-        slices: list[tuple[int, int]] = []
-        for span in (self.spans[quantizer.index] for quantizer in quantizers):
-            if span is None:
-                continue
-            start, end = span[0], span[0] + span[1].numel()
-            if slices and slices[-1][1] == start:
-                start = slices.pop()[0]
-            slices.append((start, end))
-        return slices
+        spans = (self.spans[quantizer.index] for quantizer in quantizers)
+        return joined_slices(
+            (span[0], span[0] + span[1].numel()) for span in spans if span is not None
+        )
 
     def part(self, index: int) -> Tensor | None:
         """One quantizer's part."""
@@ -135,7 +127,7 @@ class Learned(Overridable):
         if span is None or flat is None:
             return None
         start, shape = span
-        return _shaped(flat.narrow(0, start, shape.numel()), shape)
+        return shaped(flat.narrow(0, start, shape.numel()), shape)
 
     def counts(self) -> list[int]:
         """How many numbers each quantizer's part has, by index."""
@@ -255,11 +247,6 @@ def characters(settings: dict[str, Any]) -> Tensor:
     """Settings as the float32 characters that a state dict holds."""
     text = json.dumps(settings, separators=(",", ":"))
     return torch.tensor(list(text.encode("ascii")), dtype=torch.float32, device="cpu")
-
-
-def _shaped(part: Tensor, shape: torch.Size) -> Tensor:
-    # Only codebooks have two dimensions, and views cost time.
-    return part if len(shape) == 1 else part.view(shape)
 
 
 def _count(tensor: Tensor | None) -> int:

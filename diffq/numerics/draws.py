@@ -22,7 +22,7 @@ _CODES = 2**16
 _MOST = 2**20
 
 
-def source(kind: str, count: int, like: Tensor) -> Callable[[Tensor], Tensor]:
+def source(kind: str, count: int, like: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A source of unit noise, which fills the tensors that it is called with.
 
     On a CPU torch draws on one core only, by a slow generator, and that is most of what
@@ -34,13 +34,14 @@ def source(kind: str, count: int, like: Tensor) -> Callable[[Tensor], Tensor]:
     Args:
         kind: the distribution: "gaussian" for N(0, 1), "uniform" for U(-1, 1).
         count: how many numbers are drawn in all.
-        like: gives dtype and device of the tensors, which are contiguous and of any shape.
+        like: gives the device of the tensors, which are contiguous and of any shape.
+        dtype: of the tensors.
     """
-    if count <= _FEW or not in_numpy(like):
+    if count <= _FEW or not in_numpy(like.detach()):
         return Tensor.normal_ if kind == "gaussian" else _uniform_
     seed = torch.randint(2**63 - 1, (), device="cpu").item()
     generator = Generator(SFC64(int(seed)))
-    quantiles = _quantiles(kind, like.dtype)
+    quantiles = _quantiles(kind, dtype)
 
     def fill(sample: Tensor) -> Tensor:
         for piece in torch.split(sample.view(-1), _MOST):

@@ -70,6 +70,7 @@ class Flat:
 
     Attributes:
         shapes: as given.
+        numels: elements of each tensor.
         width: elements of a row.
         rows: the rows of each tensor.
         groups: the groups of each tensor.
@@ -82,8 +83,8 @@ class Flat:
         self.shapes = tuple(shapes)
         self.grouped = group_size is not None
         self.width = WIDTH if group_size is None else group_size
-        self._numels = [shape.numel() for shape in self.shapes]
-        self.rows = Segments([group_count(numel, self.width) for numel in self._numels])
+        self.numels = [shape.numel() for shape in self.shapes]
+        self.rows = Segments([group_count(numel, self.width) for numel in self.numels])
         self.groups = self.rows if self.grouped else Segments([1] * len(self.shapes))
         self._sizes = [count * self.width for count in self.rows.counts]
         self.constants = Constants()
@@ -103,30 +104,28 @@ class Flat:
         Returns:
             [rows, width], in float32 at least. It may be a view of a tensor.
         """
-        parts, zeros = [], None
+        parts = []
         for number, first, end, padding in (piece or self.whole).parts:
             tensor = tensors[number]
             if tensor is None:
                 parts.append(like.new_zeros(end - first))
             else:
-                whole = end - first == self._numels[number]
+                whole = end - first == self.numels[number]
                 parts.append(tensor.reshape(-1) if whole else tensor.reshape(-1)[first:end])
             if padding:
-                zeros = like.new_zeros(self.width) if zeros is None else zeros
-                parts.append(zeros[:padding])
+                zero = self.constants.get("zero", [0.0], like.dtype, like.device)
+                parts.append(zero.expand(padding))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         return widen(joined).view(-1, self.width)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The tensors in what `join` gave, as views."""
         parts = torch.split(joined.view(-1), self._sizes)
-        each = zip(parts, self._numels, self._sizes, self.shapes, strict=True)
+        each = zip(parts, self.numels, self._sizes, self.shapes, strict=True)
         return [(p if n == size else p[:n]).view(shape) for p, n, size, shape in each]
 
     def compute(
-        self,
-        like: Tensor,
-        function: Callable[[Piece, Tensor], tuple[Tensor, ...]],
+        self, like: Tensor, function: Callable[[Piece, Tensor], Sequence[Tensor]]
     ) -> tuple[Tensor, ...]:
         """What a function of rows gives for all rows.
 
@@ -134,31 +133,22 @@ class Flat:
 
         Args:
             like: one of the tensors.
-            function: takes rows, and memory [rows, width] that it may use for its first result;
-                gives tensors whose first dimension is the rows.
+            function: takes rows, and memory [rows, width] in float32 at least; writes there, and
+                returns what else each row has, each [rows].
+
+        Returns:
+            The memory of all rows, [rows, width], and what else they have.
         """
         room = like.new_empty((self.rows.total, self.width), dtype=wide(like.dtype))
         pieces = self._in_cache(like)
         if len(pieces) == 1:
-            return function(self.whole, room)
-        others: list[Tensor] = []
-        for piece in pieces:
-            part = room[piece.rows]
-            result, *found = function(piece, part)
-            if result is not part:
-                part.copy_(result)
-            others = others or [each.new_empty(self.rows.total) for each in found]
-            for other, each in zip(others, found, strict=True):
-                other[piece.rows] = each
-        return room, *others
+            return room, *function(self.whole, room)
+        found = [function(piece, room[piece.rows]) for piece in pieces]
+        return room, *(torch.cat(each) for each in zip(*found, strict=True))
 
     def to_rows(self, groups: Tensor) -> Tensor:
         """What each row has of its group, [rows] or [1], of what groups have, [groups]."""
         return groups if self.grouped else self.rows.spread(groups)
-
-    def group_sums(self, rows: Tensor) -> Tensor:
-        """The sum of each group, [groups], of what its rows have, [rows]."""
-        return rows if self.grouped else self.rows.sums(rows)
 
     def ends(self, tensors: Sequence[Tensor]) -> Ends:
         """Minimum and maximum of each tensor, and the first place of each, without graph."""
@@ -193,7 +183,7 @@ class Flat:
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """The parts of tensors in some rows; see `Piece`."""
-        each = zip(self.rows.starts, self.rows.counts, self._numels, strict=True)
+        each = zip(self.rows.starts, self.rows.counts, self.numels, strict=True)
         for number, (row, count, numel) in enumerate(each):
             low, high = max(start, row) - row, min(end, row + count) - row
             if low < high:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -30,25 +30,85 @@ DEFAULT_SCALE = 0.5
 _SHORT = 64
 
 
+class Passing(Protocol):
+    """What some tensors compute with in a forward, and its gradients.
+
+    Attributes:
+        flat: the tensors.
+    """
+
+    @property
+    def flat(self) -> Flat:
+        """The tensors."""
+
+    def gradients(
+        self,
+        law: BitsLaw,
+        logits: Tensor | None,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the logits, and of each weight.
+
+        Args:
+            law: how bitwidths come from logits.
+            logits: [groups]; None where bitwidths are fixed.
+            weights: as they were when this was drawn.
+            grads: of the values; None for those that were not used.
+            needs: which of the gradients are needed.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """What some tensors compute with in a forward, in place of themselves.
+    """Values that torch's operations have computed.
 
     Attributes:
         flat: the tensors.
         values: perturbed or quantized, as `Flat.join` gives them.
-        ends: minimum and maximum of the weights; None where they have no gradient.
+        ends: minimum and maximum of the weights.
     """
 
     flat: Flat
     values: Tensor
-    ends: Ends | None
+    ends: Ends
 
     @classmethod
     def of(cls, flat: Flat, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Drawn:
         """What some values are, where each is known and not what they were drawn with."""
         with torch.no_grad():
             return cls(flat, flat.join(values, values[0]), flat.ends(weights))
+
+    def gradients(
+        self,
+        law: BitsLaw,
+        logits: Tensor | None,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """See `Passing`."""
+        flat, like = self.flat, weights[0]
+
+        def passed(piece: Piece, room: Tensor) -> tuple[Tensor]:
+            # In memory of its own, because others may hold the gradient that came in.
+            upstream = room.copy_(flat.join(grads, like, piece))
+            error = self.values[piece.rows] - flat.join(weights, like, piece)
+            return (row_sums(error.mul_(upstream)),)
+
+        upstream, sums = flat.compute(like, passed)
+        totals = flat.rows.sums(sums)
+        for_logits = None
+        if logits is not None and needs[0]:
+            of_groups = sums if flat.grouped else totals
+            for_logits = (of_groups * law.log_step_slope(logits)).to(logits.dtype)
+        if not any(needs[1:]):
+            return [for_logits, *[None] * len(weights)]
+        self.ends.add_gradients(upstream, totals)
+        each = zip(flat.split(upstream), grads, needs[1:], strict=True)
+        used = [part if need and grad is not None else None for part, grad, need in each]
+        return [for_logits, *(None if part is None else part.to(like.dtype) for part in used)]
 
 
 def perturb(
@@ -77,15 +137,17 @@ def perturb(
         shares.mul_(flat.rows.spread(spans)) if flat.grouped else flat.rows.spread(spans * shares)
     )
     marks = _marked(flat, zeros, like.device)
-    fill = draws.source(kind, flat.rows.total * flat.width, grid.widen(like.detach()))
+    fill = draws.source(kind, flat.rows.total * flat.width, like, grid.wide(like.dtype))
     largest = torch.finfo(torch.float16).max
 
-    def perturbed(piece: Piece, room: Tensor) -> tuple[Tensor]:
+    def perturbed(piece: Piece, room: Tensor) -> tuple[()]:
         rows, unit = flat.join(weights, like, piece), fill(room)
-        noisy = torch.addcmul(rows, unit, rows_of(steps, piece)[:, None], out=unit)
+        torch.addcmul(rows, unit, rows_of(steps, piece)[:, None], out=room)
         if marks is not None:
-            noisy.masked_fill_((rows == 0) & rows_of(marks, piece)[:, None], 0)
-        return (noisy.clamp_(-largest, largest) if like.dtype == torch.float16 else noisy,)
+            room.masked_fill_((rows == 0) & rows_of(marks, piece)[:, None], 0)
+        if like.dtype == torch.float16:
+            room.clamp_(-largest, largest)
+        return ()
 
     (values,) = flat.compute(like, perturbed)
     return Drawn(flat, values, ends)
@@ -117,12 +179,13 @@ def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequen
         found = [(weight == 0).any() if zero else none for weight, zero in each]
         points = flat.rows.spread(torch.stack(found))
 
-    def rounded(piece: Piece, room: Tensor) -> tuple[Tensor]:
+    def rounded(piece: Piece, room: Tensor) -> tuple[()]:
         rows = flat.join(weights, like, piece)
         rule = rows_of(low, piece), rows_of(high, piece), rows_of(widths, piece)
         point = None if points is None else rows_of(points, piece)
         levels = grid.to_levels(rows.float(), *rule, point, like.dtype)
-        return (grid.from_levels(levels, *rule, point).to(rows.dtype),)
+        room.copy_(grid.from_levels(levels, *rule, point))
+        return ()
 
     (values,) = flat.compute(like, rounded)
     return Drawn(flat, values, ends)
@@ -139,15 +202,13 @@ class PseudoNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, drawn: Drawn, law: BitsLaw, *tensors: Tensor | None
+        ctx: Any, drawn: Passing, law: BitsLaw, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Takes logits, weights, and their values; returns these in the weights' dtype."""
         logits, *others = tensors
         weights, values = halves(others)
-        ctx.drawn, ctx.law, ctx.kept = drawn, law, Kept((logits, *weights))
-        ctx.set_materialize_grads(False)
-        each = zip(weights, values, strict=True)
-        return tuple(value.to(weight.dtype).detach() for weight, value in each)
+        ctx.drawn, ctx.law, ctx.values, ctx.kept = drawn, law, values, Kept((logits, *weights))
+        return constants(ctx, weights, values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -157,44 +218,14 @@ class PseudoNoise(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = noise_twice(ctx.drawn, ctx.law, logits, weights, grads)
+            found = _gradients_twice(ctx, logits, weights, grads)
         else:
-            found = _gradients(ctx.drawn, ctx.law, logits, weights, grads, needs)
+            found = ctx.drawn.gradients(ctx.law, logits, weights, grads, needs)
         return None, None, *found, *[None] * len(weights)
 
 
-def _gradients(
-    drawn: Drawn,
-    law: BitsLaw,
-    logits: Tensor | None,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    flat, like = drawn.flat, weights[0]
-
-    def passed(piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
-        upstream = flat.join(grads, like, piece)
-        error = drawn.values[piece.rows] - flat.join(weights, like, piece)
-        # In memory of its own, because others may hold the gradient that came in.
-        return room.copy_(upstream), row_sums(error.mul_(upstream))
-
-    upstream, sums = flat.compute(like, passed)
-    totals = flat.rows.sums(sums)
-    for_logits = None
-    if logits is not None and needs[0]:
-        of_groups = sums if flat.grouped else totals
-        for_logits = (of_groups * law.log_step_slope(logits)).to(logits.dtype)
-    if not any(needs[1:]):
-        return [for_logits, *[None] * len(weights)]
-    if drawn.ends is not None:
-        drawn.ends.add_gradients(upstream, totals)
-    each = zip(flat.split(upstream), grads, needs[1:], strict=True)
-    return [for_logits, *(g.to(like.dtype) if n and u is not None else None for g, u, n in each)]
-
-
 def pass_noise(
-    drawn: Drawn,
+    drawn: Passing,
     law: BitsLaw,
     logits: Tensor | None,
     weights: Sequence[Tensor],
@@ -203,7 +234,7 @@ def pass_noise(
     """Constant values, with the gradients of `weight + step * noise`; see `PseudoNoise`.
 
     Args:
-        drawn: the values of all tensors.
+        drawn: what the values were drawn with.
         law: how bitwidths come from logits.
         logits: [groups], one for each group's bitwidth; None where they are fixed.
         weights: in place of which the values are.
@@ -213,7 +244,7 @@ def pass_noise(
         The values in the weights' shapes and dtype.
     """
     if is_transformed():
-        parts = _logits_of(drawn, logits)
+        parts = _logits_of(drawn.flat, logits)
         each = zip(weights, values, parts, strict=True)
         return [_expression(*tensors, law, drawn.flat) for tensors in each]
     result: tuple[Tensor, ...] = PseudoNoise.apply(drawn, law, logits, *weights, *values)  # type: ignore[no-untyped-call]
@@ -224,6 +255,13 @@ def halves(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The first half of a node's inputs, and the second."""
     count = len(tensors) // 2
     return tensors[:count], tensors[count:]
+
+
+def constants(ctx: Any, weights: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What the forward of a node returns: values in the weights' dtype, some of no use."""
+    ctx.set_materialize_grads(False)
+    each = zip(weights, values, strict=True)
+    return tuple(value.to(weight.dtype).detach() for weight, value in each)
 
 
 def row_sums(error: Tensor) -> Tensor:
@@ -238,27 +276,23 @@ def row_sums(error: Tensor) -> Tensor:
     return error.sum(1)
 
 
-def _logits_of(drawn: Drawn, logits: Tensor | None) -> Sequence[Tensor | None]:
+def _logits_of(flat: Flat, logits: Tensor | None) -> Sequence[Tensor | None]:
     if logits is None:
-        return [None] * len(drawn.flat.shapes)
-    return torch.split(logits, list(drawn.flat.groups.counts))
+        return [None] * len(flat.shapes)
+    return torch.split(logits, list(flat.groups.counts))
 
 
-def noise_twice(
-    drawn: Drawn,
-    law: BitsLaw,
-    logits: Tensor | None,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+def _gradients_twice(
+    ctx: Any, logits: Tensor | None, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The same gradients as a differentiable expression, for `create_graph=True`."""
+    flat: Flat = ctx.drawn.flat
     with torch.enable_grad():
-        parts = _logits_of(drawn, logits)
-        every = zip(weights, drawn.flat.split(drawn.values), parts, grads, strict=True)
+        every = zip(weights, ctx.values, _logits_of(flat, logits), grads, strict=True)
         noisy, upstream = [], []
         for weight, value, part, grad in every:
             if grad is not None:
-                noisy.append(_expression(weight, value, part, law, drawn.flat))
+                noisy.append(_expression(weight, value, part, ctx.law, flat))
                 upstream.append(grad)
         inputs = [t for t in (logits, *weights) if t is not None and t.requires_grad]
         found = torch.autograd.grad(noisy, inputs, upstream, create_graph=True, allow_unused=True)
@@ -292,9 +326,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         """Takes their number, weights, and quantized ones; returns these in the weights' dtype."""
-        ctx.set_materialize_grads(False)
-        each = zip(*halves(inputs[1:]), strict=True)
-        return tuple(value.to(weight.dtype).detach() for weight, value in each)
+        return constants(ctx, *halves(inputs[1:]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

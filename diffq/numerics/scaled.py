@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from diffq.numerics.flat import Flat, Piece, rows_of
 from diffq.numerics.grid import finite_levels, is_narrow, wide
-from diffq.numerics.noise import Drawn, halves, row_sums
+from diffq.numerics.noise import constants, halves, row_sums
 from diffq.torch_inside.graph import Kept
 
 # The least positive scale.
@@ -48,7 +47,9 @@ def positive(scales: Tensor) -> Tensor:
     return scales.float().abs().clamp(min=_LEAST)
 
 
-def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Drawn:
+def scale_all(
+    flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels
+) -> list[Tensor]:
     """Equation 1 of the LSQ paper: the nearest level times the scale; without graph.
 
     Args:
@@ -56,17 +57,30 @@ def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Lev
         weights: of one dtype and device, any strides.
         scales: of each tensor, [tensors].
         levels: those of all tensors.
+
+    Returns:
+        The values of each tensor, in float32 at least.
     """
     like = weights[0]
     of_rows = flat.rows.spread(positive(scales).to(wide(like.dtype)))
 
-    def scaled(piece: Piece, room: Tensor) -> tuple[Tensor]:
+    def scaled(piece: Piece, room: Tensor) -> tuple[()]:
         scale = rows_of(of_rows, piece)[:, None]
-        ratio = torch.div(flat.join(weights, like, piece), scale, out=room)
-        return (levels.nearest(ratio, scale, like.dtype).mul_(scale),)
+        torch.div(flat.join(weights, like, piece), scale, out=room)
+        levels.nearest(room, scale, like.dtype).mul_(scale)
+        return ()
 
     (values,) = flat.compute(like, scaled)
-    return Drawn(flat, values, None)
+    return flat.split(values)
+
+
+class Kernels(Protocol):
+    """Computes the gradients of LSQ on a GPU; see `diffq.kernels.scaled.Scaled`."""
+
+    def gradients(
+        self, weights: Sequence[Tensor], scales: Tensor, grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Gradients of weights and scales."""
 
 
 class LearnedScale(torch.autograd.Function):
@@ -79,14 +93,15 @@ class LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, drawn: Drawn, levels: Levels, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, flat: Flat, levels: Levels, kernels: Kernels | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         """Takes scales, weights, and their values; returns these in the weights' dtype."""
         scales, *others = tensors
         weights, values = halves(others)
-        ctx.drawn, ctx.levels, ctx.kept = drawn, levels, Kept((scales, *weights))
-        ctx.set_materialize_grads(False)
-        each = zip(weights, values, strict=True)
-        return tuple(value.to(weight.dtype).detach() for weight, value in each)
+        ctx.flat, ctx.levels, ctx.kernels, ctx.values = flat, levels, kernels, values
+        ctx.kept = Kept((scales, *weights))
+        return constants(ctx, weights, values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -94,59 +109,64 @@ class LearnedScale(torch.autograd.Function):
         scales, *weights = ctx.kept.tensors()
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        for_scales, for_weights = scale_gradients(ctx.drawn, ctx.levels, scales, weights, grads)
-        return None, None, for_scales, *for_weights, *[None] * len(weights)
+        if ctx.kernels is None or torch.is_grad_enabled():
+            found = _gradients(ctx, scales, weights, grads)
+        else:
+            found = ctx.kernels.gradients(weights, scales.detach(), grads)
+        for_weights, for_scales = found
+        return None, None, None, for_scales, *for_weights, *[None] * len(weights)
 
 
-def scale_gradients(
-    drawn: Drawn,
-    levels: Levels,
-    scales: Tensor,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of `LearnedScale`: of scales, [tensors], and weights; differentiable."""
-    flat, like = drawn.flat, weights[0]
-    divisors = positive(scales).to(drawn.values.dtype)
+def _gradients(
+    ctx: Any, scales: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients of weights and scales; differentiable."""
+    flat: Flat = ctx.flat
+    levels: Levels = ctx.levels
+    like = weights[0]
+    divisors = positive(scales).to(wide(like.dtype))
     of_rows = flat.rows.spread(divisors)
 
-    def passed(piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
-        rows = flat.join(weights, like, piece)
+    def passed(piece: Piece, room: Tensor) -> tuple[Tensor]:
+        rows, upstream = flat.join(weights, like, piece), flat.join(grads, like, piece)
         ratio = rows / rows_of(of_rows, piece)[:, None]
         inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
-        upstream = flat.join(grads, like, piece)
-        error = (drawn.values[piece.rows] - rows * inside) * upstream
-        return upstream * inside, row_sums(error)
+        room.copy_(upstream * inside)
+        error = flat.join(ctx.values, like, piece) - rows * inside
+        return (row_sums(error * upstream),)
 
     joined, sums = flat.compute(like, passed)
-    counts = [math.sqrt(shape.numel() * levels.highest) for shape in flat.shapes]
-    divisor = flat.constants.get(levels, counts, sums.dtype, sums.device)
+    numels = flat.constants.get("numels", flat.numels, sums.dtype, sums.device)
+    shares = (numels * levels.highest).rsqrt()
     # What is below the least positive scale counts as that.
     signs = scales.sign() * (scales.abs() >= _LEAST)
-    for_scales = flat.rows.sums(sums) / divisor / divisors * signs
+    for_scales = flat.rows.sums(sums) * shares / divisors * signs
     each = zip(flat.split(joined), grads, strict=True)
     for_weights = [None if grad is None else part.to(like.dtype) for part, grad in each]
-    return for_scales.to(scales.dtype), for_weights
+    return for_weights, for_scales.to(scales.dtype)
 
 
 def pass_scale(
-    drawn: Drawn,
+    flat: Flat,
     levels: Levels,
     scales: Tensor,
     weights: Sequence[Tensor],
     values: Sequence[Tensor],
+    kernels: Kernels | None = None,
 ) -> list[Tensor]:
     """Constant values, with the gradients of `LearnedScale`.
 
     Args:
-        drawn: what `scale_all` gave.
-        levels: as there.
-        scales: as there; differentiable.
+        flat: the tensors.
+        levels: those of all tensors.
+        scales: of each tensor, [tensors]; differentiable.
         weights: in place of which the values are.
         values: of each weight, in its shape and strides.
+        kernels: compute the gradients, where there are some.
 
     Returns:
         The values in the weights' shapes and dtype.
     """
-    result: tuple[Tensor, ...] = LearnedScale.apply(drawn, levels, scales, *weights, *values)  # type: ignore[no-untyped-call]
+    inputs = flat, levels, kernels, scales, *weights, *values
+    result: tuple[Tensor, ...] = LearnedScale.apply(*inputs)  # type: ignore[no-untyped-call]
     return list(result)

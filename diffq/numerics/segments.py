@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -84,6 +84,16 @@ class Segments:
 
     def _lengths_on(self, device: torch.device) -> Tensor:
         return self._constants.get("lengths", self.counts, torch.int64, device)
+
+
+def joined_slices(slices: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Slices of a tensor, each with its start and end, where neighbours are one."""
+    found: list[tuple[int, int]] = []
+    for start, end in slices:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
 
 
 class Constants:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
 from diffq.numerics.grid import BitsLaw, widen
-from diffq.numerics.segments import Constants, Segments
+from diffq.numerics.segments import Constants, Segments, joined_slices
 from diffq.torch_inside.sharding import (
     Layout,
     gather_from,
@@ -72,21 +72,36 @@ class Sizes:
 
     def __init__(self, tensors: Sequence[Sized]) -> None:
         self.tensors = tuple(tensors)
-        self._groupings = [each.grouping for each in tensors]
-        self._segments = Segments([grouping.groups for grouping in self._groupings])
-        self._laws = list(dict.fromkeys(grouping.law for grouping in self._groupings))
+        groupings = [grouping for grouping, _ in tensors]
+        self._segments = Segments([grouping.groups for grouping in groupings])
+        ends = [(start, start + grouping.groups) for grouping, start in tensors]
+        self._slices = joined_slices(ends)
+        self._laws = list(dict.fromkeys(grouping.law for grouping in groupings))
+        short = [grouping for grouping in groupings if grouping.missing]
+        each = zip(self._segments.starts, groupings, strict=True)
+        # Numbers of each tensor, and below of each whose last group is short.
+        self._numbers: dict[str, list[float]] = {
+            "least": [grouping.law.min_bits for grouping in groupings],
+            "interval": [g.law.max_bits - g.law.min_bits for g in groupings],
+            "size": [grouping.group_size for grouping in groupings],
+            "groups": list(self._segments.counts),
+            "missing": [grouping.missing for grouping in short],
+            "filled": [1 - grouping.missing / grouping.group_size for grouping in short],
+        }
+        self._last = [start + g.groups - 1 for start, g in each if g.missing]
         self._constants = Constants()
+        self._held: dict[tuple[int, int], Sizes] = {}
+
+    def held(self, start: int, length: int) -> Sizes:
+        """The sizes of what a rank holds in a slice of the flat parameter."""
+        if (start, length) not in self._held:
+            parts = [_held(each, start, length) for each in self.tensors]
+            self._held[start, length] = Sizes(parts)
+        return self._held[start, length]
 
     def gather(self, flat: Tensor) -> Tensor:
         """The logits of all tensors, one after the other, of the flat parameter."""
-        slices: list[list[int]] = []
-        for each in self.tensors:
-            end = each.start + each.grouping.groups
-            if slices and slices[-1][1] == each.start:
-                slices[-1][1] = end
-            else:
-                slices.append([each.start, end])
-        parts = [flat[start:end] for start, end in slices]
+        parts = [flat[start:end] for start, end in self._slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def scatter(self, gathered: Tensor, like: Tensor) -> Tensor:
@@ -103,22 +118,17 @@ class Sizes:
         if len(self._laws) == 1:
             return self._laws[0].bits_now(logits)
         share = torch.sigmoid(widen(logits))
-        least = self._for_groups("min", [law.min_bits for law in self._all_laws], share)
-        bits = self._intervals(share) * share + least
+        bits = self._of_groups("interval", share) * share + self._of_groups("least", share)
         return bits.round_() if self._laws[0].whole else bits
 
     def level_bits(self, bits: Tensor) -> Tensor:
         """Bits of all levels, 0-dim."""
-        like = bits
-        sums = self._segments.sums(bits)
-        total = torch.dot(sums, self._vector("size", [g.group_size for g in self._groupings], like))
-        missing = [g.missing for g in self._groupings]
-        if any(missing):
-            last = bits.index_select(0, self._last(like.device))
-            total = total - torch.dot(
-                last, self._vector("missing", [m for m in missing if m], like)
-            )
-        return total
+        total = torch.dot(self._segments.sums(bits), self._of_tensors("size", bits))
+        if not self._last:
+            return total
+        return total - torch.dot(
+            bits.index_select(0, self._last_groups(bits)), self._of_tensors("missing", bits)
+        )
 
     def largest(self, bits: Tensor) -> Tensor:
         """The largest bitwidth of each tensor, [tensors]; -inf for the empty part of a rank."""
@@ -126,48 +136,37 @@ class Sizes:
 
     def overhead_bits(self, largest: Tensor) -> Tensor:
         """Bit maps, ranges and bitwidths, 0-dim, by the largest bitwidth of each tensor."""
-        least = self._vector("least", [law.min_bits for law in self._all_laws], largest)
         # frexp's exponent is the bit length of a whole number.
-        widths = torch.frexp(largest.round() - least).exponent.to(largest.dtype)
-        maps = torch.dot(widths, self._vector("groups", self._segments.counts, largest))
+        above = largest.round() - self._of_tensors("least", largest)
+        widths = torch.frexp(above).exponent.to(largest.dtype)
+        maps = torch.dot(widths, self._of_tensors("groups", largest))
         return maps + len(self.tensors) * (RANGE_BITS + WIDTH_BITS)
 
     def slopes(self, logits: Tensor, active: Sequence[bool]) -> Tensor:
         """What the bits of all levels gain per logit; nothing where a tensor is not active."""
         share = torch.sigmoid(widen(logits))
-        slopes = torch.addcmul(share, share, share, value=-1).mul_(self._intervals(share))
-        slopes.mul_(self._for_groups("size", [g.group_size for g in self._groupings], share))
+        slopes = torch.addcmul(share, share, share, value=-1)
+        slopes.mul_(self._of_groups("interval", share)).mul_(self._of_groups("size", share))
         if not all(active):
             slopes.mul_(self._segments.spread(torch.tensor(active, device="cpu").to(share)))
-        ratios = [1 - g.missing / g.group_size for g in self._groupings if g.missing]
-        if ratios:
-            last = self._last(share.device)
-            short = slopes.index_select(0, last) * self._vector("ratio", ratios, share)
+        if self._last:
+            last = self._last_groups(share)
+            short = slopes.index_select(0, last) * self._of_tensors("filled", share)
             slopes.index_copy_(0, last, short)
         return slopes
 
-    @property
-    def _all_laws(self) -> list[BitsLaw]:
-        return [grouping.law for grouping in self._groupings]
-
-    def _intervals(self, like: Tensor) -> Tensor | float:
-        intervals = [law.max_bits - law.min_bits for law in self._all_laws]
-        return self._for_groups("interval", intervals, like)
-
-    def _for_groups(self, name: str, numbers: Sequence[float], like: Tensor) -> Tensor | float:
+    def _of_groups(self, name: str, like: Tensor) -> Tensor | float:
         """One number for all groups, or a number for each, if tensors differ."""
-        if len(set(numbers)) == 1:
+        numbers = self._numbers[name]
+        if numbers.count(numbers[0]) == len(numbers):
             return numbers[0]
-        return self._segments.spread(self._vector(name, numbers, like))
+        return self._segments.spread(self._of_tensors(name, like))
 
-    def _last(self, device: torch.device) -> Tensor:
-        """The last group of each tensor whose last group is short."""
-        each = zip(self._segments.starts, self._groupings, strict=True)
-        places = [start + g.groups - 1 for start, g in each if g.missing]
-        return self._constants.get("last", places, torch.int64, device)
+    def _of_tensors(self, name: str, like: Tensor) -> Tensor:
+        return self._constants.get(name, self._numbers[name], like.dtype, like.device)
 
-    def _vector(self, name: str, numbers: Sequence[float], like: Tensor) -> Tensor:
-        return self._constants.get(name, numbers, like.dtype, like.device)
+    def _last_groups(self, like: Tensor) -> Tensor:
+        return self._constants.get("last", self._last, torch.int64, like.device)
 
 
 class LearnedBits(torch.autograd.Function):
@@ -242,7 +241,7 @@ def _of_rank(learned: Tensor, sizes: Sizes) -> tuple[Tensor, Sizes]:
     if not is_dtensor(learned):
         return learned, sizes
     part, start = local_part(learned), local_start(learned)
-    return part, Sizes([_held(each, start, part.numel()) for each in sizes.tensors])
+    return part, sizes.held(start, part.numel())
 
 
 def _held(tensor: Sized, start: int, length: int) -> Sized:

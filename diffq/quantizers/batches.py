@@ -10,10 +10,8 @@ from torch import Tensor
 
 from diffq.attach.sample import Sample
 from diffq.kernels.availability import available
-from diffq.kernels.nodes import Launched
 from diffq.kernels.weights import handles
 from diffq.numerics.flat import Flat
-from diffq.numerics.noise import Drawn
 from diffq.torch_inside.graph import is_plain
 
 
@@ -46,9 +44,9 @@ class Kernels:
 
 
 def samples_of(
-    drawn: Drawn | Launched | None, weights: Sequence[Tensor], values: Sequence[Tensor]
+    weights: Sequence[Tensor], values: Sequence[Tensor], drawn: Any = None
 ) -> list[Sample]:
-    """A sample of each weight of a batch."""
+    """A sample of each weight of a batch, with what connecting them needs besides."""
     return [Sample(w, value, drawn) for w, value in zip(weights, values, strict=True)]
 
 

@@ -23,8 +23,7 @@ from diffq.checks import (
     check_number,
 )
 from diffq.errors import ConfigError
-from diffq.kernels import nodes
-from diffq.kernels.nodes import Launched
+from diffq.kernels.launched import Launched
 from diffq.numerics import noise
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
@@ -235,7 +234,8 @@ class NoisyBatch(Batch):
         if kernels is not None:
             given = self._bits(weights[0], learned.flat) if logits is None else logits
             sampled = kernels.sample(weights, given, zeros=zeros)
-            return samples_of(Launched(kernels, sampled.state, given), weights, sampled.values)
+            launched = Launched(self._flat, kernels, sampled.state, given)
+            return samples_of(weights, sampled.values, launched)
         bits = (
             self._bits(weights[0], learned.flat) if logits is None else self._law.bits_now(logits)
         )
@@ -244,7 +244,7 @@ class NoisyBatch(Batch):
             drawn = noise.round_all(self._flat, weights, torch.round(bits), zeros)
         else:
             drawn = noise.perturb(self._flat, weights, bits, kind, scale, zeros)
-        return samples_of(drawn, weights, self._flat.split(drawn.values))
+        return samples_of(weights, self._flat.split(drawn.values), drawn)
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
@@ -252,8 +252,6 @@ class NoisyBatch(Batch):
         """The gradient of Equation 6 to the weights, their ranges and bitwidths."""
         drawn, values = samples[0].drawn, values_of(samples)
         logits = learned.flat if self._first.learning else None
-        if isinstance(drawn, Launched):
-            return nodes.pass_noise(drawn, self._law, self._flat, logits, weights, values)
         return noise.pass_noise(drawn, self._law, logits, weights, values)
 
     @property

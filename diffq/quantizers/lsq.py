@@ -19,11 +19,8 @@ from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
 from diffq.errors import WeightError
 from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
-from diffq.kernels import nodes
-from diffq.kernels.nodes import Launched
 from diffq.numerics import scaled
 from diffq.numerics.flat import Flat
-from diffq.numerics.noise import Drawn
 from diffq.numerics.scaled import Levels, positive
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import Kernels, samples_of, values_of
@@ -87,9 +84,8 @@ class LSQWeight(WeightQuantizer):
 
     def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
         """Equations 2 and 3 of the LSQ paper."""
-        drawn = Drawn.of(Flat([weight.shape], None), [weight], [sample.value])
-        rule = self.levels, cast(Tensor, learned)
-        (connected,) = scaled.pass_scale(drawn, *rule, [weight], [sample.value])
+        flat, scales = Flat([weight.shape], None), cast(Tensor, learned)
+        (connected,) = scaled.pass_scale(flat, self.levels, scales, [weight], [sample.value])
         return connected
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
@@ -161,18 +157,16 @@ class ScaledBatch(Batch):
         """Equation 1 of the LSQ paper."""
         scales, kernels = cast(Tensor, learned.flat), self._kernels.of(weights)
         if kernels is not None:
-            return samples_of(Launched(kernels), weights, kernels.sample(weights, scales))
-        drawn = scaled.scale_all(self._flat, weights, scales, self._levels)
-        return samples_of(drawn, weights, self._flat.split(drawn.values))
+            return samples_of(weights, kernels.sample(weights, scales), kernels)
+        return samples_of(weights, scaled.scale_all(self._flat, weights, scales, self._levels))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
         """Equations 2 and 3 of the LSQ paper."""
-        drawn, values, scales = samples[0].drawn, values_of(samples), cast(Tensor, learned.flat)
-        if isinstance(drawn, Launched):
-            return nodes.pass_scale(drawn, self._levels, self._flat, scales, weights, values)
-        return scaled.pass_scale(drawn, self._levels, scales, weights, values)
+        values, kernels = values_of(samples), samples[0].drawn
+        inputs = cast(Tensor, learned.flat), weights, values, kernels
+        return scaled.pass_scale(self._flat, self._levels, *inputs)
 
     def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
         from diffq.kernels.scaled import Scaled

@@ -30,6 +30,7 @@ from diffq.attach.attachment import Attachment
 from diffq.errors import ConfigError, OptimizerError
 from diffq.numerics.size import MEGABYTE_BITS, learned_slopes
 from diffq.torch_inside.graph import uncompiled
+from diffq.torch_inside.optimizers import has_step_hooks
 from diffq.torch_inside.sharding import gather_from, is_dtensor, layout_of, local_part
 
 
@@ -167,7 +168,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "Pass lam=0, and add lam * quantizer.model_size() to the loss; or give the "
             "learned parameters an optimizer of their own, such as Adam."
         )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if not has_step_hooks(optimizer):
         raise OptimizerError(
             f"A price of size needs an optimizer whose steps have hooks, and "
             f"{type(optimizer).__name__} wraps one that has. Call setup_optimizer on the inner "

@@ -100,7 +100,7 @@ class RoundedBatch(Batch):
             values = kernels.sample(weights, given, zeros=zeros)
         else:
             values = self._flat.split(self._rounded(weights, bits, zeros))
-        return samples_of(None, weights, values)
+        return samples_of(weights, values)
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run

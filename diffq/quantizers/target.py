@@ -90,14 +90,14 @@ class Plan:
             return Phase.SETTLE if step < self.steps else Phase.DONE
         return Phase.PATH if step < self.path_end else Phase.HOLD
 
-    def progress(self, step: int) -> float:
+    def path_share(self, step: int) -> float:
         """How much of the path a step has behind it, 0 to 1."""
         length = self.path_end - self.begin
         return min(max((step - self.begin) / length, 0.0), 1.0) if length else 1.0
 
     def price(self, step: int) -> float:
         """The price of one MB at a step, for a plan with a price."""
-        return (self.lam or 0.0) * self.progress(step)
+        return (self.lam or 0.0) * self.path_share(step)
 
     def goal(self, start: float, step: int) -> float:
         """MB that the size should have at a step, for a plan with a target.
@@ -106,7 +106,7 @@ class Plan:
             start: MB at the first quantized step.
             step: from 0.
         """
-        target, left = self.target or 0.0, 1 - self.progress(step)
+        target, left = self.target or 0.0, 1 - self.path_share(step)
         return target * math.exp(left * math.log(start / target))
 
     @property

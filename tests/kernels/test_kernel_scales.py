@@ -36,25 +36,25 @@ class Batch:
 
     def values(self):
         """What training computes with, by torch's operations; without graph."""
-        return [drawn.flat.split(drawn.values)[0] for drawn in self._drawn(self.weights)]
+        return self._values(self.weights)
 
     def gradients(self, grads):
         """Those of weights and scales, by torch's operations."""
         weights = [w.clone().requires_grad_() for w in self.weights]
         scales = self.scales.clone().requires_grad_()
-        parts = zip(self._drawn(weights), self.levels, scales.split(1), weights, strict=True)
+        parts = zip(weights, self._values(weights), self.levels, scales.split(1), strict=True)
         values = [
-            pass_scale(drawn, levels, s, [w], drawn.flat.split(drawn.values))[0]
-            for drawn, levels, s, w in parts
+            pass_scale(Flat([w.shape], None), levels, s, [w], [value])[0]
+            for w, value, levels, s in parts
         ]
         used = [(v, g) for v, g in zip(values, grads, strict=True) if g is not None]
         torch.autograd.backward(*zip(*used, strict=True))
         return [w.grad for w in weights], scales.grad
 
     @torch.no_grad()
-    def _drawn(self, weights):
+    def _values(self, weights):
         parts = zip(weights, self.scales.split(1), self.levels, strict=True)
-        return [scale_all(Flat([w.shape], None), [w], s, levels) for w, s, levels in parts]
+        return [scale_all(Flat([w.shape], None), [w], s, levels)[0] for w, s, levels in parts]
 
 
 @settings(max_examples=8, phases=[Phase.generate])

@@ -15,7 +15,7 @@ FEW, MANY = 2**14, 2**20 + 7
 
 def _drawn(kind, *counts, dtype=torch.float32):
     samples = [torch.empty(count, dtype=dtype) for count in counts]
-    fill = draws.source(kind, sum(counts), samples[0])
+    fill = draws.source(kind, sum(counts), samples[0], dtype)
     for sample in samples:
         fill(sample)
     return samples
@@ -97,7 +97,7 @@ def test_default_device_and_inference_mode():
     draws._quantiles.cache_clear()
     with torch.device("meta"), torch.inference_mode():
         sample = torch.empty(MANY, device="cpu")
-        draws.source("gaussian", MANY, sample)(sample)
+        draws.source("gaussian", MANY, sample, sample.dtype)(sample)
     (sample,) = _drawn("gaussian", MANY)
     assert sample.std() > 0.9
     assert not draws._quantiles("gaussian", torch.float32).is_inference()
@@ -108,7 +108,7 @@ def test_tensors_without_numbers():
     draws._quantiles.cache_clear()
     with FakeTensorMode():
         fake = torch.empty(MANY)
-        draws.source("gaussian", MANY, fake)(fake)
+        draws.source("gaussian", MANY, fake, fake.dtype)(fake)
     meta = torch.empty(MANY, device="meta")
-    draws.source("uniform", MANY, meta)(meta)
+    draws.source("uniform", MANY, meta, meta.dtype)(meta)
     assert draws._quantiles.cache_info().currsize == 0

@@ -124,7 +124,9 @@ def test_perturb_adds_step_times_noise(dtype, kind, group_size):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     width = group_size or 64
     rows = [-(-weight.numel() // width) for weight in weights]
-    unit = draws.source(kind, sum(rows) * width, bits)(torch.empty(sum(rows), width, dtype=wide))
+    unit = draws.source(kind, sum(rows) * width, bits, bits.dtype)(
+        torch.empty(sum(rows), width, dtype=wide)
+    )
     units = torch.split(unit.double(), rows)
     widths = torch.split(bits.double(), rows if group_size else [1, 1])
     for weight, value, unit, width in zip(weights, noisy, units, widths, strict=True):

@@ -1,24 +1,20 @@
 """Parts of a flat tensor: sums, maxima and repeated values, on a CPU and by torch's operations."""
 
-import pytest
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffq.numerics import segments
-from diffq.numerics.segments import Segments
+from diffq.numerics.segments import Segments, joined_slices
 from tests.compare import same_bits
+from tests.numerics.ways import both_ways
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
 
-@pytest.fixture(params=["numpy", "torch"], autouse=True, scope="module")
-def backend(request):
-    """Both ways: as on a CPU, and as on other devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setattr(segments, "in_numpy", lambda tensor: False)
-        yield
+way = both_ways(segments)
 
 
 def _flat(counts, dtype=torch.float32):
@@ -54,3 +50,17 @@ def test_starts_are_where_parts_begin(counts):
     assert cut.starts_on(torch.device("cpu")).tolist() == list(cut.starts)
     ends = [start + count for start, count in zip(cut.starts, cut.counts, strict=True)]
     assert list(cut.starts) == [0, *ends[:-1]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=6))
+def test_slices_that_touch_are_one(steps):
+    """The same elements in the same order, with no slice that ends where the next one begins."""
+    slices, place = [], 0
+    for gap, length in steps:
+        slices.append((place + gap, place + gap + length))
+        place += gap + length
+    joined = joined_slices(slices)
+    assert [i for a, b in joined for i in range(a, b)] == [
+        i for a, b in slices for i in range(a, b)
+    ]
+    assert all(end < start for (_, end), (start, _) in pairwise(joined))
