@@ -133,10 +133,13 @@ def finite_levels(step: Tensor, added: Tensor, dtype: torch.dtype) -> tuple[Tens
     """
     kind = torch.finfo(dtype)
     # Half a unit in the last place above the largest number, rounding gives infinity. This
-    # is below that by more than the roundings of n * step + added.
+    # is below that by more than the roundings of n * step + added, and by less than a step.
     limit = kind.max * (1 + kind.eps / 4) * (1 - 2**-20)
     divisor = torch.where(step > 0, step, 1)
-    return torch.ceil((-limit - added) / divisor), torch.floor((limit - added) / divisor)
+    lowest, highest = torch.ceil((-limit - added) / divisor), torch.floor((limit - added) / divisor)
+    below, above = lowest - 1, highest + 1
+    lowest = torch.where(torch.isfinite((below * step + added).to(dtype)), below, lowest)
+    return lowest, torch.where(torch.isfinite((above * step + added).to(dtype)), above, highest)
 
 
 def to_levels(

@@ -325,6 +325,7 @@ def _edges(dtype):
 @example(torch.tensor([-65504, 0, 60000, 1], dtype=torch.float16), 2, True)
 @example(torch.tensor([-65504, 65504, 3], dtype=torch.float16), 15, False)
 @example(torch.tensor([3.3895e38, -1e36, 0], dtype=torch.bfloat16), 1, True)
+@example(torch.tensor([65504, -65504], dtype=torch.float16), 12, True)
 def test_values_are_finite_in_half_types(weight, bits, zeros):
     """Each weight gets its nearest level of those whose values are finite in its dtype."""
     groups = weight.float().view(1, -1)
@@ -349,10 +350,10 @@ def test_values_are_finite_in_half_types(weight, bits, zeros):
 @example(torch.float16, 65520.0)
 @example(torch.bfloat16, 3.39e38)
 def test_finite_levels_are_the_last_ones(dtype, step):
-    """The next multiple of a step after the last finite one is not finite, or nearly so."""
+    """The next multiple of a step after the last finite one is not finite."""
     steps = torch.tensor([step])
     lowest, highest = grid.finite_levels(steps, torch.zeros(1), dtype)
     assert lowest == -highest
     assert torch.isfinite((highest * steps).to(dtype)).all()
-    beyond = (highest.double() + 1) * step * (1 + 2**-18)
+    beyond = (highest + 1) * steps
     assert torch.isinf(beyond.to(dtype)).all() or highest + 1 == highest

@@ -21,7 +21,17 @@ def finite_levels(step, added, WTYPE: tl.constexpr):
     divisor = tl.where(step > 0, step, 1.0)
     # A vector, because a constant times a constant is not of float32.
     limits = tl.full(step.shape, limit, tl.float32)
-    return tl.ceil(div(-limits - added, divisor)), tl.floor(div(limits - added, divisor))
+    lowest = tl.ceil(div(-limits - added, divisor))
+    highest = tl.floor(div(limits - added, divisor))
+    lowest = tl.where(_is_finite(lowest - 1.0, step, added, WTYPE), lowest - 1.0, lowest)
+    highest = tl.where(_is_finite(highest + 1.0, step, added, WTYPE), highest + 1.0, highest)
+    return lowest, highest
+
+
+@triton.jit
+def _is_finite(level, step, added, WTYPE: tl.constexpr):
+    value = cast(add(mul(level, step), added), WTYPE).to(tl.float32)
+    return tl.abs(value) < float("inf")
 
 
 @triton.jit
