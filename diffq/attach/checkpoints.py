@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.forward import Forwards
-from diffq.attach.learned import Learned, characters
+from diffq.attach.learned import PLAN, Learned, characters
 from diffq.attach.place import Place
 from diffq.attach.plan import LEARNED
 from diffq.attach.sample import same_memory
@@ -285,7 +285,7 @@ def _compare_plans(schedule: Tensor | None, learned: Learned) -> None:
     own = learned.schedule if learned.follows else None
     if schedule is None or own is None:
         return
-    if schedule.shape == own.shape and torch.allclose(schedule.cpu().double()[1:5], own[1:5]):
+    if schedule.shape == own.shape and torch.allclose(schedule.cpu().double()[PLAN], own[PLAN]):
         return
     raise MismatchError(
         "A training goes on with the plan that it began with, but steps, float_share, target_mb "
@@ -296,7 +296,7 @@ def _compare_plans(schedule: Tensor | None, learned: Learned) -> None:
 
 
 def _listed(schedule: Tensor) -> str:
-    return ", ".join(f"{number:g}" for number in schedule[1:5].tolist())
+    return ", ".join(f"{number:g}" for number in schedule[PLAN].tolist())
 
 
 def _cut(flat: Tensor | None, counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -24,6 +24,10 @@ from diffq.torch_inside.overrides import Overridable
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 
 
+#: Where a schedule says which plan it follows; the first number says whether training is plain.
+PLAN = slice(1, 5)
+
+
 class Learned(Overridable):
     """The flat parameter of a model's quantizers, and where each has its part.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diffq.attach.attachment import Attachment
+from diffq.attach.learned import PLAN
 from diffq.errors import OptimizerError
 from diffq.quantizers.landing import land, largest_on_ranks
 from diffq.quantizers.optimizer import forget_state
@@ -36,7 +37,7 @@ class Progress(NamedTuple):
 
     Attributes:
         plain: 1 while training reads the plain weights, else 0. `Learned` reads it.
-        steps: of the plan, as the next three; 0 for what a plan does not have.
+        steps: of the plan, as the next three; 0 for what a plan does not have. They are at `PLAN`.
         float_share: of the plan.
         target: of the plan.
         lam: of the plan.
@@ -79,7 +80,7 @@ class Course(Penalty):
         """Begins the plan, or goes on where it stands, also in a state that was loaded before."""
         learned = self._attachment.learned
         waiting, first = learned.schedule, self._first
-        resumes = waiting is not None and tuple(waiting.tolist()[1:5]) == first[1:5]
+        resumes = waiting is not None and tuple(waiting[PLAN].tolist()) == first[PLAN]
         learned.follow(waiting if resumes else self._numbers(first))
 
     @property
