@@ -23,7 +23,6 @@ from diffq.torch_inside.modules import parameters_in
 from diffq.torch_inside.overrides import Overridable
 from diffq.torch_inside.sharding import is_dtensor, local_part, local_start, whole
 
-
 #: Where a schedule says which plan it follows; the first number says whether training is plain.
 PLAN = slice(1, 5)
 

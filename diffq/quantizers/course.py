@@ -80,7 +80,7 @@ class Course(Penalty):
         """Begins the plan, or goes on where it stands, also in a state that was loaded before."""
         learned = self._attachment.learned
         waiting, first = learned.schedule, self._first
-        resumes = waiting is not None and tuple(waiting[PLAN].tolist()) == first[PLAN]
+        resumes = waiting is not None and torch.equal(waiting[PLAN], self._numbers(first)[PLAN])
         learned.follow(waiting if resumes else self._numbers(first))
 
     @property
