@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, elements, entropy, runs
-from diffq.format.index import Storage, write_index
+from diffq.format.index import Storage, least_minor, write_index
 from diffq.format.kinds.base import Coded, Entry, Record
 from diffq.format.layout import LEVELS, Piece, Segment
 from diffq.format.metadata import write_metadata
 from diffq.format.pooling import Pooling
 from diffq.format.reader import Reader, least_size
-from diffq.format.runs import RunCoding
 from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
@@ -90,7 +89,7 @@ def encode_parts(
     work = partial(_encode_segment, sources=sources, codec=codec)
     segments = in_threads(work, pooling.layout.segments, threads)
     index = write_index(entries, aliases or {}, backs, [storage for storage, _ in segments])
-    minor = int(any(isinstance(storage.coding, RunCoding) for storage, _ in segments))
+    minor = least_minor(entries, [storage for storage, _ in segments])
     stored = [stored for _, stored in segments]
     parts = [chunks.prologue(minor), *_chunks({chunks.INDEX: index, **texts}, stored)]
     return _fill_up(parts, sum(entry.decoded_bytes for entry in entries))

@@ -6,7 +6,7 @@ before it touches the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffq.errors import FormatError
@@ -132,7 +132,7 @@ def read_index(data: bytes | memoryview, budget: int, minor: int) -> Index:
     aliases = {name: tensors[_read_target(cursor, name, counts[0])] for name in others}
     layout, entries, left = Layout(), [], budget
     for name in tensors:
-        entry = _read_entry(cursor, name)
+        entry = _read_entry(cursor, name, minor)
         left -= entry.decoded_bytes
         if left < 0:
             raise FormatError(
@@ -147,9 +147,16 @@ def read_index(data: bytes | memoryview, budget: int, minor: int) -> Index:
         where = f"Segment {number} (tensor {first!r})"
         storages.append(_read_storage(cursor, segment, minor, where))
     cursor.end()
-    if minor and not any(isinstance(storage.coding, RunCoding) for storage in storages):
-        raise damaged(_WHERE, "a file of version 1.1 has a segment of levels in rANS", "none")
+    if minor != least_minor(entries, storages):
+        needs = "a segment of levels in rANS or a tensor with steps"
+        raise damaged(_WHERE, f"a file of version 1.1 has {needs}", "none")
     return Index(tuple(entries), aliases, layout, tuple(storages))
+
+
+def least_minor(entries: Iterable[Entry], storages: Iterable[Storage]) -> int:
+    """The lowest minor version that describes a file."""
+    in_runs = any(isinstance(storage.coding, RunCoding) for storage in storages)
+    return max((int(in_runs), *(entry.minor for entry in entries)))
 
 
 def check_name(name: str) -> bytes:
@@ -195,9 +202,10 @@ def _read_target(cursor: Cursor, name: str, count: int) -> int:
     return number
 
 
-def _read_entry(cursor: Cursor, name: str) -> Entry:
+def _read_entry(cursor: Cursor, name: str, minor: int) -> Entry:
     where = f"tensor {name!r}"
-    kind = KINDS[cursor.code(len(KINDS), "kind", where)]
+    known = [kind for kind in KINDS if kind.minor <= minor]
+    kind = known[cursor.code(len(known), "kind", where)]
     dtype = DTYPES[cursor.code(len(DTYPES), "dtype", where)]
     rank = cursor.fixed(1, "a rank")
     shape = tuple(cursor.varint("a size") for _ in range(rank))

@@ -21,6 +21,18 @@ from diffq.format.kinds.raw import RawRecord as RawRecord
 from diffq.format.kinds.scaled import ScaledEntry
 from diffq.format.kinds.scaled import ScaledRecord as ScaledRecord
 from diffq.format.kinds.scaled import check_scale as check_scale
+from diffq.format.kinds.stepped import FIRST_STEP as FIRST_STEP
+from diffq.format.kinds.stepped import LAST_STEP as LAST_STEP
+from diffq.format.kinds.stepped import PER_OCTAVE as PER_OCTAVE
+from diffq.format.kinds.stepped import STEPS as STEPS
+from diffq.format.kinds.stepped import SteppedEntry
+from diffq.format.kinds.stepped import SteppedRecord as SteppedRecord
 
 #: docs/format.md, section 4: a kind's code is its place in this list.
-KINDS: tuple[type[Entry], ...] = (RawEntry, GridEntry, ScaledEntry, ProductEntry)
+KINDS: tuple[type[Entry], ...] = (
+    RawEntry,
+    GridEntry,
+    ScaledEntry,
+    ProductEntry,
+    SteppedEntry,
+)

@@ -186,6 +186,7 @@ class Entry(ABC):
     Attributes:
         kind: the name of the kind.
         record_type: its record.
+        minor: the minor version of the format since which there is the kind.
         name: the tensor's name.
         shape: the tensor's shape.
         dtype: the dtype to restore, by its torch name.
@@ -196,6 +197,7 @@ class Entry(ABC):
 
     kind: ClassVar[str]
     record_type: ClassVar[type[Record]]
+    minor: ClassVar[int] = 0
 
     name: str
     shape: tuple[int, ...]
