@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from diffq.quantizers.diffq import DiffQuantizer as DiffQuantizer
     from diffq.quantizers.earlier import LSQ as LSQ
     from diffq.quantizers.earlier import UniformQuantizer as UniformQuantizer
+    from diffq.quantizers.entropy import EntropyQuantizer as EntropyQuantizer
     from diffq.quantizers.lsq import LSQQuantizer as LSQQuantizer
     from diffq.quantizers.product.quantizer import ProductQuantizer as ProductQuantizer
     from diffq.quantizers.qat import QATQuantizer as QATQuantizer
@@ -61,6 +62,7 @@ else:
         "DiffQuantizer": "diffq.quantizers.diffq",
         "DiffqError": "diffq.errors",
         "DiffqWarning": "diffq.errors",
+        "EntropyQuantizer": "diffq.quantizers.entropy",
         "FormatError": "diffq.errors",
         "LSQ": "diffq.quantizers.earlier",
         "LSQQuantizer": "diffq.quantizers.lsq",

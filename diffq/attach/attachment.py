@@ -20,7 +20,7 @@ from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, warn
-from diffq.numerics.size import Sized, Sizes
+from diffq.numerics.size import BitsSize, LearnedSize, MeasuredSize, Sized, Sizes
 from diffq.torch_inside.modules import children_in, parameters_in
 from diffq.torch_inside.sharding import reshard, whole, whole_parameters
 
@@ -143,8 +143,13 @@ class Attachment:
             return frozenset(q for q in self.quantizers if q.readings.learns)
         return frozenset(q for q in self.quantizers if q.readings.before)
 
-    def sizes(self) -> tuple[Sizes, list[bool]] | None:
-        """The tensors whose learned bitwidths have a size, and which of them noise acts on."""
+    def learned_size(self) -> LearnedSize | None:
+        """The size of what is learned; None if none is.
+
+        Those tensors have a gradient that noise acts on.
+        """
+        if any(quantizer.coded for quantizer in self.quantizers):
+            return self._measured_size()
         sized = [
             (quantizer, Sized(grouping, span[0]))
             for quantizer, span in zip(self.quantizers, self.learned.spans, strict=True)
@@ -156,7 +161,26 @@ class Attachment:
         if self._sizes is None or self._sizes.tensors != tensors:
             self._sizes = Sizes(tensors)
         active = self.learning_now()
-        return self._sizes, [quantizer in active for quantizer in quantizers]
+        return BitsSize(self._sizes, [quantizer in active for quantizer in quantizers])
+
+    @torch.no_grad()
+    def _measured_size(self) -> MeasuredSize:
+        """The size of levels, measured with the weights as they are."""
+        active, parameter = self.learning_now(), self.learned.parameter
+        device = None if parameter is None else parameter.device
+        total = torch.zeros((), device=device)
+        gradient = torch.zeros(sum(self.learned.counts()), device=device)
+        found = self.each_weight(
+            lambda q, weight, learned: (q, q.code_length(weight, learned)) if q.coded else None
+        )
+        learns = False
+        for quantizer, length in filter(None, found):
+            total += length.bits.to(total)
+            span = self.learned.spans[quantizer.index]
+            if span is not None and quantizer.learning and quantizer in active:
+                learns = True
+                gradient[span[0] : span[0] + span[1].numel()] = length.slopes
+        return MeasuredSize(total, gradient, learns)
 
     def each_quantizer(self, call: Callable[[WeightQuantizer, Tensor | None], T]) -> list[T]:
         """What `call` gives for each quantizer and what it learned, gathered if sharded."""

@@ -33,7 +33,8 @@ from diffq.attach.readings import Readings
 from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
 from diffq.format.records import Record
-from diffq.numerics.grid import BitsLaw
+from diffq.numerics.fineness import Fineness
+from diffq.numerics.lengths import CodeLength
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
 
@@ -63,6 +64,9 @@ class WeightQuantizer(ABC):
 
     #: What users call the method.
     method: ClassVar[str]
+
+    #: Whether the size depends on the weights, and `code_length` says it.
+    coded: ClassVar[bool] = False
 
     def __init__(self, plan: TensorPlan) -> None:
         self.plan = plan
@@ -131,13 +135,34 @@ class WeightQuantizer(ABC):
         """What the size of learned bitwidths depends on; None if none are learned."""
         return None
 
+    def code_length(self, weight: Tensor, learned: Tensor | None) -> CodeLength:
+        """Bits of the levels, of a class that is `coded`.
+
+        Args:
+            weight: the weight, whole.
+            learned: what is learned.
+        """
+        raise NotImplementedError
+
+    def stored_bits(self, record: Record) -> int:
+        """Bits of the stored weight: Equation 12 of the DiffQ paper."""
+        return record.stored_bits()
+
+    def level_bits(self, record: Record) -> int:
+        """Bits of the levels or indices of what is stored; 0 if there are none."""
+        return (
+            sum(width * count for width, count in record.coded.counts().items())
+            if record.coded
+            else 0
+        )
+
     @property
-    def bits_law(self) -> BitsLaw | None:
-        """How bitwidths come from what is learned, also once they are frozen; None if none do."""
+    def fineness(self) -> Fineness | None:
+        """What learned numbers say about the size, also once fixed; None if they say nothing."""
         return None
 
-    def fix_bits(self, learned: Tensor | None) -> None:
-        """Fixes learned bitwidths at those of logits, and rounds in training from here on."""
+    def fix_size(self, learned: Tensor | None) -> None:
+        """Fixes what decides the size, and rounds in training from here on."""
         return None
 
     @property

@@ -294,10 +294,17 @@ def _gradients_twice(
             if grad is not None:
                 noisy.append(_expression(weight, value, part, ctx.law, flat))
                 upstream.append(grad)
-        inputs = [t for t in (logits, *weights) if t is not None and t.requires_grad]
-        found = torch.autograd.grad(noisy, inputs, upstream, create_graph=True, allow_unused=True)
-    by_tensor = {id(t): gradient for t, gradient in zip(inputs, found, strict=True)}
-    return [by_tensor.get(id(t)) for t in (logits, *weights)]
+        return differentiated(noisy, upstream, (logits, *weights))
+
+
+def differentiated(
+    outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of inputs that are differentiable themselves; None for those that need none."""
+    needing = [t for t in inputs if t is not None and t.requires_grad]
+    found = torch.autograd.grad(outputs, needing, upstream, create_graph=True, allow_unused=True)
+    by_tensor = {id(t): gradient for t, gradient in zip(needing, found, strict=True)}
+    return [by_tensor.get(id(t)) for t in inputs]
 
 
 def _expression(

@@ -47,6 +47,20 @@ def positive(scales: Tensor) -> Tensor:
     return scales.float().abs().clamp(min=_LEAST)
 
 
+def mean_magnitude(weight: Tensor) -> Tensor:
+    """Mean of the absolute values of a float32 tensor, without overflow of their sum.
+
+    0.01 for zeros: a tensor that starts at zero, as some last layers do, must be able to leave it.
+    """
+    magnitudes = weight.abs()
+    # A power of two, by which numbers are scaled without rounding.
+    exponent = torch.frexp(magnitudes.amax()).exponent.clamp(1, 128) - 1
+    # torch 2.6 gives powers of whole numbers the default dtype.
+    exponent = exponent.to(magnitudes.dtype)
+    mean = torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
+    return torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
+
+
 def scale_all(
     flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels
 ) -> list[Tensor]:
@@ -55,14 +69,14 @@ def scale_all(
     Args:
         flat: the tensors.
         weights: of one dtype and device, any strides.
-        scales: of each tensor, [tensors].
+        scales: positive ones of each row, float32 [rows]; or [1] for all.
         levels: those of all tensors.
 
     Returns:
         The values of each tensor, in float32 at least.
     """
     like = weights[0]
-    of_rows = flat.rows.spread(positive(scales).to(wide(like.dtype)))
+    of_rows = scales.to(wide(like.dtype))
 
     def scaled(piece: Piece, room: Tensor) -> tuple[()]:
         scale = rows_of(of_rows, piece)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -212,28 +212,99 @@ class LearnedBits(torch.autograd.Function):
         return ctx.held.scatter(slopes, learned), None, None, None, None
 
 
-def learned_bits(learned: Tensor, sizes: Sizes, active: Sequence[bool]) -> Tensor:
-    """Bits of tensors with learned bitwidths; see `LearnedBits`.
+class LearnedSize(Protocol):
+    """The size of what a model's quantizer learns, and its gradient.
 
-    Args:
-        learned: the flat parameter, 1-dim. If it is sharded, this is a collective.
+    Attributes:
+        learns: whether the gradient is not zero.
+    """
+
+    @property
+    def learns(self) -> bool:
+        """Whether the gradient is not zero."""
+
+    def bits(self, learned: Tensor) -> Tensor:
+        """0-dim tensor in float32 at least, differentiable in the flat parameter.
+
+        Args:
+            learned: the flat parameter, 1-dim. If it is sharded, this is a collective.
+        """
+
+    def slopes(self, learned: Tensor) -> Tensor:
+        """The gradient of `bits`, of the numbers that this rank holds; no collective."""
+
+
+class BitsSize(NamedTuple):
+    """The size of bitwidths, which follows from what is learned; see `LearnedBits`.
+
+    Attributes:
         sizes: one tensor or more.
         active: for each tensor, whether its logits get a gradient.
-
-    Returns:
-        0-dim tensor in float32 at least, differentiable in the logits.
     """
-    part, held = _of_rank(learned, sizes)
-    ranks = layout_of(learned) if is_dtensor(learned) else None
-    result: Tensor = LearnedBits.apply(part, held, sizes, active, ranks)  # type: ignore[no-untyped-call]
-    return result
+
+    sizes: Sizes
+    active: Sequence[bool]
+
+    @property
+    def learns(self) -> bool:
+        """Whether some logits get a gradient."""
+        return any(self.active)
+
+    def bits(self, learned: Tensor) -> Tensor:
+        """See `LearnedSize`."""
+        part, held = _of_rank(learned, self.sizes)
+        ranks = layout_of(learned) if is_dtensor(learned) else None
+        result: Tensor = LearnedBits.apply(part, held, *self, ranks)  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def slopes(self, learned: Tensor) -> Tensor:
+        """See `LearnedSize`."""
+        part, held = _of_rank(learned, self.sizes)
+        return held.scatter(held.slopes(held.gather(part), self.active), part)
 
 
-@torch.no_grad()
-def learned_slopes(learned: Tensor, sizes: Sizes, active: Sequence[bool]) -> Tensor:
-    """The gradient of `learned_bits`, of the numbers that this rank holds; no collective."""
-    part, held = _of_rank(learned, sizes)
-    return held.scatter(held.slopes(held.gather(part), active), part)
+class MeasuredSize(NamedTuple):
+    """The size of levels, which were measured with their gradient; see `diffq.numerics.lengths`.
+
+    Attributes:
+        total: bits of all tensors, 0-dim.
+        gradient: what the total gains for each number of the flat parameter, [numbers].
+        learns: whether the gradient is not zero.
+    """
+
+    total: Tensor
+    gradient: Tensor
+    learns: bool
+
+    def bits(self, learned: Tensor) -> Tensor:
+        """See `LearnedSize`."""
+        part = local_part(learned) if is_dtensor(learned) else learned
+        result: Tensor = Measured.apply(part, self.total, self.slopes(learned))  # type: ignore[no-untyped-call]
+        return result
+
+    def slopes(self, learned: Tensor) -> Tensor:
+        """See `LearnedSize`."""
+        if not is_dtensor(learned):
+            return self.gradient.to(learned)
+        start, part = local_start(learned), local_part(learned).detach()
+        return self.gradient[start : start + part.numel()].to(part)
+
+
+class Measured(torch.autograd.Function):
+    """A size that was measured, with a gradient that was measured with it."""
+
+    @staticmethod
+    def forward(ctx: Any, learned: Tensor, total: Tensor, slopes: Tensor) -> Tensor:
+        """The total, 0-dim."""
+        ctx.save_for_backward(slopes)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The slopes, times what comes in."""
+        (slopes,) = ctx.saved_tensors
+        return grad.to(slopes) * slopes, None, None
 
 
 def _of_rank(learned: Tensor, sizes: Sizes) -> tuple[Tensor, Sizes]:

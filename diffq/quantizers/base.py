@@ -17,7 +17,7 @@ from diffq.checks import check_flag, plain
 from diffq.errors import AttachError, ConfigError, DiffqError, listed, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
-from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, learned_bits
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.report import level_bits, size_table, tensor_size
 from diffq.quantizers.switch import QuantizeSwitch
@@ -111,12 +111,12 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        parameter, learned = attachment.learned.parameter, attachment.sizes()
+        parameter, learned = attachment.learned.parameter, attachment.learned_size()
         if parameter is not None and learned is not None:
             if is_managed(attachment.model) and not is_dtensor(parameter):
                 # FSDP may free what it has gathered before a backward asks for it.
                 parameter = parameter.clone()
-            bits = bits + learned_bits(parameter, *learned).to(device, non_blocking=True)
+            bits = bits + learned.bits(parameter).to(device, non_blocking=True)
         if bits.requires_grad:
             bits.register_hook(lambda grad: self._note_size_used(attachment))  # type: ignore[no-untyped-call]
         return bits / MEGABYTE_BITS
@@ -134,7 +134,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         """
         attachment = self._attachment
         bits = attachment.each_weight(
-            lambda q, weight, learned: q.record(weight, learned).stored_bits()
+            lambda q, weight, learned: q.stored_bits(q.record(weight, learned))
         )
         return (sum(bits) + self._raw_bits()) / MEGABYTE_BITS
 

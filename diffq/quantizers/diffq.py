@@ -25,6 +25,7 @@ from diffq.checks import (
 from diffq.errors import ConfigError
 from diffq.kernels.launched import Launched
 from diffq.numerics import noise
+from diffq.numerics.fineness import BitsFineness, Fineness
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Drawn, Noise
@@ -105,9 +106,9 @@ class DiffQWeight(GridQuantizer):
         return weight.new_full((self.groups,), init, dtype=torch.float32)
 
     @property
-    def bits_law(self) -> BitsLaw | None:
-        """Equation 11; None where bits are fixed by the settings."""
-        return self.law if self.settings.bits is None else None
+    def fineness(self) -> Fineness | None:
+        """The bitwidths; None where they are fixed by the settings."""
+        return BitsFineness(self.law) if self.settings.bits is None else None
 
     @property
     def learning(self) -> bool:
@@ -182,7 +183,7 @@ class DiffQWeight(GridQuantizer):
             bits = self.whole_bits(learned, learned)
         self._set_bits(Stage.FROZEN_ROUNDING if rounding else Stage.FROZEN, bits)
 
-    def fix_bits(self, learned: Tensor | None) -> None:
+    def fix_size(self, learned: Tensor | None) -> None:
         """Fixes the bitwidths at those of logits, and rounds in training from here on."""
         self.set_stage(Stage.FROZEN_ROUNDING, learned, None)
 

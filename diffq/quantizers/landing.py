@@ -1,6 +1,6 @@
-"""Fixes bitwidths so that the file is just below a size.
+"""Fixes bitwidths or steps so that the file is just below a size.
 
-All learned bitwidths are moved by one shift before they are rounded, which keeps their order: what
+All learned ones are moved by one shift before they are rounded, which keeps their order: what
 training gave more bits keeps more. The size grows with the shift, and the encoder says how far.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffq.attach.attachment import Attachment
 from diffq.errors import ConfigError, warn
-from diffq.numerics.grid import BitsLaw
+from diffq.numerics.fineness import Fineness
 from diffq.numerics.size import MEGABYTE_BITS
 from diffq.torch_inside.sharding import is_distributed, mesh_device
 
@@ -25,28 +24,30 @@ FIRST_WINDOW, LAST_WINDOW = (0.992, 0.998), (0.99, 1.0)
 
 _TRIES = 30
 
-#: By how much of a bit groups of equal bitwidths are moved apart, so that a shift takes some first.
+#: By how much groups that are equally fine are moved apart, so that a shift takes some first.
 _APART, _WHOLE_APART = 0.05, 0.98
 
-#: Standard deviations of a weight at the ends of its range, with hundred thousands of weights.
-_RANGE = 4.5
+_REMEDY = (
+    "Lower min_bits, take an EntropyQuantizer, which can do with less than a bit a weight, "
+    "quantize more tensors (min_size, exclude, float16), or ask for more MB."
+)
 
 
 @dataclass(frozen=True)
-class _Bits:
-    """Real bitwidths of one tensor, float64 [groups], from which a shift makes whole ones."""
+class _Real:
+    """How finely one tensor is quantized, float64 [groups], from which a shift makes whole ones."""
 
     index: int
-    law: BitsLaw
-    real: Tensor
+    fineness: Fineness
+    numbers: Tensor
 
-    def logits(self, shift: float) -> Tensor:
-        whole = (self.real + shift).round().clamp(self.law.min_bits, self.law.max_bits)
-        return self.law.logits(whole).float()
+    def learned(self, shift: float) -> Tensor:
+        whole = (self.numbers + shift).round().clamp(self.fineness.least, self.fineness.most)
+        return self.fineness.learned(whole)
 
 
 def land(attachment: Attachment, measure: Callable[[], float], target: float, last: bool) -> float:
-    """Fixes the bitwidths for a file below a target, and rounds in training from here on.
+    """Fixes what decides the size for a file below a target, and rounds in training from here on.
 
     Args:
         attachment: what is on the model.
@@ -58,20 +59,20 @@ def land(attachment: Attachment, measure: Callable[[], float], target: float, la
         MB of the file.
     """
     low, high = (share * target for share in (LAST_WINDOW if last else FIRST_WINDOW))
-    size = math.inf if any(q.bits_law and q.learning for q in attachment.quantizers) else measure()
+    size = math.inf if any(q.fineness and q.learning for q in attachment.quantizers) else measure()
     if not low <= size <= high:
-        bits = _apart(attachment)
-        widest = max(each.law.max_bits - each.law.min_bits for each in bits)
+        real = _apart(attachment)
+        widest = max(each.fineness.most - each.fineness.least for each in real)
 
         def size_at(shift: float) -> float:
-            _fix(attachment, bits, shift)
+            _fix(attachment, real, shift)
             return measure()
 
         size = search(size_at, low, high, widest)
     if size > target:
         warn(
-            f"The file takes {size:.4g} MB with every bitwidth at its least, which is above "
-            f"target_mb={target:.4g}. Lower min_bits, quantize more tensors, or ask for more MB."
+            f"The file takes {size:.4g} MB as coarse as it gets, which is above "
+            f"target_mb={target:.4g}. {_REMEDY}"
         )
     return size
 
@@ -121,35 +122,33 @@ def _next_shift(
     return chord
 
 
-def _fix(attachment: Attachment, bits: Sequence[_Bits], shift: float) -> None:
-    """Fixes the bitwidths with a shift."""
+def _fix(attachment: Attachment, real: Sequence[_Real], shift: float) -> None:
+    """Fixes what decides the size, with a shift."""
     values: list[Tensor | None] = [None] * len(attachment.quantizers)
-    for each in bits:
-        values[each.index] = each.logits(shift)
+    for each in real:
+        values[each.index] = each.learned(shift)
     attachment.learned.write(values)
     parts = attachment.learned.parts()
-    for each in bits:
+    for each in real:
         part = parts[each.index]
-        attachment.quantizers[each.index].fix_bits(None if part is None else part.detach())
+        attachment.quantizers[each.index].fix_size(None if part is None else part.detach())
     attachment.forget()
 
 
-def _apart(attachment: Attachment) -> list[_Bits]:
-    """Real bitwidths of all tensors, where equal ones are moved apart."""
+def _apart(attachment: Attachment) -> list[_Real]:
+    """How finely all tensors are quantized, where equal groups are moved apart."""
     found, first = [], 0
     for q, part in zip(attachment.quantizers, attachment.learned.parts(), strict=True):
-        law = q.bits_law
-        if law is None or part is None:
+        fineness = q.fineness
+        if fineness is None or part is None:
             continue
-        real = law.min_bits + torch.sigmoid(part.detach().double().cpu()) * (
-            law.max_bits - law.min_bits
-        )
+        real = fineness.of(part)
         width = _APART if q.learning else _WHOLE_APART
         real = real if q.learning else real.round()
         # Multiples of the golden ratio are spread evenly, whatever their number.
         order = torch.arange(first, first + len(real), dtype=torch.float64, device="cpu")
         spread = torch.frac(order * (math.sqrt(5) - 1) / 2) - 0.5
-        found.append(_Bits(q.index, law, real + width * spread))
+        found.append(_Real(q.index, fineness, real + width * spread))
         first += len(real)
     return found
 
@@ -163,8 +162,9 @@ def check_reachable(
 ) -> None:
     """Raises ConfigError for a target below the least size.
 
-    That is the size with every bitwidth at its least: of the present weights, or of normally
-    distributed ones where that is less, as weights become so in training.
+    That is the size with every bitwidth at its least, or every step at its coarsest: of the
+    present weights, or of normally distributed ones where that is less, as weights become so in
+    training.
 
     Args:
         attachment: what is on the model.
@@ -173,21 +173,19 @@ def check_reachable(
         target: MB.
     """
     parameter = attachment.learned.parameter
-    sized = [(q, q.bits_law) for q in attachment.quantizers if q.bits_law is not None]
+    sized = [(q, q.fineness) for q in attachment.quantizers if q.fineness is not None]
     if parameter is None or parameter.is_meta or not all(q.learning for q, _ in sized):
         return
     parts = attachment.learned.parts()
     kept = [None if part is None else part.clone() for part in parts]
-    laws = [q.bits_law for q in attachment.quantizers]
-    least = [
-        None if part is None or law is None else torch.full_like(part, law.logit(law.min_bits))
-        for part, law in zip(parts, laws, strict=True)
-    ]
+    least: list[Tensor | None] = [None] * len(parts)
+    for q, fineness in sized:
+        part = parts[q.index]
+        if part is not None:
+            least[q.index] = fineness.learned(torch.full_like(part, fineness.least))
     try:
         attachment.learned.write(least)
-        saved = sum(
-            q.plan.numel * (law.min_bits - normal_entropy(law.min_bits)) for q, law in sized
-        )
+        saved = sum(q.plan.numel * fineness.saved for q, fineness in sized)
         size = min(measure(), packed().item() - saved / MEGABYTE_BITS)
     finally:
         attachment.learned.write(kept)
@@ -195,18 +193,8 @@ def check_reachable(
     if target < size:
         raise ConfigError(
             f"target_mb must be at least {size:.4g} for this model and quantizer, whose file takes "
-            f"that with every bitwidth at its least, got {target:.4g}. Lower min_bits, quantize "
-            "more tensors (min_size, exclude, float16), or ask for more MB."
+            f"that as coarse as it gets, got {target:.4g}. {_REMEDY}"
         )
-
-
-def normal_entropy(bits: int) -> float:
-    """Bits that a weight takes in a file, where weights are normal up to 4.5 deviations."""
-    step = 2 * _RANGE / (2**bits - 1)
-    cuts = [-_RANGE + step * (index + 0.5) for index in range(2**bits - 1)]
-    below = [0.0, *(0.5 * (1 + math.erf(cut / math.sqrt(2))) for cut in cuts), 1.0]
-    shares = [upper - lower for lower, upper in pairwise(below)]
-    return -sum(share * math.log2(share) for share in shares if share > 0)
 
 
 def largest_on_ranks(attachment: Attachment, size: float) -> float:

@@ -56,9 +56,7 @@ class LSQWeight(WeightQuantizer):
 
     def start(self, weight: Tensor) -> Tensor:
         """2 * mean|w| / sqrt(highest level), or the largest scale that can be stored."""
-        mean = _mean_magnitude(weight.detach().float())
-        # A tensor that starts at zero, as some last layers do, must be able to leave it.
-        mean = torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
+        mean = scaled.mean_magnitude(weight.detach().float())
         # At the largest scale that can be stored, the levels reach as far as float32.
         largest = MAX_RANGE / -self.levels.lowest
         return (mean / (math.sqrt(self.levels.highest) / 2)).clamp(max=largest).view(1)
@@ -134,16 +132,6 @@ class LSQWeight(WeightQuantizer):
         return self.levels.nearest(ratio, scale, weight.dtype) + 0.0
 
 
-def _mean_magnitude(weight: Tensor) -> Tensor:
-    """Mean of the absolute values of a float32 tensor, without overflow of their sum."""
-    magnitudes = weight.abs()
-    # A power of two, by which numbers are scaled without rounding.
-    exponent = torch.frexp(magnitudes.amax()).exponent.clamp(1, 128) - 1
-    # torch 2.6 gives powers of whole numbers the default dtype.
-    exponent = exponent.to(magnitudes.dtype)
-    return torch.ldexp(torch.ldexp(magnitudes, -exponent).mean(), exponent)
-
-
 class ScaledBatch(Batch):
     """LSQ's tensors of one bitwidth, each with its learned scale."""
 
@@ -158,7 +146,8 @@ class ScaledBatch(Batch):
         scales, kernels = cast(Tensor, learned.flat), self._kernels.of(weights)
         if kernels is not None:
             return samples_of(weights, kernels.sample(weights, scales), kernels)
-        return samples_of(weights, scaled.scale_all(self._flat, weights, scales, self._levels))
+        of_rows = self._flat.rows.spread(positive(scales))
+        return samples_of(weights, scaled.scale_all(self._flat, weights, of_rows, self._levels))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import Attachment
 from diffq.errors import ConfigError, OptimizerError
-from diffq.numerics.size import MEGABYTE_BITS, learned_slopes
+from diffq.numerics.size import MEGABYTE_BITS
 from diffq.torch_inside.graph import uncompiled
 from diffq.torch_inside.optimizers import has_step_hooks
 from diffq.torch_inside.sharding import gather_from, is_dtensor, layout_of, local_part
@@ -132,13 +132,15 @@ class Penalty:
     def _slopes(self, optimizer: Optimizer) -> Tensor | None:
         """MB that each number of this rank gains, as gradients are scaled; None if none learns."""
         attachment = self._attachment
-        parameter, learned = attachment.learned.learned, attachment.sizes()
-        if parameter is None or not parameter.requires_grad or learned is None:
+        parameter = attachment.learned.learned
+        if parameter is None or not parameter.requires_grad:
             return None
-        sizes, active = learned
-        if not any(active) or not any(q.readings.in_this_step for q in attachment.quantizers):
+        if not any(q.readings.in_this_step for q in attachment.quantizers):
             return None  # what steps without a forward, such as code that fills a state
-        slopes = learned_slopes(parameter.detach(), sizes, active).div_(MEGABYTE_BITS)
+        size = attachment.learned_size()
+        if size is None or not size.learns:
+            return None
+        slopes = size.slopes(parameter.detach()) / MEGABYTE_BITS
         # Fused optimizers divide by it in their step.
         scale = getattr(optimizer, "grad_scale", None)
         return slopes if scale is None else slopes.mul_(scale)
@@ -178,9 +180,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def check_learns_bits(attachment: Attachment, argument: str) -> None:
     """Raises ConfigError if a quantizer has no bitwidths to put a price on."""
-    if all(quantizer.bits_law is None for quantizer in attachment.quantizers):
+    if all(quantizer.fineness is None for quantizer in attachment.quantizers):
         raise ConfigError(
-            f"{argument} puts a price on bitwidths that are learned, and "
+            f"{argument} puts a price on bitwidths or steps that are learned, and "
             f"{type(attachment.face).__name__} learns none on this model. Leave {argument} out, "
             "or use a DiffQuantizer without bits= on tensors above its min_size."
         )

@@ -29,9 +29,9 @@ class TensorSize(NamedTuple):
 
 def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | None) -> TensorSize:
     """The size of what a weight quantizer stores of its weight."""
-    stored_bits = quantizer.record(weight, learned).stored_bits()
-    plan, group_size = quantizer.plan, quantizer.group_size
-    return TensorSize(plan, group_size, stored_bits, level_bits(quantizer, learned))
+    record = quantizer.record(weight, learned)
+    stored, levels = quantizer.stored_bits(record), quantizer.level_bits(record)
+    return TensorSize(quantizer.plan, quantizer.group_size, stored, levels)
 
 
 def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:

@@ -1,0 +1,283 @@
+"""Entropy-constrained quantization: a learned step for each row, priced by the levels' entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffq.attach.batch import Batch, Run
+from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
+from diffq.attach.sample import Sample
+from diffq.attach.weight import WeightQuantizer
+from diffq.checks import check_number
+from diffq.errors import WeightError
+from diffq.format.records import Record, SteppedRecord
+from diffq.numerics import scaled, stepped
+from diffq.numerics.fineness import Fineness, StepFineness
+from diffq.numerics.flat import Flat
+from diffq.numerics.grid import from_groups, to_groups
+from diffq.numerics.lengths import CodeLength, code_length
+from diffq.quantizers.base import BaseQuantizer
+from diffq.quantizers.batches import samples_of, values_of
+from diffq.torch_inside.graph import is_plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# A step in the file takes some 4 bits: with fewer weights for it, levels pay too much for them.
+_LEAST_ROW = 64
+
+# Entropy of a normal distribution in bits, with a step of its mean magnitude.
+_NORMAL = 0.5 * math.log2(2 * math.pi * math.e) + 0.5 * math.log2(math.pi / 2)
+
+
+@dataclass(frozen=True)
+class EntropySettings:
+    """How one tensor is quantized; see `EntropyQuantizer` for the meaning of each field."""
+
+    init_bits: float
+
+    def __post_init__(self) -> None:
+        check_number(self.init_bits, "init_bits", 1, 12)
+
+
+class Stage(IntEnum):
+    """What training does with the steps."""
+
+    LEARNED = 0
+    FIXED = 1
+
+
+class EntropyWeight(WeightQuantizer):
+    """One tensor on levels around zero, with a step for each row.
+
+    What is learned are binary logarithms of the steps, float32 [rows]. A row is what shares the
+    first index, or several of them that have 64 weights together.
+
+    Attributes:
+        stage: a `Stage`.
+    """
+
+    method = "EntropyQuantizer"
+    coded = True
+
+    def __init__(self, plan: TensorPlan, settings: EntropySettings) -> None:
+        super().__init__(plan)
+        self.settings = settings
+        row = plan.numel // plan.shape[0] if plan.shape else 1
+        self.group_size = min(row * -(-_LEAST_ROW // row), plan.numel)
+        self.rows = -(-plan.numel // self.group_size)
+        self.stage = Stage.LEARNED
+        self._fixed: Tensor | None = None
+
+    def start(self, weight: Tensor) -> Tensor:
+        """Steps with which normal weights take `init_bits`, [rows]."""
+        mean = scaled.mean_magnitude(weight.detach().float())
+        return (torch.log2(mean) + (_NORMAL - self.settings.init_bits)).expand(self.rows).clone()
+
+    @property
+    def alike(self) -> Hashable:
+        """Tensors with rows of one length."""
+        return self.group_size, self.stage
+
+    @classmethod
+    def batch(cls, quantizers: Sequence[Self]) -> Batch:
+        """The nearest levels for all tensors together."""
+        return SteppedBatch(quantizers)
+
+    def draw(self, weight: Tensor, learned: Tensor | None) -> Sample:
+        """The nearest level times the step."""
+        (sample,) = SteppedBatch([self]).draw([weight], Run.of(learned))
+        return sample
+
+    def connect(self, weight: Tensor, sample: Sample, learned: Tensor | None) -> Tensor:
+        """The gradients of `diffq.numerics.stepped`."""
+        flat, steps = Flat([weight.shape], self.group_size), cast(Tensor, learned)
+        (connected,) = stepped.pass_steps(flat, steps, [weight], [sample.value])
+        return connected
+
+    def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """The nearest level times the step, rounded to float32."""
+        numbers = self.numbers(cast(Tensor, learned))
+        values = self._levels(weight, numbers) * stepped.steps_of(numbers)[:, None]
+        return from_groups(values, weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def record(self, weight: Tensor, learned: Tensor | None) -> SteppedRecord:
+        """Levels, counted from the lowest of their bitwidth, and steps."""
+        numbers = self.numbers(cast(Tensor, learned))
+        levels = self._levels(weight, numbers).reshape(-1)[: weight.numel()]
+        least, most = levels.aminmax()
+        bits = max(int(-least), int(most) + 1, 1)
+        bits = (bits - 1).bit_length() + 1
+        return SteppedRecord(
+            shape=tuple(weight.shape),
+            dtype=dtype_name(weight.dtype),
+            group_size=self.group_size,
+            min_bits=bits,
+            bits=np.full(self.rows, bits, np.uint8),
+            levels=(levels + 2.0 ** (bits - 1)).to(torch.int16).cpu().numpy().view(np.uint16),
+            steps=numbers.to(torch.int16).cpu().numpy(),
+        )
+
+    def numbers(self, learned: Tensor) -> Tensor:
+        """Steps in quarter octaves, int64 [rows]."""
+        if self._fixed is None:
+            return stepped.numbers_of(learned)
+        self._fixed = self._fixed.to(learned.device)
+        return self._fixed
+
+    def size_bits(self) -> float:
+        """What `code_length` leaves out: none of it."""
+        return 0.0
+
+    def code_length(self, weight: Tensor, learned: Tensor | None) -> CodeLength:
+        """The entropy of the levels and of the steps."""
+        numbers = self.numbers(cast(Tensor, learned))
+        found = code_length(weight, self.group_size, stepped.steps_of(numbers))
+        spread = numbers.amax() - numbers.amin() + 1
+        return CodeLength(found.bits + self.rows * torch.log2(spread.float()), found.slopes)
+
+    def stored_bits(self, record: Record) -> int:
+        """The entropy of levels and steps, which no bitwidth bounds."""
+        return math.ceil(record.entropy_bound_bits())
+
+    def level_bits(self, record: Record) -> int:
+        """The entropy of the levels."""
+        return math.ceil(record.coded.entropy_bits()) if record.coded else 0
+
+    @property
+    def learning(self) -> bool:
+        """Whether the steps are still learned."""
+        return self.stage is Stage.LEARNED
+
+    @property
+    def fineness(self) -> Fineness:
+        """The steps."""
+        return StepFineness()
+
+    def fix_size(self, learned: Tensor | None) -> None:
+        """Fixes the steps."""
+        self.set_stage(Stage.FIXED, learned, None)
+
+    def settled(self) -> Tensor | None:
+        """The logarithms of fixed steps, which optimizers may have moved on by momentum."""
+        return None if self._fixed is None else self._fixed.float() / stepped.PER_OCTAVE
+
+    def set_stage(self, stage: int, learned: Tensor | None, kept: Tensor | None) -> None:
+        """Takes up the stage of a state dict; fixed steps are those of its logarithms."""
+        self.stage = Stage(stage)
+        fixed = self.stage is Stage.FIXED and learned is not None
+        self._fixed = stepped.numbers_of(cast(Tensor, learned)) if fixed else None
+
+    def _levels(self, weight: Tensor, numbers: Tensor) -> Tensor:
+        """The nearest levels, float32 [rows, group_size]."""
+        steps = stepped.steps_of(numbers)[:, None]
+        rows = to_groups(weight.detach().float(), self.group_size)
+        if is_plain() and not torch.isfinite(rows).all():
+            raise WeightError(
+                f"The weights of {self.plan.name} must be finite, got NaN or Inf. "
+                "Find the step that diverged, or exclude the tensor."
+            )
+        # Adding zero turns -0.0, which no level stands for, into 0.0.
+        return stepped.LEVELS.nearest(rows / steps, steps, weight.dtype) + 0.0
+
+
+class SteppedBatch(Batch):
+    """Tensors with rows of one length, each row with its step."""
+
+    def __init__(self, quantizers: Sequence[EntropyWeight]) -> None:
+        super().__init__(quantizers)
+        self._all = tuple(quantizers)
+        first = quantizers[0]
+        self._learning = first.learning
+        self._flat = Flat([q.plan.shape for q in quantizers], first.group_size)
+
+    def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
+        """The nearest levels times the steps."""
+        if self._learning:
+            numbers = stepped.numbers_of(cast(Tensor, learned.flat))
+        else:
+            each = zip(self._all, learned.parts(), strict=True)
+            numbers = torch.cat([q.numbers(cast(Tensor, part)) for q, part in each])
+        steps = stepped.steps_of(numbers)
+        return samples_of(weights, scaled.scale_all(self._flat, weights, steps, stepped.LEVELS))
+
+    def connect(
+        self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
+    ) -> list[Tensor]:
+        """The gradients of `diffq.numerics.stepped`."""
+        steps = cast(Tensor, learned.flat)
+        steps = steps if self._learning else steps.detach()
+        return stepped.pass_steps(self._flat, steps, weights, values_of(samples))
+
+
+class EntropyQuantizer(BaseQuantizer[EntropySettings]):
+    """Learns how coarse each row of a weight may be, priced by what an entropy coder stores.
+
+    Levels around zero are whole multiples of a step, and each row of a weight (what shares the
+    first index) learns its step. No bitwidth is learned: the size is the entropy of the levels,
+    which falls below one bit a weight as most levels become zero. Training computes with rounded
+    weights and passes gradients straight through. The price of size moves the steps only. See
+    `diffq.numerics.stepped` and `diffq.numerics.lengths` for the equations.
+
+    Below some 1.3 bits a weight it takes fewer bytes than a `DiffQuantizer` at equal quality. Name
+    the size, so that the price begins once weights have learned something: units that a price
+    removes from random weights never come back.
+
+    Example:
+        >>> quantizer = EntropyQuantizer(model)
+        >>> quantizer.setup_optimizer(opt, target_mb=0.5, steps=10_000)
+
+    Args:
+        model: a plain model, changed in place until `detach()`.
+        init_bits: bits a weight at the start, 1 to 12, where weights are normal.
+        min_size: only parameters of more than this many MB (in float32) are quantized.
+        include: name patterns; if given, only matching parameters are quantized.
+        exclude: name patterns of parameters to leave alone.
+        overrides: name pattern to a dict of `init_bits` for the parameters that match.
+        float16: store the parameters that are not quantized as float16.
+
+    Raises:
+        AttachError: the model is wrapped, compiled or quantized already.
+        ConfigError: a setting breaks a rule, or a pattern matches nothing.
+        WeightError: a weight to quantize holds NaN or Inf, or exceeds float32.
+    """
+
+    _weight_quantizer = EntropyWeight
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        init_bits: float = 4,
+        min_size: float = 0.01,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        float16: bool = False,
+    ) -> None:
+        rules = Rules(min_size, include, exclude, overrides, float16)
+        super().__init__(model, EntropySettings(init_bits), rules)
+
+    def mean_bits(self) -> float:
+        """Entropy of the levels for each quantized weight, in bits; NaN if there are none.
+
+        A collective if the model is sharded.
+
+        Raises:
+            WeightError: a weight is not finite.
+            AttachError: a quantized tensor was removed or replaced.
+        """
+        sizes = self._attachment.each_weight(
+            lambda q, weight, learned: (q.level_bits(q.record(weight, learned)), q.plan.numel)
+        )
+        weights = sum(numel for bits, numel in sizes if bits)
+        return sum(bits for bits, _ in sizes) / weights if weights else float("nan")
