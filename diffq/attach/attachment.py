@@ -143,6 +143,13 @@ class Attachment:
             return frozenset(q for q in self.quantizers if q.readings.learns)
         return frozenset(q for q in self.quantizers if q.readings.before)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begins what is learned anew, where it depends on weights that were trained since."""
+        started = self.each_weight(lambda q, weight, learned: q.restart(weight))
+        self.learned.write(started)
+        self.forget()
+
     def learned_size(self) -> LearnedSize | None:
         """The size of what is learned; None if none is.
 

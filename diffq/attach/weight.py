@@ -89,6 +89,10 @@ class WeightQuantizer(ABC):
         """
         return None
 
+    def restart(self, weight: Tensor) -> Tensor | None:
+        """What is learned, once weights were trained plain; None to leave it as it is."""
+        return None
+
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for weights beyond the grids that can be stored."""
         return None
@@ -150,11 +154,8 @@ class WeightQuantizer(ABC):
 
     def level_bits(self, record: Record) -> int:
         """Bits of the levels or indices of what is stored; 0 if there are none."""
-        return (
-            sum(width * count for width, count in record.coded.counts().items())
-            if record.coded
-            else 0
-        )
+        counts = record.coded.counts() if record.coded else {}
+        return sum(width * count for width, count in counts.items())
 
     @property
     def fineness(self) -> Fineness | None:

@@ -121,6 +121,8 @@ class Course(Penalty):
         if self.plan.target is None:
             now = now._replace(price=self.plan.price(int(now.step)))
         self._store(now)
+        if phase is not before and before is Phase.FLOAT:
+            self._attachment.restart()
         if phase is not before and phase in (Phase.SETTLE, Phase.DONE):
             self._land(last=phase is Phase.DONE)
 

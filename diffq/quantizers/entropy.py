@@ -82,6 +82,10 @@ class EntropyWeight(WeightQuantizer):
         mean = scaled.mean_magnitude(weight.detach().float())
         return (torch.log2(mean) + (_NORMAL - self.settings.init_bits)).expand(self.rows).clone()
 
+    def restart(self, weight: Tensor) -> Tensor:
+        """The steps of the weights as they are."""
+        return self.start(weight)
+
     @property
     def alike(self) -> Hashable:
         """Tensors with rows of one length."""
