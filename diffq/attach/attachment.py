@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 from weakref import ref
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diffq.attach.batch import Batch, Batches
 from diffq.attach.checkpoints import StateHooks
 from diffq.attach.classes import Cover, cover_of, put_on, take_off
 from diffq.attach.forward import Forwards
@@ -20,9 +21,10 @@ from diffq.attach.plan import LEARNED, TensorPlan
 from diffq.attach.sample import same_memory
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, warn
+from diffq.numerics.lengths import CodeLengths
 from diffq.numerics.size import BitsSize, LearnedSize, MeasuredSize, Sized, Sizes
 from diffq.torch_inside.modules import children_in, parameters_in
-from diffq.torch_inside.sharding import reshard, whole, whole_parameters
+from diffq.torch_inside.sharding import is_managed, reshard, whole, whole_parameters
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class Attachment:
         self.learned = Learned(self.quantizers, weights)
         self.forwards = Forwards(self.quantizers, self.learned)
         self._sizes: Sizes | None = None
+        self._batches = Batches()
         self._places = self._find_places()
         self.forwards.root, self.forwards.attached = ref(model), True
         # By the module and not by its name: a detach reaches modules that were replaced since.
@@ -177,17 +180,32 @@ class Attachment:
         device = None if parameter is None else parameter.device
         total = torch.zeros((), device=device)
         gradient = torch.zeros(sum(self.learned.counts()), device=device)
-        found = self.each_weight(
-            lambda q, weight, learned: (q, q.code_length(weight, learned)) if q.coded else None
-        )
-        learns = False
-        for quantizer, length in filter(None, found):
-            total += length.bits.to(total)
-            span = self.learned.spans[quantizer.index]
-            if span is not None and quantizer.learning and quantizer in active:
-                learns = True
-                gradient[span[0] : span[0] + span[1].numel()] = length.slopes
+        for quantizers, lengths in self._code_lengths():
+            total += lengths.bits.sum().to(total)
+            spans = [self.learned.spans[quantizer.index] for quantizer in quantizers]
+            counts = [0 if span is None else span[1].numel() for span in spans]
+            each = zip(quantizers, spans, torch.split(lengths.slopes, counts), strict=True)
+            for quantizer, span, slopes in each:
+                if span is not None and quantizer.learning and quantizer in active:
+                    gradient[span[0] : span[0] + len(slopes)] = slopes
+        learns = any(q.coded and q.learning and q in active for q in self.quantizers)
         return MeasuredSize(total, gradient, learns)
+
+    def _code_lengths(self) -> Iterator[tuple[Sequence[WeightQuantizer], CodeLengths]]:
+        """Bits of levels, batch by batch, or tensor by tensor where each has to be gathered."""
+        coded = [quantizer for quantizer in self.quantizers if quantizer.coded]
+        reshard(self.model)
+        self.check_links()
+        batches: list[tuple[Batch, list[Tensor] | None]]
+        if is_managed(self.model):
+            batches = [(type(quantizer).batch([quantizer]), None) for quantizer in coded]
+        else:
+            batches = [*self._batches.of([(q, self.weight(q).detach()) for q in coded])]
+        runs = self.learned.runs([batch.quantizers for batch, _ in batches])
+        for (batch, held), run in zip(batches, runs, strict=True):
+            weights = held or [self.weight(q).detach() for q in batch.quantizers]
+            lengths = batch.code_lengths(weights, run.beside(weights[0]))
+            yield batch.quantizers, lengths
 
     def each_quantizer(self, call: Callable[[WeightQuantizer, Tensor | None], T]) -> list[T]:
         """What `call` gives for each quantizer and what it learned, gathered if sharded."""

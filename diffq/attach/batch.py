@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffq.attach.sample import Sample
 from diffq.kernels.weights import traits
+from diffq.numerics.lengths import CodeLengths
 from diffq.torch_inside.graph import is_plain
 
 # Weights of a batch, by type of device, 32 MB in float32 for others than a CPU. A batch has its
@@ -79,6 +80,15 @@ class Batch:
         """What a training forward computes with in place of each weight; without graph."""
         each = zip(self.quantizers, weights, learned.parts(), strict=True)
         return [q.draw(weight, part) or Sample.of(weight) for q, weight, part in each]
+
+    def code_lengths(self, weights: Sequence[Tensor], learned: Run) -> CodeLengths:
+        """Bits of the levels of quantizers that are `coded`.
+
+        Args:
+            weights: as they are.
+            learned: what is learned; its gradient is that of the bits.
+        """
+        raise NotImplementedError
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run

@@ -34,7 +34,6 @@ from diffq.attach.sample import Sample
 from diffq.errors import MismatchError
 from diffq.format.records import Record
 from diffq.numerics.fineness import Fineness
-from diffq.numerics.lengths import CodeLength
 from diffq.numerics.noise import straight_through
 from diffq.numerics.size import Grouping
 
@@ -65,7 +64,7 @@ class WeightQuantizer(ABC):
     #: What users call the method.
     method: ClassVar[str]
 
-    #: Whether the size depends on the weights, and `code_length` says it.
+    #: Whether the size depends on the weights, and `Batch.code_lengths` says it.
     coded: ClassVar[bool] = False
 
     def __init__(self, plan: TensorPlan) -> None:
@@ -138,15 +137,6 @@ class WeightQuantizer(ABC):
     def grouping(self) -> Grouping | None:
         """What the size of learned bitwidths depends on; None if none are learned."""
         return None
-
-    def code_length(self, weight: Tensor, learned: Tensor | None) -> CodeLength:
-        """Bits of the levels, of a class that is `coded`.
-
-        Args:
-            weight: the weight, whole.
-            learned: what is learned.
-        """
-        raise NotImplementedError
 
     def stored_bits(self, record: Record) -> int:
         """Bits of the stored weight: Equation 12 of the DiffQ paper."""

@@ -10,15 +10,18 @@ moves steps, and not weights: a step sums over its row and decides better.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffq.numerics.grid import to_groups
+from diffq.numerics.flat import Flat, Piece, rows_of
+from diffq.numerics.grid import wide
+from diffq.numerics.noise import row_sums
 
 # Magnitudes that have a length of their own; larger ones go on in a line.
-_BINS = 127
+_MOST = 127
 
 # Levels that each magnitude has in advance, so that none takes infinitely many bits.
 _PRIOR = 0.3
@@ -26,15 +29,12 @@ _PRIOR = 0.3
 # Bounds of the slope of lengths: where magnitudes are rare, and beyond the last one.
 _STEEPEST, _LAST_LEAST, _LAST_MOST = 8.0, 0.1, 1.0
 
-# Weights that are measured at a time.
-_CHUNK = 2**20
 
-
-class CodeLength(NamedTuple):
-    """Bits of one tensor's levels.
+class CodeLengths(NamedTuple):
+    """Bits of the levels of some tensors.
 
     Attributes:
-        bits: their zeroth-order entropy, 0-dim.
+        bits: their zeroth-order entropy, [tensors].
         slopes: the gradient of the size by the binary logarithm of each row's step, [rows].
     """
 
@@ -43,44 +43,59 @@ class CodeLength(NamedTuple):
 
 
 @torch.no_grad()
-def code_length(weight: Tensor, width: int, steps: Tensor) -> CodeLength:
-    """The size of the levels that a weight has with some steps.
+def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLengths:
+    """The size of the levels that weights have with some steps.
 
     Args:
-        weight: any shape.
-        width: consecutive weights of a row; the last one may be short.
+        flat: the tensors, whose rows have a step each.
+        weights: of one dtype and device, any strides.
         steps: of each row, float32 [rows].
     """
-    rows = to_groups(weight.detach().float(), width)
-    chunk = max(1, _CHUNK // width)
-    each = zip(torch.split(rows, chunk), torch.split(steps, chunk), strict=True)
-    parts = [(part, step[:, None]) for part, step in each]
-    counts = rows.new_zeros(_BINS + 1, dtype=torch.int64)
-    for part, step in parts:
-        levels = (part.abs() / step).round_().clamp_(max=_BINS).long().view(-1)
-        counts.scatter_add_(0, levels, counts.new_ones(1).expand_as(levels))
-    counts[0] -= rows.numel() - weight.numel()
-    bits, lengths = _lengths(counts)
-    growth = torch.diff(lengths).clamp_(max=_STEEPEST)
-    growth = torch.cat([growth, growth[-1:].clamp(_LAST_LEAST, _LAST_MOST)])
-    slopes = []
-    for part, step in parts:
-        ratio = part.abs() / step
-        below = ratio.floor().clamp_(max=_BINS).long()
-        slopes.append((growth[below] * ratio).sum(1))
-    return CodeLength(bits, torch.cat(slopes).mul_(-math.log(2)))
+    like, tensors = weights[0], len(weights)
+    steps = steps.to(wide(like.dtype))
+    places = torch.arange(tensors, device="cpu") * (_MOST + 1)
+    places = flat.rows.spread(places.to(like.device))
+    counts = torch.zeros(tensors * (_MOST + 1), dtype=torch.int64, device=like.device)
+    one = counts.new_ones(1)
+
+    def counted(piece: Piece, ratios: Tensor) -> tuple[()]:
+        rows = flat.join(weights, like, piece)
+        torch.div(rows, rows_of(steps, piece)[:, None], out=ratios).abs_()
+        levels = ratios.round().clamp_(max=_MOST).long().add_(rows_of(places, piece)[:, None])
+        counts.scatter_add_(0, levels.view(-1), one.expand(levels.numel()))
+        return ()
+
+    (ratios,) = flat.compute(like, counted)
+    table = counts.view(tensors, -1)
+    padding = [rows * flat.width - n for rows, n in zip(flat.rows.counts, flat.numels, strict=True)]
+    table[:, 0] -= flat.constants.get("padding", padding, torch.int64, like.device)
+    bits, growth = _lengths(table)
+
+    def sloped(piece: Piece, _: Tensor) -> tuple[Tensor]:
+        ratio = ratios[piece.rows]
+        below = ratio.floor().clamp_(max=_MOST).long().add_(rows_of(places, piece)[:, None])
+        return (row_sums(growth[below].mul_(ratio)),)
+
+    _, slopes = flat.compute(like, sloped)
+    return CodeLengths(bits, slopes.mul_(-math.log(2)))
 
 
 def _lengths(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of levels, 0-dim, and lengths that rise with their magnitude, [magnitudes].
+    """Entropy of the levels of each tensor, and by how much each length exceeds the one before.
 
     Args:
-        counts: how many levels have each magnitude.
+        counts: how many levels of each tensor have each magnitude, [tensors, magnitudes].
+
+    Returns:
+        [tensors], and [tensors * magnitudes] of slopes from each magnitude to the next.
     """
-    signs = torch.ones_like(counts, dtype=torch.float32)
+    signs = torch.ones_like(counts[0], dtype=torch.float32)
     signs[0] = 0
-    shares = counts / counts.sum()
-    bits = (counts * (signs - torch.log2(shares.clamp(min=1e-30)))).sum()
+    shares = counts / counts.sum(1, keepdim=True)
+    bits = (counts * (signs - torch.log2(shares.clamp(min=1e-30)))).sum(1)
     smooth = counts + _PRIOR
-    lengths = signs - torch.log2(smooth / smooth.sum())
-    return bits, torch.cummax(lengths, 0).values
+    lengths = signs - torch.log2(smooth / smooth.sum(1, keepdim=True))
+    # Lengths that rise with the magnitude, so that no price makes levels larger.
+    growth = torch.diff(torch.cummax(lengths, 1).values, dim=1).clamp_(max=_STEEPEST)
+    last = growth[:, -1:].clamp(_LAST_LEAST, _LAST_MOST)
+    return bits, torch.cat([growth, last], dim=1).view(-1)

@@ -23,7 +23,7 @@ from diffq.numerics import scaled, stepped
 from diffq.numerics.fineness import Fineness, StepFineness
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import from_groups, to_groups
-from diffq.numerics.lengths import CodeLength, code_length
+from diffq.numerics.lengths import CodeLengths, code_lengths
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import samples_of, values_of
 from diffq.torch_inside.graph import is_plain
@@ -139,15 +139,8 @@ class EntropyWeight(WeightQuantizer):
         return self._fixed
 
     def size_bits(self) -> float:
-        """What `code_length` leaves out: none of it."""
+        """Nothing but what `SteppedBatch.code_lengths` says."""
         return 0.0
-
-    def code_length(self, weight: Tensor, learned: Tensor | None) -> CodeLength:
-        """The entropy of the levels and of the steps."""
-        numbers = self.numbers(cast(Tensor, learned))
-        found = code_length(weight, self.group_size, stepped.steps_of(numbers))
-        spread = numbers.amax() - numbers.amin() + 1
-        return CodeLength(found.bits + self.rows * torch.log2(spread.float()), found.slopes)
 
     def stored_bits(self, record: Record) -> int:
         """The entropy of levels and steps, which no bitwidth bounds."""
@@ -206,12 +199,7 @@ class SteppedBatch(Batch):
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """The nearest levels times the steps."""
-        if self._learning:
-            numbers = stepped.numbers_of(cast(Tensor, learned.flat))
-        else:
-            each = zip(self._all, learned.parts(), strict=True)
-            numbers = torch.cat([q.numbers(cast(Tensor, part)) for q, part in each])
-        steps = stepped.steps_of(numbers)
+        steps = stepped.steps_of(self._numbers(learned))
         return samples_of(weights, scaled.scale_all(self._flat, weights, steps, stepped.LEVELS))
 
     def connect(
@@ -221,6 +209,22 @@ class SteppedBatch(Batch):
         steps = cast(Tensor, learned.flat)
         steps = steps if self._learning else steps.detach()
         return stepped.pass_steps(self._flat, steps, weights, values_of(samples))
+
+    def code_lengths(self, weights: Sequence[Tensor], learned: Run) -> CodeLengths:
+        """The entropy of the levels, and for each step the bits that tell apart its tensor's."""
+        numbers = self._numbers(learned)
+        found = code_lengths(self._flat, weights, stepped.steps_of(numbers))
+        rows, highest = self._flat.rows, numbers.float()
+        spread = rows.largest(highest) + rows.largest(-highest)
+        steps = self._flat.constants.get("steps", rows.counts, torch.float32, spread.device)
+        return CodeLengths(found.bits + steps * torch.log2(spread + 1), found.slopes)
+
+    def _numbers(self, learned: Run) -> Tensor:
+        """Steps in quarter octaves, int64 [rows]."""
+        if self._learning:
+            return stepped.numbers_of(cast(Tensor, learned.flat))
+        each = zip(self._all, learned.parts(), strict=True)
+        return torch.cat([q.numbers(cast(Tensor, part)) for q, part in each])
 
 
 class EntropyQuantizer(BaseQuantizer[EntropySettings]):

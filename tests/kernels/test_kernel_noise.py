@@ -14,7 +14,7 @@ from diffq.kernels.noisy import Noisy  # noqa: E402
 from diffq.numerics.flat import Flat  # noqa: E402
 from diffq.numerics.grid import BitsLaw  # noqa: E402
 from diffq.numerics.noise import Drawn, pass_noise  # noqa: E402
-from diffq.numerics.size import MEGABYTE_BITS, Grouping, Sized, Sizes, learned_bits  # noqa: E402
+from diffq.numerics.size import MEGABYTE_BITS, BitsSize, Grouping, Sized, Sizes  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["gaussian", "uniform", "rounding"]
@@ -125,7 +125,7 @@ def test_values_not_used():
     ("kind", "group_size"), [("gaussian", 1), ("gaussian", None), ("rounding", 12)]
 )
 def test_size(kind, group_size):
-    """The size and its gradient are those of `learned_bits`."""
+    """The size and its gradient are those of `BitsSize`."""
     numels = [4500, 30, 1]
     batch = Batch(numels, group_size, kind)
     sampled, _ = batch.sample(size=True)
@@ -133,7 +133,7 @@ def test_size(kind, group_size):
     for size, numel, count in zip(batch.sizes, numels, batch.counts, strict=True):
         held.append(Sized(Grouping(batch.law, size, numel), start))
         start += count
-    expected = learned_bits(logits, Sizes(held), [True] * len(held)) / MEGABYTE_BITS
+    expected = BitsSize(Sizes(held), [True] * len(held)).bits(logits) / MEGABYTE_BITS
     torch.testing.assert_close(sampled.size, expected.detach(), rtol=1e-6, atol=0)
     (1000 * expected).backward()
     grad, none = torch.tensor(1000.0, device=DEVICE), [None] * 3

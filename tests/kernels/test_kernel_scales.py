@@ -15,7 +15,7 @@ DEVICE = backend.device()
 from diffq.format.records import MAX_RANGE  # noqa: E402
 from diffq.kernels.scaled import Scaled  # noqa: E402
 from diffq.numerics.flat import Flat  # noqa: E402
-from diffq.numerics.scaled import Levels, pass_scale, scale_all  # noqa: E402
+from diffq.numerics.scaled import Levels, pass_scale, positive, scale_all  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -54,7 +54,7 @@ class Batch:
     @torch.no_grad()
     def _values(self, weights):
         parts = zip(weights, self.scales.split(1), self.levels, strict=True)
-        return [scale_all(Flat([w.shape], None), [w], s, levels)[0] for w, s, levels in parts]
+        return [scale_all(Flat([w.shape], None), [w], positive(s), levels)[0] for w, s, levels in parts]
 
 
 @settings(max_examples=8, phases=[Phase.generate])

@@ -10,7 +10,7 @@ from torch import nn
 
 import diffq
 from diffq.numerics.grid import BitsLaw
-from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, Grouping, Sized, Sizes, learned_bits
+from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS, BitsSize, Grouping, Sized, Sizes
 from tests.holder import Holder, set_bits, weight_quantizers
 from tests.models import ConvNet, Recurrent, TiedModules, TwoNames, computed_weight, encoder
 
@@ -170,7 +170,7 @@ def test_gradient_of_equation_8_counts_weights(cases, last_unused):
         start += grouping.groups
     active = [True] * len(tensors)
     active[-1] = not last_unused
-    (found,) = torch.autograd.grad(learned_bits(flat, Sizes(tensors), active), flat)
+    (found,) = torch.autograd.grad(BitsSize(Sizes(tensors), active).bits(flat), flat)
     assert found.shape == flat.shape
     for part, grouping, on, gradient in zip(
         logits, groupings, active, found.split([len(part) for part in logits]), strict=True
@@ -187,7 +187,7 @@ def test_gradient_of_equation_8_counts_weights(cases, last_unused):
 def test_bit_map_is_that_of_rounded_bits(largest, width):
     """The map in the differentiable size is as wide as evaluation's, at real bitwidths too."""
     _, weight = _learned(12, 4, [2.0, largest, 2.0])
-    size = learned_bits(weight.logits, Sizes([Sized(weight.grouping, 0)]), [True])
+    size = BitsSize(Sizes([Sized(weight.grouping, 0)]), [True]).bits(weight.logits)
     assert size.item() == pytest.approx(4 * (4 + largest) + 3 * width + 72)
 
 
@@ -394,7 +394,7 @@ def test_second_derivatives(missing):
     def _bits(logits):
         return (law.bits(logits) * torch.tensor([4, 4, 4, 4, 4 - missing])).sum()
 
-    size = learned_bits(logits, Sizes([Sized(grouping, 0)]), [True])
+    size = BitsSize(Sizes([Sized(grouping, 0)]), [True]).bits(logits)
     (found,) = torch.autograd.grad(size, logits, create_graph=True)
     (second,) = torch.autograd.grad(found.sum(), logits)
     wanted = torch.autograd.functional.hessian(_bits, logits).sum(0)

@@ -14,7 +14,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import diffq
-from diffq.quantizers.landing import normal_entropy, search
+from diffq.numerics.fineness import normal_entropy
+from diffq.quantizers.landing import search
 from diffq.quantizers.target import Phase, Plan, log_price, next_sum
 from tests.compare import same_bits
 from tests.models import QUANTIZERS, mlp, seeded, snapshot_of
