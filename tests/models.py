@@ -27,6 +27,7 @@ QUANTIZERS = {
         diffq.QuantNoiseQuantizer, min_size=0, bits=3, p=0.5, observer="histogram"
     ),
     "lsq": partial(diffq.LSQQuantizer, min_size=0, bits=4),
+    "entropy": partial(diffq.EntropyQuantizer, min_size=0),
     "product": partial(diffq.ProductQuantizer, min_size=0, block_size=2, codebook_size=4),
 }
 

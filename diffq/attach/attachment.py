@@ -178,18 +178,16 @@ class Attachment:
         """The size of levels, measured with the weights as they are."""
         active, parameter = self.learning_now(), self.learned.parameter
         device = None if parameter is None else parameter.device
-        total = torch.zeros((), device=device)
-        gradient = torch.zeros(sum(self.learned.counts()), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        numbers = sum(self.learned.counts())
+        gradient = torch.zeros(numbers, dtype=torch.float32, device=device)
         for quantizers, lengths in self._code_lengths():
             total += lengths.bits.sum().to(total)
-            spans = [self.learned.spans[quantizer.index] for quantizer in quantizers]
-            counts = [0 if span is None else span[1].numel() for span in spans]
-            each = zip(quantizers, spans, torch.split(lengths.slopes, counts), strict=True)
-            for quantizer, span, slopes in each:
-                if span is not None and quantizer.learning and quantizer in active:
-                    gradient[span[0] : span[0] + len(slopes)] = slopes
-        learns = any(q.coded and q.learning and q in active for q in self.quantizers)
-        return MeasuredSize(total, gradient, learns)
+            self.learned.place(gradient, quantizers, lengths.slopes)
+        learning = [q for q in self.quantizers if q.coded and q.learning and q in active]
+        for quantizer in set(self.quantizers).difference(learning):
+            self.learned.place(gradient, [quantizer], torch.zeros(()))
+        return MeasuredSize(total, gradient, bool(learning))
 
     def _code_lengths(self) -> Iterator[tuple[Sequence[WeightQuantizer], CodeLengths]]:
         """Bits of levels, batch by batch, or tensor by tensor where each has to be gathered."""

@@ -124,6 +124,21 @@ class Learned(Overridable):
             (span[0], span[0] + span[1].numel()) for span in spans if span is not None
         )
 
+    def place(self, flat: Tensor, quantizers: Sequence[WeightQuantizer], numbers: Tensor) -> None:
+        """Sets what some quantizers have of a tensor like the flat parameter.
+
+        Args:
+            flat: [numbers].
+            quantizers: in any order.
+            numbers: theirs, one after the other; or one for all, 0-dim.
+        """
+        slices = self._slices(quantizers)
+        if not numbers.dim():
+            numbers = numbers.expand(sum(end - start for start, end in slices))
+        parts = torch.split(numbers, [end - start for start, end in slices])
+        for (start, end), part in zip(slices, parts, strict=True):
+            flat[start:end] = part
+
     def part(self, index: int) -> Tensor | None:
         """One quantizer's part."""
         span, flat = self.spans[index], self.flat()

@@ -69,7 +69,7 @@ def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLe
     table = counts.view(tensors, -1)
     padding = [rows * flat.width - n for rows, n in zip(flat.rows.counts, flat.numels, strict=True)]
     table[:, 0] -= flat.constants.get("padding", padding, torch.int64, like.device)
-    bits, growth = _lengths(table)
+    bits, growth = _lengths(table.to(steps.dtype))
 
     def sloped(piece: Piece, _: Tensor) -> tuple[Tensor]:
         ratio = ratios[piece.rows]
@@ -89,7 +89,7 @@ def _lengths(counts: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [tensors], and [tensors * magnitudes] of slopes from each magnitude to the next.
     """
-    signs = torch.ones_like(counts[0], dtype=torch.float32)
+    signs = torch.ones_like(counts[0])
     signs[0] = 0
     shares = counts / counts.sum(1, keepdim=True)
     bits = (counts * (signs - torch.log2(shares.clamp(min=1e-30)))).sum(1)

@@ -31,7 +31,9 @@ FINEST, COARSEST = FIRST_STEP, LAST_STEP
 LEVELS = Levels(-(2**14), 2**14 - 1)
 
 _LOG_2 = math.log(2)
-_TABLE = Constants()
+# A table, because no power of torch is the same on all processors.
+_STEPS = torch.from_numpy(STEPS)
+_ELSEWHERE = Constants()
 
 
 def numbers_of(learned: Tensor) -> Tensor:
@@ -41,8 +43,11 @@ def numbers_of(learned: Tensor) -> Tensor:
 
 def steps_of(numbers: Tensor) -> Tensor:
     """The steps of numbers, float32 of the same shape."""
-    # A table, because no power of torch is the same on all processors.
-    table = _TABLE.get("steps", STEPS.tolist(), torch.float32, numbers.device)
+    device = numbers.device
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        table = _STEPS.to(device)
+    else:
+        table = _ELSEWHERE.get("steps", _STEPS.tolist(), torch.float32, device)
     return table[numbers - FINEST]
 
 

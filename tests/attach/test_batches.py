@@ -24,6 +24,7 @@ MADE = {
     "qat": (29, lambda model: diffq.QATQuantizer(model, min_size=0)),
     "quant-noise": (33, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
     "lsq": (40, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+    "entropy": (99, lambda model: diffq.EntropyQuantizer(model, min_size=0)),
 }
 
 

@@ -20,7 +20,7 @@ from tests.readers import (
 )
 
 #: The quantizers that learn something.
-LEARNING = {"diffq", "diffq-uniform", "diffq-rounding", "lsq", "product"}
+LEARNING = {"diffq", "diffq-uniform", "diffq-rounding", "lsq", "entropy", "product"}
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(QUANTIZERS, MODELS))

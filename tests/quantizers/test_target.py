@@ -575,7 +575,7 @@ def test_target_that_is_not_reached():
     """Where weights are less compressible than normal ones, a warning names the size."""
     run = _Run(target_mb=1.01 * _least())
     run.optimizer.param_groups[0]["lr"] = 0.0
-    with pytest.warns(diffq.DiffqWarning, match=r"takes 0\.00\d+ MB with every bitwidth"):
+    with pytest.warns(diffq.DiffqWarning, match=r"takes 0\.00\d+ MB as coarse as it gets"):
         run.train()
 
 
