@@ -22,6 +22,10 @@ from diffq.quantizers.penalty import Penalty, norm_on_ranks
 from diffq.quantizers.target import FIRST_SHARE, Phase, Plan, Target, log_price, next_sum
 
 
+# MB; far below any file.
+_LEAST_SIZE = 1e-9
+
+
 class Measured(Protocol):
     """A quantizer whose model has a size."""
 
@@ -129,7 +133,7 @@ class Course(Penalty):
     def read(self) -> Target:
         """Where the plan stands, for users."""
         now, plan = self.progress, self.plan
-        size = self._quantizer.model_size().item() * now.ratio
+        size = self._packed_size() * now.ratio
         step = int(now.step)
         goal = plan.goal(now.start, step) if plan.target is not None and now.start else None
         phase = plan.phase(step).value
@@ -153,7 +157,7 @@ class Course(Penalty):
         base = now.base if now.start else self._first_price(optimizer)
         if base is None:
             return now
-        packed = self._quantizer.model_size().item()
+        packed = self._packed_size()
         if self.plan.calibrates(step) or not now.start:
             now = now._replace(ratio=self._file_size() / packed)
         size = packed * now.ratio
@@ -177,13 +181,17 @@ class Course(Penalty):
             return None
         return math.log(FIRST_SHARE * loss / size) if loss else 0.0
 
+    def _packed_size(self) -> float:
+        # Levels that are all zero have no entropy, and logarithms are taken of sizes.
+        return max(self._quantizer.model_size().item(), _LEAST_SIZE)
+
     def _file_size(self) -> float:
         return largest_on_ranks(self._attachment, self._quantizer.compressed_model_size())
 
     def _land(self, last: bool) -> None:
         """Fixes the bitwidths for a file just below the target."""
         size = land(self._attachment, self._file_size, self.plan.target or 0.0, last)
-        packed = self._quantizer.model_size().item()
+        packed = self._packed_size()
         self._store(self.progress._replace(ratio=size / packed, price=0.0))
 
     def _store(self, now: Progress) -> None:

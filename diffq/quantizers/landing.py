@@ -186,7 +186,9 @@ def check_reachable(
     try:
         attachment.learned.write(least)
         saved = sum(q.plan.numel * fineness.saved for q, fineness in sized)
-        size = min(measure(), packed().item() - saved / MEGABYTE_BITS)
+        size = measure()
+        if saved:
+            size = min(size, packed().item() - saved / MEGABYTE_BITS)
     finally:
         attachment.learned.write(kept)
         attachment.forget()

@@ -106,10 +106,10 @@ class Normed(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
-def trained_to(wrap, make, make_input, target, steps=20):
+def trained_to(wrap, make, make_input, target, steps=20, kind="diffq"):
     """A model trained by a plan, on other data and other noise on each rank."""
     model = seeded(make)
-    quantizer = QUANTIZERS["diffq"](model)
+    quantizer = QUANTIZERS[kind](model)
     wrapped = wrap(model)
     optimizer = torch.optim.Adam(wrapped.parameters(), 0.01)
     quantizer.setup_optimizer(optimizer, target_mb=target, steps=steps)
@@ -127,6 +127,9 @@ def check_target():
     wrapped, quantizer = trained_to(DistributedDataParallel, Normed, inputs, target)
     assert quantizer.target.phase == "done"
     assert same_on_ranks(*wrapped.parameters(), *quantizer.bits().values())
+    assert 0.985 * target <= quantizer.compressed_model_size() <= target
+    wrapped, quantizer = trained_to(DistributedDataParallel, Normed, inputs, target, kind="entropy")
+    assert same_on_ranks(*wrapped.parameters())
     assert 0.985 * target <= quantizer.compressed_model_size() <= target
 
 

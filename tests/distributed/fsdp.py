@@ -157,6 +157,9 @@ def check_target():
     assert quantizer.target.phase == "done"
     assert same_on_ranks(*quantizer.bits().values())
     assert 0.99 * target <= quantizer.compressed_model_size() <= target
+    model, quantizer = trained_to(shard, Residual, tokens, target, kind="entropy")
+    assert 0.98 * target <= quantizer.compressed_model_size() <= target
+    assert same_on_ranks(*(sharding.whole(p).detach() for p in model.parameters()))
 
 
 def check_price_in_the_step():

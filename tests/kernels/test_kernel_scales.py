@@ -54,7 +54,9 @@ class Batch:
     @torch.no_grad()
     def _values(self, weights):
         parts = zip(weights, self.scales.split(1), self.levels, strict=True)
-        return [scale_all(Flat([w.shape], None), [w], positive(s), levels)[0] for w, s, levels in parts]
+        return [
+            scale_all(Flat([w.shape], None), [w], positive(s), levels)[0] for w, s, levels in parts
+        ]
 
 
 @settings(max_examples=8, phases=[Phase.generate])
