@@ -30,6 +30,7 @@ from tests.format.craft import (
 SOUND = File().build()
 HUGE = 2**62
 PARAMETERS = Elements(floats(0, 3))
+STEP = steps(0)
 LEVELS = Levels(b"\xe4\x1b")
 
 
@@ -108,7 +109,7 @@ def scaled_words(scale=1.0, zero=0, words=bytes(8)):
     return indexed_words(tensor=product(stored=1, scale=scale), words=words)
 
 
-def in_steps(tensor=None, stored=steps(0), coded=LEVELS, version=(1, 1), **fields):
+def in_steps(tensor=None, stored=STEP, coded=LEVELS, version=(1, 1), **fields):
     """A file of one stepped tensor."""
     parts = Elements(stored, **fields), coded
     return one(tensor or stepped(), *parts, version=version)

@@ -93,7 +93,7 @@ def test_scaled_values(record):
 
 @given(stepped_records())
 def test_stepped_values(record):
-    """A stepped value is level - 2**(bits - 1), which is exact, times 2**(step / 4) rounded once."""
+    """A stepped value is level - 2**(bits - 1), which is exact, times 2**(step / 4)."""
     roots = [root / 2**23 for root in (0x800000, 0x9837F0, 0xB504F3, 0xD744FD)]
     expected = []
     for i, level in enumerate(record.levels.tolist()):

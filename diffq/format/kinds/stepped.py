@@ -33,6 +33,10 @@ STEPS: Floats = np.ldexp(
     np.arange(FIRST_STEP, LAST_STEP + 1) // PER_OCTAVE,
 )
 
+# Groups that are scaled at a time: groups may have one weight, which a hostile file must not
+# make more memory of.
+_BLOCK = 1 << 14
+
 
 @dataclass(frozen=True, eq=False)
 class SteppedRecord(LevelRecord):
@@ -140,7 +144,10 @@ def _steps(elements: Bytes) -> Steps:
 
 def _scale(values: Floats, steps: Steps, group_size: int) -> None:
     """Multiplies each group by its step, in place."""
-    whole = values.size // group_size
-    factors = STEPS[steps - FIRST_STEP]
-    values[: whole * group_size].reshape(whole, group_size)[:] *= factors[:whole, None]
-    values[whole * group_size :] *= factors[whole:]
+    for start in range(0, steps.size, _BLOCK):
+        factors = STEPS[steps[start : start + _BLOCK] - FIRST_STEP]
+        part = values[start * group_size : (start + _BLOCK) * group_size]
+        whole = part.size // group_size
+        part[: whole * group_size].reshape(whole, group_size)[:] *= factors[:whole, None]
+        # The last group may be short.
+        part[whole * group_size :] *= factors[whole:]
