@@ -205,7 +205,7 @@ def test_a_writer_takes_lanes_enough(count, rare):
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5000), st.integers(1, 12), st.floats(-2, 3))
 def test_only_what_is_small_enough(seed, count, bits, octaves):
-    """A segment is coded just where it takes at most the given bytes, which an estimate foretells."""
+    """A segment is coded just where it takes at most the given bytes, to the byte."""
     random, top = np.random.default_rng(seed), (1 << bits) - 1
     drawn = np.rint(random.laplace(size=count) * 2.0**octaves) + top // 2
     levels, columns = drawn.clip(0, top).astype(np.uint16), int(count**0.5)

@@ -97,8 +97,10 @@ def test_packed_is_packed(tmp_path):
 
 @pytest.mark.parametrize(
     "function",
-    [encode, encode_parts, diffq.save, diffq.QATQuantizer.compressed_model_size]
-    + [quantize_to_size, convert],
+    [
+        *(encode, encode_parts, diffq.save, diffq.QATQuantizer.compressed_model_size),
+        *(quantize_to_size, convert),
+    ],
 )
 def test_one_default(function):
     """All that writes or measures a file takes the same codec by default."""
