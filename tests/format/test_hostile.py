@@ -8,7 +8,7 @@ import pytest
 from diffq.errors import FormatError
 from diffq.format.container import decode
 from diffq.format.reader import Reader, default_budget
-from tests.format import hostile, hostile_runs
+from tests.format import hostile, hostile_runs, hostile_steps
 from tests.format.craft import (
     FLOAT32,
     TOTAL,
@@ -27,7 +27,7 @@ from tests.format.craft import (
 )
 from tests.format.hostile import LEVELS, PARAMETERS, SPLIT, SPLIT_FIRST
 
-CASES = hostile.CASES | hostile_runs.CASES
+CASES = hostile.CASES | hostile_runs.CASES | hostile_steps.CASES
 MOST_MEMORY = 16_000_000
 
 
