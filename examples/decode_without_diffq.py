@@ -29,8 +29,12 @@ INTEGERS = ("?", "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8")
 STORED = (*INTEGERS, "<f2", "<u2", "<f4", "<f8", "<c8", "<c16", "u1", "u1")
 UINT8, BFLOAT16 = 1, 10
 
-RAW, GRID, SCALED, PRODUCT = 0, 1, 2, 3
+RAW, GRID, SCALED, PRODUCT, STEPPED = 0, 1, 2, 3, 4
 PER_GROUP, CONSTANT, ZERO_POINT = 1, 2, 4
+
+# Section 10: 2 to the power of 0, 1/4, 1/2 and 3/4, and the numbers of steps.
+ROOTS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], "<u4").view("<f4")
+STEPS = range(-504, 452)
 
 
 def decode(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str], dict]:
@@ -139,7 +143,7 @@ class Index:
 
     def read_tensor(self, cursor: Cursor) -> dict:
         tensor = {"kind": cursor.unsigned(1), "dtype": cursor.unsigned(1)}
-        check(tensor["kind"] in (RAW, GRID, SCALED, PRODUCT), "a kind of tensor")
+        check(tensor["kind"] in (RAW, GRID, SCALED, PRODUCT, STEPPED), "a kind of tensor")
         shape = tuple(cursor.varint() for _ in range(cursor.unsigned(1)))
         numel = math.prod(shape)
         tensor |= {"shape": shape, "numel": numel}
@@ -165,8 +169,8 @@ class Index:
             tensor["zero_point"] = bool(flags & ZERO_POINT)
             groups = -(-numel // tensor["group_size"])
             ranges = groups if flags & PER_GROUP else 1
-            parameters = 2 * ranges if tensor["kind"] == GRID else 1
-            parts = [("parameters", 4, parameters, 1)]
+            parameters = {GRID: (4, 2 * ranges), SCALED: (4, 1), STEPPED: (2, groups)}
+            parts = [("parameters", *parameters[tensor["kind"]], 1)]
             if not flags & CONSTANT:
                 parts.append(("levels", self.LEVELS, numel, tensor["group_size"]))
         for name, item, count, group_size in parts:
@@ -375,16 +379,21 @@ def restore(tensor: dict, contents: list[list]) -> np.ndarray:
 
 
 def restore_values(tensor: dict, parameters: bytes, pieces: list) -> np.ndarray:
-    numbers, numel = np.frombuffer(parameters, "<f4"), tensor["numel"]
+    numbers = np.frombuffer(parameters, "<i2" if tensor["kind"] == STEPPED else "<f4")
+    group_size, numel = tensor["group_size"], tensor["numel"]
     bits, levels = np.full(numel, tensor["min_bits"]), np.zeros(numel, np.uint16)
     if pieces:
         bits, levels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     check(bool((bits >= tensor["min_bits"]).all()), "a bitwidth")
-    if tensor["kind"] == SCALED:
+    if tensor["kind"] == STEPPED:
+        check(all(number in STEPS for number in numbers.tolist()), "the number of a step")
+        steps = np.ldexp(ROOTS[numbers % 4], numbers // 4)
+        numbers = np.repeat(steps, group_size)[:numel]
+    if tensor["kind"] in (SCALED, STEPPED):
         return (levels.astype(np.float32) - (1 << bits >> 1).astype(np.float32)) * numbers
     low, high = numbers.reshape(-1, 2).T
     if len(low) > 1:
-        low, high = (np.repeat(side, tensor["group_size"])[:numel] for side in (low, high))
+        low, high = (np.repeat(side, group_size)[:numel] for side in (low, high))
     top = ((1 << bits) - 1).astype(np.float32)
     step = (high - low) / top
     levels = levels.astype(np.float32)

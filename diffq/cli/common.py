@@ -76,6 +76,17 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for how levels are coded."""
+    parser.add_argument(
+        "--codec",
+        choices=("rans", "zstd", "packed"),
+        default="rans",
+        help="rans makes the smallest file; zstd takes less time to write and load, and earlier "
+        "versions read it; packed only packs bits (default: %(default)s)",
+    )
+
+
 def budget(args: argparse.Namespace) -> int | None:
     """The bytes of `--budget-mb`."""
     return None if args.budget_mb is None else int(args.budget_mb * MEGABYTE)

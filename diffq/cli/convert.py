@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
     Subparsers,
+    add_codec,
     add_command,
     check_output,
     megabytes,
@@ -75,13 +76,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="MODULE.CLASS",
         help="a class that the file names and that is to be left out (repeatable)",
     )
-    parser.add_argument(
-        "--codec",
-        choices=("zstd", "rans", "packed"),
-        default="zstd",
-        help="zstd is fast to load; rans makes the smallest file; packed only packs bits "
-        "(default: %(default)s)",
-    )
+    add_codec(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,7 +118,7 @@ def convert(
     key: str | None = None,
     settings: Mapping[str, Any] | None = None,
     stand_ins: Iterable[str] = (),
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
 ) -> dict[str, Any]:
     """Writes a legacy state to a file of ours, atomically.
 

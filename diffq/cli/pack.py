@@ -11,6 +11,7 @@ from diffq.cli.common import (
     MEGABYTE,
     Report,
     Subparsers,
+    add_codec,
     add_command,
     check_output,
     coded_bits,
@@ -102,13 +103,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="KEY=VALUE",
         help="store along; a VALUE that is JSON is stored as such, else as text (repeatable)",
     )
-    parser.add_argument(
-        "--codec",
-        choices=("zstd", "rans", "packed"),
-        default="zstd",
-        help="zstd is fast to load; rans makes the smallest file; packed only packs bits "
-        "(default: %(default)s)",
-    )
+    add_codec(parser)
     parser.add_argument(
         "--key", help="where a torch checkpoint keeps its state dict, such as model.state_dict"
     )

@@ -20,6 +20,7 @@ From the inside out, each module importing only from those above it:
     kinds.levels   what grids and scaled tensors share
     kinds.grid     levels on an even grid
     kinds.scaled   levels times a scale
+    kinds.stepped  levels times a step for each group
     kinds.product  indices into a codebook
     records        the kinds in the order of their codes
     index          names, tensors, segments

@@ -28,7 +28,7 @@ from diffq.format.reader import Reader, least_size
 from diffq.format.source import Buffer
 from diffq.format.threads import in_threads
 
-#: How levels are coded: quick to read, smallest, or at their bitwidth.
+#: How levels are coded: quickly, in the fewest bytes, or at their bitwidth.
 Codec = Literal["zstd", "rans", "packed"]
 
 
@@ -44,7 +44,7 @@ def encode(
     records: Mapping[str, Record],
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
     threads: int | None = None,
 ) -> bytes:
     """The bytes of a file.
@@ -53,9 +53,9 @@ def encode(
         records: name -> record, in the order that the file keeps.
         aliases: further name -> name of a record, for tied tensors.
         metadata: a JSON object.
-        codec: "zstd" compresses all segments; "rans" codes levels in rANS where that is
-            smaller, for the smallest file, in version 1.1 of the format; "packed" stores all
-            levels at their bitwidth.
+        codec: "rans" takes for each segment of levels the smaller of zstd and rANS, which needs
+            version 1.1 of the format; "zstd" compresses all segments with zstd, which takes less
+            time; "packed" stores all levels at their bitwidth.
         threads: threads to use; by default one for each core.
 
     Raises:
@@ -69,7 +69,7 @@ def encode_parts(
     records: Mapping[str, Record],
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
     threads: int | None = None,
 ) -> list[bytes]:
     """What `encode` returns, in parts to be written one after the other.
@@ -148,8 +148,9 @@ def _encode_segment(
         pieces = [_levels(piece, sources[piece.record]) for piece in segment.pieces]
         coding, payload, stored = entropy.encode(pieces, compress)
         if codec == "rans":
-            run_coding, coded = runs.encode(pieces)
-            if len(coded) < len(stored):
+            found = runs.encode(pieces, len(stored) - 1)
+            if found:
+                run_coding, coded = found
                 return Storage(len(coded), zlib.crc32(coded), 0, run_coding), coded
         return Storage(len(stored), zlib.crc32(stored), payload, coding), stored
     parts = [_elements(piece, sources[piece.record]) for piece in segment.pieces]

@@ -148,13 +148,13 @@ def read_index(data: bytes | memoryview, budget: int, minor: int) -> Index:
         storages.append(_read_storage(cursor, segment, minor, where))
     cursor.end()
     if minor != least_minor(entries, storages):
-        needs = "a segment of levels in rANS or a tensor with steps"
+        needs = "a segment of levels in rANS or a stepped tensor"
         raise damaged(_WHERE, f"a file of version 1.1 has {needs}", "none")
     return Index(tuple(entries), aliases, layout, tuple(storages))
 
 
 def least_minor(entries: Iterable[Entry], storages: Iterable[Storage]) -> int:
-    """The lowest minor version that describes a file."""
+    """The lowest minor version that can describe a file (section 3)."""
     in_runs = any(isinstance(storage.coding, RunCoding) for storage in storages)
     return max((int(in_runs), *(entry.minor for entry in entries)))
 
@@ -204,8 +204,10 @@ def _read_target(cursor: Cursor, name: str, count: int) -> int:
 
 def _read_entry(cursor: Cursor, name: str, minor: int) -> Entry:
     where = f"tensor {name!r}"
-    known = [kind for kind in KINDS if kind.minor <= minor]
-    kind = known[cursor.code(len(known), "kind", where)]
+    kind = KINDS[cursor.code(len(KINDS), "kind", where)]
+    if kind.minor > minor:
+        rule = f"a {kind.kind} tensor needs a file of version 1.{kind.minor}"
+        raise damaged(where, rule, f"version 1.{minor}")
     dtype = DTYPES[cursor.code(len(DTYPES), "dtype", where)]
     rank = cursor.fixed(1, "a rank")
     shape = tuple(cursor.varint("a size") for _ in range(rank))

@@ -39,14 +39,15 @@ class RunCoding:
     widths: tuple[int, ...]
 
 
-def encode(pieces: Sequence[LevelPiece]) -> tuple[RunCoding, bytes]:
-    """Codes the bit maps and levels of a segment.
+def encode(pieces: Sequence[LevelPiece], most: int) -> tuple[RunCoding, bytes] | None:
+    """Codes the bit maps and levels of a segment, if that takes at most so many bytes.
 
     Args:
         pieces: at least one, none empty.
+        most: the most bytes that are of use.
 
     Returns:
-        what the index says, and the stored bytes.
+        what the index says, and the stored bytes; or None.
 
     Raises:
         FormatError: a level does not fit its bitwidth.
@@ -61,17 +62,27 @@ def encode(pieces: Sequence[LevelPiece]) -> tuple[RunCoding, bytes]:
         runs += [levels[chosen] for chosen in _chosen(contexts, classes[width])]
     counts = [np.bincount(run) for run in runs]
     models = [rans.Model.of(count) for count in counts]
-    states, words = rans.encode(list(zip(models, runs, strict=True)), _lanes(counts))
-    head = varint(states.size) + varint(words.size) + states.tobytes() + words.tobytes()
     bounds = bytes([contexts.lowest, contexts.highest])
     columns = [varint(piece.columns) for piece in contexts.pieces]
     tail = b"".join([bounds, *columns, *(model.write() for model in models)])
+    size = sum(int(costs.entropy(count)) for count in counts) // (8 * costs.UNIT)
+    # Words and states never take less than the entropy of the runs, but for a few bytes.
+    if size + len(tail) > most:
+        return None
+    states, words = rans.encode(list(zip(models, runs, strict=True)), _lanes(counts, size))
+    head = varint(states.size) + varint(words.size) + states.tobytes() + words.tobytes()
+    if len(head) + len(tail) > most:
+        return None
     return RunCoding(tuple(streams)), head + tail
 
 
-def _lanes(counts: Sequence[NDArray[np.int64]]) -> int:
-    """As many lanes as pay by their speed for what their states take."""
-    size = sum(int(costs.entropy(count)) for count in counts) // (8 * costs.UNIT)
+def _lanes(counts: Sequence[NDArray[np.int64]], size: int) -> int:
+    """As many lanes as pay by their speed for what their states take.
+
+    Args:
+        counts: how often the symbols of each run occur.
+        size: bytes that the symbols are worth.
+    """
     symbols = sum(int(count.sum()) for count in counts if np.count_nonzero(count) > 1)
     least = -(-symbols // min(_MOST_ROWS, rans.ROWS_PER_BYTE * (size + _LEAST_BYTES)))
     return min(max(size // _BYTES_PER_LANE, least, 1), _MOST_LANES)

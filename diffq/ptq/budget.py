@@ -53,7 +53,7 @@ def quantize_to_size(
     state: Mapping[str, Any],
     most: int,
     settings: Settings | None = None,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
     metadata: Mapping[str, Any] | None = None,
     report: Report = lambda what, done, total: None,
 ) -> Fitted:

@@ -138,15 +138,19 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         )
         return (sum(bits) + self._raw_bits()) / MEGABYTE_BITS
 
-    def compressed_model_size(self, codec: Codec = "zstd") -> float:
+    def compressed_model_size(self, codec: Codec = "rans") -> float:
         """Size in MB of the file that `diffq.save` would write now, without metadata.
 
         A collective if the model is sharded.
 
         Encodes the whole model: meant for once an epoch, not for each step.
 
+        Args:
+            codec: as in `diffq.save`.
+
         Raises:
             WeightError: a weight or bitwidth is not finite.
+            ConfigError: an unknown codec.
         """
         snapshot = self.snapshot()
         parts = encode_parts(snapshot.records, snapshot.aliases, codec=codec)

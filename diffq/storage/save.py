@@ -37,7 +37,7 @@ class Storable(Protocol):
 def save(
     source: Storable | Mapping[str, Any],
     path: Target,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a quantized model to one file, atomically.
@@ -49,8 +49,9 @@ def save(
         source: a quantizer, or what its `get_quantized_state` returned.
         path: where to; an old file stays intact until the new one is whole. A binary file
             that is open for writing gets the bytes where it stands, and need not seek.
-        codec: "zstd" compresses the levels; "rans" makes the smallest file, which takes longer
-            to load and needs a reader of version 1.1 of the format; "packed" only packs them.
+        codec: "rans" makes the smallest file: it codes levels in zstd or in rANS. "zstd" takes
+            less time to save and load, and earlier versions of diffq read the file. "packed" only
+            packs levels.
         metadata: a JSON object to store along, such as the model's configuration.
 
     Returns:

@@ -21,7 +21,7 @@ from diffq.format.records import GridRecord
 from diffq.ptq.state import Settings, quantize_state
 from diffq.storage.state import raw_record
 from tests.compare import same_bits
-from tests.format.samples import grid, matrix, product
+from tests.format.samples import expected_array, grid, matrix, product, stepped_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +171,31 @@ def test_inspect_tells_how_tensors_are_coded(tmp_path, run, run_json):
     row = next(line for line in out.splitlines() if line.startswith("a "))
     assert "rans" in row.split()
     assert run("verify", path)[0] == 0
+
+
+def test_stepped_tensors_go_through_every_command(folder, run, run_json):
+    """A file with a step for each group is shown, checked, unpacked and compared like others."""
+    records = stepped_model()
+    Path("steps.diffq").write_bytes(encode(records))
+    told = {tensor["name"]: tensor for tensor in run_json("inspect", "steps.diffq")[1]["tensors"]}
+    shown = told["conv.weight"]
+    assert (shown["kind"], shown["group_size"], shown["groups"]) == ("stepped", 27, 4)
+    assert shown["bits"] == {"2": 108}
+    assert shown["entropy_bound_bytes"] < (16 * 4 + 2 * 108) / 8
+    row = next(line for line in run("inspect", "steps.diffq")[1].splitlines() if "4x3x3x3" in line)
+    assert "stepped" in row.split()
+    assert run("verify", "steps.diffq") == (0, "steps.diffq: ok\n", "")
+    for out in ("out.pt", "out.safetensors"):
+        assert run("unpack", "steps.diffq", out)[0] == 0
+        assert run_json("diff", "steps.diffq", out)[1]["relative_error"] == 0
+    tensors = torch.load("out.pt")
+    assert tensors["conv.weight"].dtype == torch.bfloat16
+    for name, record in records.items():
+        assert tensors[name].float().numpy().tolist() == expected_array(record).tolist()
+    damage("steps.diffq")
+    code, out, _ = run("verify", "steps.diffq")
+    assert code == 1
+    assert "FAILED" in out
 
 
 def test_inspect_compares_with_float32(state, packed, run_json):

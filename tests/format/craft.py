@@ -71,6 +71,11 @@ def scaled(shape=(8,), group_size=8, min_bits=2, places=(0, 0)):
     return head + bytes([min_bits]) + b"".join(leb(place) for place in places)
 
 
+def stepped(shape=(8,), group_size=8, min_bits=2, places=(0, 0)):
+    """A stepped tensor of the index."""
+    return b"\x04" + scaled(shape, group_size, min_bits, places)[1:]
+
+
 def product(shape=(8,), block_size=2, codewords=4, places=(0, 0), stored=FLOAT32, scale=b""):
     """A product-quantized tensor of the index; `scale` holds the bytes of scale and zero point."""
     sizes = b"".join(leb(size) for size in shape)
@@ -176,6 +181,11 @@ def in_runs(
     head = leb(len(states)) + leb(len(words))
     head += np.array(states, "<u4").tobytes() + np.array(words, "<u2").tobytes()
     return head + bytes(bounds) + b"".join([*map(leb, columns), *tables, tail])
+
+
+def steps(*numbers):
+    """The numbers of steps."""
+    return np.array(numbers, "<i2").tobytes()
 
 
 def floats(*numbers):

@@ -125,9 +125,9 @@ CONTAINER = {
     "version 0": (File(version=(0, 1)).build(), r"versions 1\.0 to 1\.1 .* got version 0\.1"),
     "version 1.2": (File(version=(1, 2)).build(), r"got version 1\.2\. Install a diffq"),
     "version 1.255": (File(version=(1, 255)).build(), r"got version 1\.255\. Install a diffq"),
-    "version 1.1 without rANS": (
+    "version 1.1 without need": (
         File(version=(1, 1)).build(),
-        r"version 1\.1 has a segment of levels in rANS, got none",
+        r"version 1\.1 has a segment of levels in rANS or a stepped tensor, got none",
     ),
     "unknown required chunk": (File(extra=(chunk(b"Evil"),)).build(), "Chunk Evil.*Upgrade"),
     "chunk larger than the file": (File(chunks=(chunk(b"INDX", b"", size=99),)).build(), "99 more"),
@@ -223,7 +223,7 @@ INDEX = {
     "alias to nothing": (named("w", aliases=("a",), targets=(1,)), "one of 1 tensors, got 1"),
     "alias to itself": (named("w", aliases=("a",), targets=(1,)), "one of 1 tensors"),
     "alias without tensors": (named(aliases=("a",), targets=(0,)), "one of 0 tensors"),
-    "unknown kind": (one(raw(kind=4)), "knows the kinds 0 to 3, got 4.*upgrade"),
+    "unknown kind": (one(raw(kind=5)), "knows the kinds 0 to 4, got 5.*upgrade"),
     "unknown dtype": (one(raw(dtype=17)), "knows the dtypes 0 to 16, got 17"),
     "unknown stored dtype": (one(raw(stored=200)), "stored dtypes 0 to 16, got 200"),
     "int stored as float16": (one(raw(dtype=6, stored=9)), "only floats"),

@@ -15,7 +15,14 @@ from diffq.format import layout
 from diffq.format.container import encode
 from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
 from diffq.format.kinds.product import ProductRecord
-from diffq.format.records import GridRecord, RawRecord, ScaledRecord
+from diffq.format.records import (
+    FIRST_STEP,
+    LAST_STEP,
+    GridRecord,
+    RawRecord,
+    ScaledRecord,
+    SteppedRecord,
+)
 from tests.format.craft import File, chunk
 from tests.format.samples import (
     expected_array,
@@ -25,6 +32,8 @@ from tests.format.samples import (
     random_levels,
     raw,
     small_model,
+    stepped,
+    stepped_model,
 )
 
 FOLDER = Path(__file__).parent / "golden"
@@ -109,6 +118,35 @@ def shared_segments():
         for i in range(10)
     }
     return {**sizes, **biases}
+
+
+def steps():
+    """Steps of every number, bitwidth and dtype, in groups that divide the tensor and do not."""
+    numbers = np.arange(FIRST_STEP, LAST_STEP + 1).astype(np.int16)
+    bits = np.resize(np.arange(1, 16), numbers.size).astype(np.uint8)
+    numel = 3 * numbers.size - 2
+    head = (numel,), "float32", 3, 1, bits, random_levels(bits, 3, numel, seed=4)
+    records = {**stepped_model(), "numbers": SteppedRecord(*head, numbers)}
+    for width in range(1, 16):
+        records[f"all_{width}"] = stepped((30, 20), 20, width, seed=width)
+    for dtype in FLOAT_DTYPES:
+        records[dtype] = stepped((7, 9), 8, 5, dtype=dtype)
+    return records
+
+
+def long_steps():
+    """Stepped tensors cut in several segments, of groups and within groups."""
+    rows, columns = 1050, 1000
+    records = {}
+    for group_size in (300_007, rows * columns):
+        levels = np.full((rows, columns), 8, np.uint16)
+        levels[::50, ::7] = np.resize(np.uint16([7, 9, 9, 12]), levels[::50, ::7].shape)
+        groups = -(-levels.size // group_size)
+        bits = np.full(groups, 4, np.uint8)
+        numbers = np.resize(np.int16([-30, -28, -25]), groups)
+        head = levels.shape, "float32", group_size, 4, bits, levels.reshape(-1)
+        records[f"groups.{group_size}"] = SteppedRecord(*head, numbers)
+    return records
 
 
 def codebooks():
@@ -230,6 +268,10 @@ MODELS = {
     "runs_bitwidths": (skewed_bitwidths(), {}, {}, "rans"),
     "runs_product": (skewed_codebooks(), {}, {}, "rans"),
     "runs_long": (long_runs(), {}, {}, "rans"),
+    "steps": (steps(), {"tied": "all_3"}, {"by": "me"}, "zstd"),
+    "steps_packed": (steps(), {}, {}, "packed"),
+    "steps_runs": (steps(), {}, {}, "rans"),
+    "steps_long": (long_steps(), {}, {}, "zstd"),
 }
 
 

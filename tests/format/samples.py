@@ -8,7 +8,15 @@ from hypothesis.extra import numpy as hnp
 
 from diffq.format.dtypes import FLOAT_DTYPES, ITEM_SIZES
 from diffq.format.kinds.product import CODEBOOK_DTYPES, ProductRecord
-from diffq.format.records import GridRecord, RawRecord, ScaledRecord, group_count
+from diffq.format.records import (
+    FIRST_STEP,
+    LAST_STEP,
+    GridRecord,
+    RawRecord,
+    ScaledRecord,
+    SteppedRecord,
+    group_count,
+)
 
 SHAPES = st.one_of(
     st.just(()),
@@ -78,6 +86,17 @@ def scaled_records(draw):
 
 
 @st.composite
+def stepped_records(draw):
+    """Stepped tensors, with steps from the whole range or near each other."""
+    fields = draw(level_fields())
+    lowest = draw(st.integers(FIRST_STEP, LAST_STEP))
+    highest = draw(st.sampled_from([lowest, min(lowest + 9, LAST_STEP), LAST_STEP]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    steps = random.integers(lowest, highest + 1, fields[4].size).astype(np.int16)
+    return SteppedRecord(*fields, steps)
+
+
+@st.composite
 def product_records(draw):
     """Indices into codebooks of every dtype, from one weight and one codeword upward."""
     block_size = draw(st.integers(1, 9))
@@ -96,7 +115,9 @@ def product_records(draw):
     return ProductRecord(shape, dtype, codebook.astype(stored), indices, **scaled)
 
 
-RECORDS = st.one_of(raw_records(), grid_records(), scaled_records(), product_records())
+RECORDS = st.one_of(
+    raw_records(), grid_records(), scaled_records(), stepped_records(), product_records()
+)
 
 
 def as_stored(record):
@@ -150,6 +171,18 @@ def matrix(rows, columns, scale, seed=0, group_size=None):
     return ScaledRecord(*head, np.float32([0.125]))
 
 
+def stepped(shape, group_size, bits=4, step=-20, seed=0, dtype="float32"):
+    """A trained weight with a step for each group, whose groups differ in size."""
+    random, numel = np.random.default_rng(seed), math.prod(shape)
+    groups = group_count(numel, group_size)
+    octaves = random.standard_normal(groups)
+    top = (1 << bits) - 1
+    drawn = np.rint(random.standard_normal(numel) * top / 6) + (top + 1) // 2
+    levels, widths = drawn.clip(0, top).astype(np.uint16), np.full(groups, bits, np.uint8)
+    steps = (step + np.rint(4 * octaves)).astype(np.int16)
+    return SteppedRecord(shape, dtype, group_size, bits, widths, levels, steps)
+
+
 def product(blocks, codewords, block_size=8, stored="float16", seed=0, shape=None):
     """Indices as k-means leaves them: frequent codewords first, the rarest half as frequent."""
     random = np.random.default_rng(seed)
@@ -195,6 +228,20 @@ def small_model():
         "norm.mask": raw(np.eye(3, dtype=bool), "bool"),
         "norm.steps": raw(np.int64(1500), "int64"),
         "empty": raw(np.zeros((0, 3), np.float32)),
+    }
+
+
+def stepped_model():
+    """Small stepped tensors, one of several bitwidths, beside one of float16."""
+    several = stepped((5, 10), 8)
+    bits = np.uint8([4, 6, 5, 4, 15, 4, 7])
+    return {
+        "embed.weight": SteppedRecord(**{**vars(several), "bits": bits}),
+        "conv.weight": stepped((4, 3, 3, 3), 27, bits=2, seed=1, dtype="bfloat16"),
+        "head.weight": stepped((3, 7), 4, bits=3, seed=2, dtype="float16"),
+        "scalar": stepped((), 1, bits=1),
+        "empty": stepped((0, 3), 1),
+        "norm.weight": raw(np.linspace(0.5, 1.5, 9, dtype=np.float16), "float16"),
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from diffq.errors import ConfigError, FormatError
 from diffq.format import chunks, layout
 from diffq.format import reader as reader_module
-from diffq.format.container import decode, encode, encode_parts
+from diffq.format.container import Codec, decode, encode, encode_parts
 from diffq.format.kinds.product import ProductRecord
 from diffq.format.reader import Reader, default_budget, least_size
 from diffq.format.records import ITEM_SIZES, GridRecord, RawRecord, ScaledRecord, group_count
@@ -29,6 +30,9 @@ from tests.format.samples import (
     raw,
     scaled_records,
     small_model,
+    stepped,
+    stepped_model,
+    stepped_records,
 )
 
 JSON = st.recursive(
@@ -42,7 +46,7 @@ JSON = st.recursive(
     ),
     max_leaves=10,
 )
-CODECS = st.sampled_from(["zstd", "rans", "packed"])
+CODECS = st.sampled_from(get_args(Codec))
 LARGE = 1 << 40
 
 
@@ -68,7 +72,7 @@ def test_round_trip(records, codec, metadata):
     assert read == metadata
 
 
-@given(st.one_of(grid_records(), scaled_records()), CODECS)
+@given(st.one_of(grid_records(), scaled_records(), stepped_records()), CODECS)
 def test_values_are_those_of_the_record(record, codec):
     """The fast way to values gives what the record's own arithmetic gives, bit for bit."""
     reader = Reader(encode({"a": record}, codec=codec))
@@ -116,6 +120,37 @@ def test_long_tensors_are_cut(numel, group_size, codec):
     reader = Reader(encode({"a": record}, codec=codec), LARGE)
     assert_same(reader.record("a"), record)
     assert_same_values(reader.values("a"), record.values())
+
+
+@pytest.mark.parametrize("group_size", [1, 7, layout.MAX_BYTES // 2 + 1])
+@pytest.mark.parametrize("codec", get_args(Codec))
+def test_long_stepped_tensors_are_cut(group_size, codec):
+    """Stepped tensors longer than a segment come back, and so do more steps than fit in one."""
+    record = stepped((layout.MAX_BYTES // 2 + 5,), group_size, bits=2)
+    reader = Reader(encode({"a": record}, codec=codec), LARGE)
+    assert_same(reader.record("a"), record)
+    assert_same_values(reader.values("a"), record.values())
+
+
+@pytest.mark.parametrize("codec", get_args(Codec))
+def test_stepped_tensors_need_version_1_1(codec):
+    """A file with a stepped tensor is of version 1.1 whatever its codec, one without of 1.0."""
+    model = {"a": stepped((4, 6), 6), "b": raw(np.zeros(2, np.float32))}
+    assert encode(model, codec=codec)[8:10] == b"\x01\x01"
+    assert encode({"b": model["b"]}, codec=codec)[8:10] == b"\x01\x00"
+    for name, record in decode(encode(model, codec=codec))[0].items():
+        assert_same(record, model[name])
+
+
+def test_small_stepped_tensors_share_segments():
+    """Short stepped tensors share segments of steps and of levels, beside other kinds."""
+    records = {**stepped_model(), **small_model()}
+    alone = sum(len(encode({name: record})) for name, record in records.items())
+    data = encode(records)
+    assert len(data) < 0.8 * alone
+    reader = Reader(data)
+    for name, record in records.items():
+        assert_same(reader.record(name), record)
 
 
 def test_long_raw_tensors_are_cut():

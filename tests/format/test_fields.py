@@ -17,12 +17,15 @@ from tests.format.samples import (
     grid,
     product,
     small_model,
+    stepped,
+    stepped_model,
 )
 
 GRID = grid(30, 4, (2, 6))
 SHARED = grid(30, 30, (4, 4))
 WORDS = product(15, 6, 2, "uint8")
 ONE = product(15, 1, 2)
+STEPS = stepped((30,), 4)
 RAW = small_model()["norm.weight"]
 
 
@@ -61,7 +64,7 @@ def test_records_come_back(record, packed):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("records", [small_model(), codebook_model()])
+@pytest.mark.parametrize("records", [small_model(), codebook_model(), stepped_model()])
 def test_models_come_back(records, packed):
     """Records of each kind come back from their fields, constants and zero points included."""
     zeros = type(GRID)(**vars(GRID) | {"zero_point": True})
@@ -73,8 +76,8 @@ def test_kinds_are_told_apart():
     """No two kinds of records share a name, in files or in states."""
     in_files = [kind.kind for kind in KINDS]
     in_states = [name for kind in KINDS for name in kind.record_type.state_kinds]
-    assert in_files == ["raw", "grid", "scaled", "product"]
-    assert in_states == ["raw", "grid", "grid with zero point", "scaled", "product"]
+    assert in_files == ["raw", "grid", "scaled", "product", "stepped"]
+    assert in_states == ["raw", "grid", "grid with zero point", "scaled", "product", "stepped"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,12 @@ def test_kinds_are_told_apart():
         (WORDS, False, {"indices": np.full(15, -1, "i4")}, "below 6, got 4294967295"),
         (WORDS, False, {"indices": np.zeros(14, "i4")}, "one index for each block"),
         (ONE, True, {"indices": np.zeros(1, "u1")}, "needs no indices, got 1"),
+        (STEPS, True, {"steps": np.zeros(7, "i2")}, r"8 groups have as many steps, got .*\(7,\)"),
+        (STEPS, False, {"steps": np.full(8, -505, "i2")}, "from -504 to 451, got -505 to -505"),
+        (STEPS, False, {"steps": np.int16([0] * 7 + [452])}, "from -504 to 451, got 0 to 452"),
+        (STEPS, True, {"group_size": 31}, "group size is from 1 to 30 weights, got 31"),
+        (STEPS, True, {"levels": np.zeros(14, "u1")}, "30 weights need more|need 15"),
+        (STEPS, False, {"levels": np.full(30, 16, "i2")}, "below 2.* of its group, got 16"),
         (RAW, True, {"shape": (3, 3)}, r"shape \[3, 3\], got \[9\]"),
     ],
 )
@@ -109,7 +118,7 @@ def test_contradictions(record, packed, change, rule):
         read(Given(record, packed, **change))
 
 
-@pytest.mark.parametrize("records", [small_model(), codebook_model()])
+@pytest.mark.parametrize("records", [small_model(), codebook_model(), stepped_model()])
 def test_decoded_elements(records):
     """A record decodes to its values, or to the bytes that it keeps, as a copy."""
     for record in records.values():

@@ -71,12 +71,14 @@ def test_diffq_reads(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_versions(name):
-    """Files with a segment in rANS are of version 1.1, all others of 1.0."""
+    """Files with a segment in rANS or a stepped tensor are of version 1.1, all others of 1.0."""
     data = (FOLDER / f"{name}.diffq").read_bytes()
     reader = Reader(data, BUDGET)
     in_runs = any("rans" in reader.codings(tensor) for tensor in reader.entries)
-    assert data[8:10] == bytes([1, in_runs])
-    assert in_runs == name.startswith("runs")
+    stepped = any(entry.kind == "stepped" for entry in reader.entries.values())
+    assert data[8:10] == bytes([1, in_runs or stepped])
+    assert in_runs == (name.startswith("runs") or name == "steps_runs")
+    assert stepped == name.startswith("steps")
 
 
 @pytest.mark.parametrize("name", GOLDEN)

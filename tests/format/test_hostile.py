@@ -8,7 +8,7 @@ import pytest
 from diffq.errors import FormatError
 from diffq.format.container import decode
 from diffq.format.reader import Reader, default_budget
-from tests.format import hostile, hostile_runs
+from tests.format import hostile, hostile_runs, hostile_steps
 from tests.format.craft import (
     FLOAT32,
     TOTAL,
@@ -23,10 +23,11 @@ from tests.format.craft import (
     grid,
     in_runs,
     raw,
+    stepped,
 )
 from tests.format.hostile import LEVELS, PARAMETERS, SPLIT, SPLIT_FIRST
 
-CASES = hostile.CASES | hostile_runs.CASES
+CASES = hostile.CASES | hostile_runs.CASES | hostile_steps.CASES
 MOST_MEMORY = 16_000_000
 
 
@@ -163,6 +164,24 @@ def test_largest_bomb_of_elements(item, dtype):
     data = File(**parts, extra=(chunk(b"fill", bytes(fill)),)).build()
     assert len(data) == 1024
     for read in (lambda: Reader(data).verify(), lambda: Reader(data).records()):
+        tracemalloc.start()
+        try:
+            read()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < MOST_MEMORY
+
+
+def test_largest_bomb_of_steps():
+    """A tiny file with as many steps as it may have is read within that memory."""
+    count, most = default_budget(0) // 7, 1 << 20
+    sizes = [most, count - most]
+    parts = [Elements(frame(bytes(2 * count)))]
+    parts += [Levels(frame(bytes(-(-size // 4))), payload=-(-size // 4)) for size in sizes]
+    data = File(tensors=(stepped((count,), 1),), segments=tuple(parts), version=(1, 1)).build()
+    assert len(data) < 1024
+    for read in (lambda: Reader(data).verify(), lambda: Reader(data).values("w")):
         tracemalloc.start()
         try:
             read()

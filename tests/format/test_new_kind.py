@@ -123,5 +123,5 @@ def test_kinds_that_are_not_known_are_refused(monkeypatch):
         data = encode({"new": SignRecord((8,), "float32", 0.5, np.zeros(1, np.uint8))})
         with pytest.raises(FormatError, match="tensor 'new': A scale is at least 0, got -1"):
             encode({"new": SignRecord((8,), "float32", -1.0, np.zeros(1, np.uint8))})
-    with pytest.raises(FormatError, match=r"knows the kinds 0 to 3, got 4.*upgrade"):
+    with pytest.raises(FormatError, match=r"knows the kinds 0 to 4, got 5.*upgrade"):
         Reader(data)

@@ -1,5 +1,6 @@
 """Records, and levels sorted by bitwidth."""
 
+import math
 import re
 from pathlib import Path
 
@@ -13,12 +14,25 @@ from diffq.format.dtypes import DTYPES
 from diffq.format.groups import group_count, merge_levels, split_groups, stream_counts
 from diffq.format.kinds.levels import repeat
 from diffq.format.records import (
+    FIRST_STEP,
+    LAST_STEP,
     MAX_RANGE,
+    PER_OCTAVE,
+    STEPS,
     GridRecord,
     RawRecord,
     ScaledRecord,
+    SteppedRecord,
 )
-from tests.format.samples import grid, grid_records, level_fields, random_levels, scaled_records
+from tests.format.samples import (
+    grid,
+    grid_records,
+    level_fields,
+    random_levels,
+    scaled_records,
+    stepped,
+    stepped_records,
+)
 
 
 @given(level_fields())
@@ -75,6 +89,73 @@ def test_scaled_values(record):
     zero = (1 << bits >> 1).astype(np.float32)
     expected = (record.levels.astype(np.float32) - zero) * record.scale
     assert np.array_equal(record.values().reshape(-1), expected)
+
+
+@given(stepped_records())
+def test_stepped_values(record):
+    """A stepped value is level - 2**(bits - 1), which is exact, times 2**(step / 4)."""
+    roots = [root / 2**23 for root in (0x800000, 0x9837F0, 0xB504F3, 0xD744FD)]
+    expected = []
+    for i, level in enumerate(record.levels.tolist()):
+        group = i // record.group_size
+        octave, quarter = divmod(int(record.steps[group]), 4)
+        step = math.ldexp(roots[quarter], octave)
+        # A product of 24 and 14 bits is exact in float64, and rounded where it becomes float32.
+        expected.append(np.float32((level - 2 ** (int(record.bits[group]) - 1)) * step))
+    values = record.values()
+    assert values.dtype == np.float32
+    assert values.shape == record.shape
+    assert np.array_equal(values.reshape(-1), np.float32(expected))
+    assert np.isfinite(values).all()
+
+
+def test_steps_are_quarter_octaves():
+    """Each step is the float32 nearest to 2**(number / 4), normal, and doubles every four."""
+    numbers = np.arange(FIRST_STEP, LAST_STEP + 1)
+    # Of three quarters, 2**(1/4) and its likes are rounded once as float64.
+    assert np.array_equal(STEPS, np.exp2(numbers / PER_OCTAVE).astype(np.float32))
+    assert np.array_equal(STEPS[PER_OCTAVE:], 2 * STEPS[:-PER_OCTAVE])
+    assert STEPS[0] == np.finfo(np.float32).tiny
+    assert np.isfinite(STEPS[-1] * np.float32(2**14))
+
+
+@pytest.mark.parametrize("bits", [1, 8, 15])
+@pytest.mark.parametrize("number", [FIRST_STEP, LAST_STEP])
+def test_extreme_steps(bits, number):
+    """The lowest and highest level of the extreme steps are finite and normal, the middle is 0."""
+    levels = np.uint16([0, (1 << bits) - 1, 1 << bits >> 1])
+    record = SteppedRecord((3,), "float32", 3, 1, np.uint8([bits]), levels, np.int16([number]))
+    low, high, middle = record.values()
+    assert middle == 0
+    assert np.isfinite([low, high]).all()
+    assert -low >= np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize(
+    ("steps", "rule"),
+    [
+        (np.int16([0]), "2 groups have as many steps, got shape .1,"),
+        (np.zeros((2, 1), np.int16), "2 groups have as many steps, got shape .2, 1"),
+        (np.int16([FIRST_STEP - 1, 0]), "from -504 to 451, got -505 to 0"),
+        (np.int16([-32768, 32767]), "from -504 to 451, got -32768 to 32767"),
+        (np.int16([0, LAST_STEP + 1]), "from -504 to 451, got 0 to 452"),
+    ],
+)
+def test_bad_steps(steps, rule):
+    """A stepped tensor refuses steps that are too many, too few or out of range."""
+    fields = (4,), "float32", 2, 2, np.uint8([2, 3]), np.zeros(4, np.uint16)
+    with pytest.raises(FormatError, match=rule):
+        SteppedRecord(*fields, steps)
+
+
+def test_size_of_steps():
+    """A step counts 16 bits, and in the bound of entropy coding what it is worth."""
+    record = stepped((6, 8), 8, bits=4)
+    record = SteppedRecord(**{**vars(record), "steps": np.int16([-20, -20, -20, -16, -20, -16])})
+    assert record.stored_bits() == 6 * 16 + 8 + 48 * 4
+    entropy = -4 * math.log2(4 / 6) - 2 * math.log2(2 / 6)
+    bound = record.entropy_bound_bits() - record.coded.entropy_bits()
+    assert bound == pytest.approx(entropy)
 
 
 def test_extreme_ranges_stay_finite():

@@ -21,9 +21,11 @@ from tests.format.craft import (
     product,
     raw,
     scaled,
+    stepped,
+    steps,
 )
 from tests.format.make_golden import FOLDER
-from tests.format.samples import RECORDS, codebook_model, matrix, small_model
+from tests.format.samples import RECORDS, codebook_model, matrix, small_model, stepped_model
 from tests.fuzz.target import read_and_write, read_repaired, take_apart
 
 STEMS = ("example", "every_dtype", "shared", "zero_points")
@@ -35,6 +37,7 @@ SEEDS = [
     encode(codebook_model(), codec="packed"),
     encode({**small_model(), **codebook_model()}, codec="rans"),
     encode({"a": matrix(12, 10, 0.2), "b": matrix(9, 20, 0.5, group_size=4)}, codec="rans"),
+    *(encode(stepped_model(), codec=codec) for codec in get_args(Codec)),
     *((FOLDER / f"{stem}.diffq").read_bytes() for stem in STEMS),
 ]
 FUZZ = settings(max_examples=300)
@@ -123,12 +126,15 @@ TENSORS = st.one_of(
         st.lists(NUMBERS, min_size=1, max_size=2),
         st.integers(8, 13),
     ),
-    st.builds(
-        scaled,
-        st.lists(NUMBERS, max_size=3),
-        NUMBERS,
-        st.integers(0, 17),
-        st.lists(NUMBERS, min_size=1, max_size=2),
+    *(
+        st.builds(
+            kind,
+            st.lists(NUMBERS, max_size=3),
+            NUMBERS,
+            st.integers(0, 17),
+            st.lists(NUMBERS, min_size=1, max_size=2),
+        )
+        for kind in (scaled, stepped)
     ),
     st.builds(
         product,
@@ -161,6 +167,10 @@ def crafted_runs(draw):
 SEGMENTS = st.one_of(
     st.builds(Elements, st.binary(max_size=20)),
     st.builds(lambda pair: Elements(floats(*sorted(pair))), st.tuples(BYTES, BYTES)),
+    st.builds(
+        lambda numbers: Elements(steps(*numbers)),
+        st.lists(st.integers(-(2**15), 2**15 - 1) | st.integers(-9, 9), min_size=1, max_size=4),
+    ),
     st.builds(
         Levels,
         st.binary(max_size=20),

@@ -1,5 +1,6 @@
 """Models to files and back: bit for bit, and the same bytes each time."""
 
+import inspect
 import os
 import stat
 import subprocess
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 
 import diffq
+from diffq.cli.convert import convert
 from diffq.format import threads
+from diffq.format.container import encode, encode_parts
+from diffq.ptq.budget import quantize_to_size
 from tests.holder import all_bits, blank, reloaded, weight_quantizers
 from tests.models import (
     MODELS,
@@ -78,7 +82,7 @@ def test_codecs_load_the_same(method, codec, tmp_path):
 
 
 def test_packed_is_packed(tmp_path):
-    """ "rans" makes the smallest file of levels that repeat, then "zstd", which is the default."""
+    """ "rans", the default, makes the smallest file of levels that repeat, then "zstd"."""
     layer = nn.Linear(64, 64)
     with torch.no_grad():
         layer.weight.normal_().pow_(3)
@@ -86,7 +90,21 @@ def test_packed_is_packed(tmp_path):
     sizes = {codec: diffq.save(quantizer, tmp_path / codec, codec) for codec in CODECS}
     assert sizes["rans"] < sizes["zstd"] < sizes["packed"]
     diffq.save(quantizer, tmp_path / "default")
-    assert (tmp_path / "default").read_bytes() == (tmp_path / "zstd").read_bytes()
+    assert (tmp_path / "default").read_bytes() == (tmp_path / "rans").read_bytes()
+    versions = {codec: (tmp_path / codec).read_bytes()[8:10] for codec in CODECS}
+    assert versions == {"rans": b"\x01\x01", "zstd": b"\x01\x00", "packed": b"\x01\x00"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(encode, encode_parts, diffq.save, diffq.QATQuantizer.compressed_model_size),
+        *(quantize_to_size, convert),
+    ],
+)
+def test_one_default(function):
+    """All that writes or measures a file takes the same codec by default."""
+    assert inspect.signature(function).parameters["codec"].default == "rans"
 
 
 def test_load_keeps_the_parameters(tmp_path):
@@ -159,7 +177,7 @@ def test_sizes_of_files(model, method, tmp_path):
         assert os.path.getsize(tmp_path / codec) == size
         assert quantizer.compressed_model_size(codec) * 2**20 == size
         assert size <= quantizer.true_model_size() * 2**20 + 1000
-    assert quantizer.compressed_model_size() == quantizer.compressed_model_size("zstd")
+    assert quantizer.compressed_model_size() == quantizer.compressed_model_size("rans")
 
 
 _OTHER_PROCESS = """

@@ -128,6 +128,11 @@ class Record(ABC):
         """Bits of everything but the integers and their bitwidths."""
         return 8 * self.elements.size
 
+    @property
+    def least_parameter_bits(self) -> float:
+        """What entropy coding can make of them: nothing, unless they repeat."""
+        return self.parameter_bits
+
     def stored_bits(self) -> int:
         """Size of the tensor in bits, with integers at their bitwidth."""
         return self.parameter_bits
@@ -163,7 +168,8 @@ class Record(ABC):
 
         Coders that look at several symbols at once, as ours can, may end up a little below.
         """
-        return self.parameter_bits + (self.coded.entropy_bits() if self.coded else 0.0)
+        coded = self.coded.entropy_bits() if self.coded else 0.0
+        return self.least_parameter_bits + coded
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ class GridEntry(LevelEntry):
 
     @property
     def parameters(self) -> int:
-        """Number of float32 parameters."""
+        """Low and high of each range."""
         return 2 * self.ranges
 
     def check_elements(self, elements: Bytes) -> None:

@@ -6,9 +6,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffq.errors import FormatError
 from diffq.format import bitpack
@@ -123,8 +124,8 @@ class LevelRecord(QuantizedRecord):
 
     @property
     @abstractmethod
-    def parameters(self) -> Floats:
-        """What the levels are decoded with."""
+    def parameters(self) -> NDArray[Any]:
+        """Ranges, scales or steps, in the dtype that files hold."""
 
     @property
     def constant(self) -> bool:
@@ -237,7 +238,10 @@ class LevelEntry(QuantizedEntry):
         group_size: weights per group.
         min_bits: the bitwidth that the bit map counts from.
         constant: the parameters alone give the values; no level is stored.
+        parameter_bytes: size of one parameter.
     """
+
+    parameter_bytes: ClassVar[int] = 4
 
     group_size: int
     min_bits: int
@@ -266,13 +270,13 @@ class LevelEntry(QuantizedEntry):
     @property
     @abstractmethod
     def parameters(self) -> int:
-        """Number of float32 parameters."""
+        """Number of parameters."""
 
     @property
     def arrays(self) -> list[Part]:
         """The parameters and, unless constant, the levels."""
         levels = Part(LEVELS, self.numel, self.group_size)
-        return [Part(4, self.parameters), *([] if self.constant else [levels])]
+        return [Part(self.parameter_bytes, self.parameters), *([] if self.constant else [levels])]
 
     @property
     def integers(self) -> int:

@@ -9,32 +9,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq.errors import FormatError
-from diffq.format.dtypes import little_endian
-from diffq.format.entropy import DecodedPiece
+from diffq.format.entropy import DecodedPiece, entropy_bits
+from diffq.format.groups import merge_groups
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
 from diffq.format.kinds.levels import LevelEntry, LevelRecord, read_levels, repeat
-from diffq.format.layout import Part, Piece
+from diffq.format.layout import Piece
 
 Steps = NDArray[np.int16]
 
 #: A step is 2**(number / 4), in quarter octaves.
 PER_OCTAVE = 4
 
-#: Lowest and highest number of a step: from the least normal float32 to steps of which even the
+#: Lowest and highest number of a step: the least normal float32, and a step with which even the
 #: farthest level of 15 bits decodes to a finite float32.
 FIRST_STEP, LAST_STEP = -126 * PER_OCTAVE, 113 * PER_OCTAVE - 1
 
-# 2**(i / 4) for i from 0 to 3, rounded to float32.
+# 2**(i / 4) for i from 0 to 3, rounded to float32 (docs/format.md, section 10).
 _ROOTS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
 
 #: The step of each number from `FIRST_STEP` on, float32. Exact products: powers of two.
 STEPS: Floats = np.ldexp(
     np.tile(_ROOTS, (LAST_STEP - FIRST_STEP + 1) // PER_OCTAVE),
     np.arange(FIRST_STEP, LAST_STEP + 1) // PER_OCTAVE,
-).astype(np.float32)
+)
 
-# Bits of the number of a step.
-_STEP_BYTES = 2
+# Groups that are scaled at a time: groups may have one weight, which a hostile file must not
+# make more memory of.
+_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +61,21 @@ class SteppedRecord(LevelRecord):
         check_steps(self.steps)
 
     @property
-    def parameters(self) -> Floats:
-        """The steps themselves."""
-        return step_values(self.steps)
+    def parameters(self) -> Steps:
+        """The numbers of the steps."""
+        return self.steps
 
     @property
-    def elements(self) -> Bytes:
-        """The bytes of the numbers of the steps."""
-        return little_endian(self.steps)
+    def least_parameter_bits(self) -> float:
+        """Entropy of the steps, few of which differ."""
+        return entropy_bits(np.bincount(self.steps - FIRST_STEP))
 
     def values(self) -> Floats:
         """The decoded weights: float32, in the tensor's shape."""
+        zero = (np.uint32(1) << (self.bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
         values = self.levels.astype(np.float32)
-        _scale(values, self.steps, self.bits, self.group_size)
+        values -= repeat(zero, self.group_size, self.numel)
+        _scale(values, self.steps, self.group_size)
         return values.reshape(self.shape)
 
     def entry(self, name: str) -> SteppedEntry:
@@ -97,26 +100,25 @@ class SteppedEntry(LevelEntry):
     kind = "stepped"
     record_type = SteppedRecord
     minor = 1
+    parameter_bytes = 2
 
     @property
     def parameters(self) -> int:
         """One step for each group."""
         return self.groups
 
-    @property
-    def arrays(self) -> list[Part]:
-        """The steps and the levels."""
-        _, *levels = super().arrays
-        return [Part(_STEP_BYTES, self.parameters), *levels]
-
     def check_elements(self, elements: Bytes) -> None:
         """Raises FormatError for a step out of range."""
         check_steps(_steps(elements))
 
     def decode(self, elements: Bytes, piece: Piece, decoded: DecodedPiece, out: Floats) -> None:
-        """Writes what `SteppedRecord.values` computes."""
-        decoded.merge(piece.group_size, out)
-        _scale(out, _steps(elements)[piece.groups], decoded.bits, piece.group_size)
+        """Writes what `SteppedRecord.values` computes, with the levels of a bitwidth at a time."""
+
+        def fill(width: int, part: Floats) -> None:
+            np.subtract(decoded.streams[width], 1 << (width - 1), out=part, dtype=np.float32)
+
+        merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
+        _scale(out, _steps(elements)[piece.groups], piece.group_size)
 
     def fill(self, elements: Bytes, out: Floats) -> None:
         """Writes nothing: only a tensor without weights has no levels."""
@@ -126,17 +128,11 @@ class SteppedEntry(LevelEntry):
         return SteppedRecord(**self.head(levels, bits), steps=_steps(elements))
 
 
-def step_values(steps: Steps) -> Floats:
-    """The steps of some numbers, float32 of the same shape."""
-    values: Floats = STEPS[steps.astype(np.int64) - FIRST_STEP]
-    return values
-
-
 def check_steps(steps: Steps) -> None:
-    """Raises FormatError for a number of a step that is out of range."""
+    """Raises FormatError for the number of a step that is out of range."""
     if steps.size and not FIRST_STEP <= steps.min() <= steps.max() <= LAST_STEP:
         raise FormatError(
-            f"Steps have the numbers {FIRST_STEP} to {LAST_STEP}, "
+            f"The steps of a tensor are numbers from {FIRST_STEP} to {LAST_STEP}, "
             f"got {steps.min()} to {steps.max()}."
         )
 
@@ -146,8 +142,12 @@ def _steps(elements: Bytes) -> Steps:
     return steps
 
 
-def _scale(levels: Floats, steps: Steps, bits: Bytes, group_size: int) -> None:
-    """Turns levels into the values that they stand for, in place."""
-    zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-    levels -= repeat(zero, group_size, levels.size)
-    levels *= repeat(step_values(steps), group_size, levels.size)
+def _scale(values: Floats, steps: Steps, group_size: int) -> None:
+    """Multiplies each group by its step, in place."""
+    for start in range(0, steps.size, _BLOCK):
+        factors = STEPS[steps[start : start + _BLOCK] - FIRST_STEP]
+        part = values[start * group_size : (start + _BLOCK) * group_size]
+        whole = part.size // group_size
+        part[: whole * group_size].reshape(whole, group_size)[:] *= factors[:whole, None]
+        # The last group may be short.
+        part[whole * group_size :] *= factors[whole:]
