@@ -111,7 +111,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         bits = torch.full((), fixed, dtype=torch.float32, device=device)
         for frozen in (size for size in sizes if isinstance(size, Tensor)):
             bits = bits + frozen.to(device, non_blocking=True)
-        parameter, learned = attachment.learned.parameter, attachment.learned_size()
+        # Before the parameter is read: measuring frees what FSDP has gathered.
+        learned = attachment.learned_size()
+        parameter = attachment.learned.parameter
         if parameter is not None and learned is not None:
             if is_managed(attachment.model) and not is_dtensor(parameter):
                 # FSDP may free what it has gathered before a backward asks for it.
