@@ -196,7 +196,7 @@ def check_reachable(
         raise ConfigError(
             f"target_mb must be at least {size:.4g} for this model and quantizer, whose file takes "
             f"that with every bitwidth at its least, got {target:.4g}. Lower min_bits, quantize "
-            "more tensors (min_size, exclude, float16), or ask for more MB."
+            "more tensors (min_size, exclude, small_bits), or ask for more MB."
         )
 
 
