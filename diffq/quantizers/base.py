@@ -51,7 +51,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     Args:
         model: a plain model. Attach before wrapping it in DDP, sharding or compiling it.
         settings: how one tensor is quantized.
-        rules: which tensors are quantized or halved, and their overrides of `settings`.
+        rules: which tensors are quantized, small or halved, and their overrides of `settings`.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -166,7 +166,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         return {name: torch.from_numpy(bits) for name, bits in widths if bits is not None}
 
     def mean_bits(self) -> float:
-        """Average bitwidth of the quantized weights; NaN if there are none.
+        """Average bitwidth of the quantized weights, small ones too; NaN if there are none.
 
         A collective if the model is sharded.
 

@@ -26,12 +26,12 @@ def nearest_levels(levels: Levels, weight: Tensor, scale: Tensor, name: str) -> 
         WeightError: the weight is not finite, or its scale is beyond those that can be stored.
     """
     ratio = weight.detach().float() / scale
-    largest = scale * -levels.lowest
-    finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
+    most = MAX_RANGE / -levels.lowest
+    finite = torch.isfinite(ratio).all() & (scale <= most)
     if is_plain() and not finite:
         raise WeightError(
-            f"The weights and the scale of {name} must be finite, "
-            f"got scale {scale.item()}. "
+            f"The weights and the scale of {name} must be finite, and the scale at most "
+            f"{most:.4g}, got scale {scale.item():.4g}. "
             "Find the step that diverged, or exclude the tensor."
         )
     # Adding zero turns -0.0, which no level stands for, into 0.0.
