@@ -223,9 +223,13 @@ class Rules:
 
     def why_nothing(self, plans: Sequence[TensorPlan]) -> str:
         """The warning for a plan that quantizes no tensor, with the remedy."""
-        nothing = "Nothing is quantized"
+        dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
         if any(plan.small for plan in plans):
-            nothing += f" but small parameters, at small_bits={self.small_bits}"
+            return (
+                f"Only small parameters are quantized, at small_bits={self.small_bits}: there "
+                f"is no other{dims} of more than min_size={self.min_size} MB. Pass min_size=0 to "
+                "quantize small ones like large ones."
+            )
         weights = [
             plan
             for plan in plans
@@ -233,20 +237,19 @@ class Rules:
         ]
         chosen = [p for p in weights if allowed(p.names, self.include, self.exclude)]
         if not weights:
-            dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
             return (
-                f"{nothing}: the model has no floating-point parameter{dims}. "
+                f"Nothing is quantized: the model has no floating-point parameter{dims}. "
                 "Attach the quantizer to the model that holds the weights."
             )
         largest = max(chosen or weights, key=lambda plan: plan.numel)
         size = f"{largest.name}, takes {4 * largest.numel / MEGABYTE:.4g} MB"
         if chosen:
             return (
-                f"{nothing}: the method is for parameters of more than min_size={self.min_size} "
-                f"MB, and the largest, {size}. Pass min_size=0 to quantize small ones too."
+                f"Nothing is quantized: only parameters of more than min_size={self.min_size} MB "
+                f"are, and the largest, {size}. Pass min_size=0 to quantize small ones too."
             )
         return (
-            f"{nothing}: include and exclude leave every parameter out. "
+            "Nothing is quantized: include and exclude leave every parameter out. "
             f"The largest, {size}. Change the patterns."
         )
 

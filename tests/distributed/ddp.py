@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import diffq
 from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, same_on_ranks
-from tests.models import QUANTIZERS, computed, mlp, seeded
+from tests.models import QUANTIZERS, computed, mlp, restored, seeded
 
 
 class PartlyUsed(nn.Module):
@@ -212,7 +212,9 @@ def check_eval():
 
 def check_small_tensors():
     """Small tensors train, and evaluate with the same values on all ranks, those of the file."""
-    wrapped, quantizer = train(mlp, attach=partial(DIFFQ, min_size=1e-3, small_bits=8))
+    wrapped, quantizer = train(
+        mlp, attach=partial(QUANTIZERS["diffq"], min_size=1e-3, small_bits=8)
+    )
     assert [plan.name for plan in quantizer.plan if plan.small] == ["0.bias", "2.weight", "2.bias"]
     evaluated = computed(wrapped.eval().module)
     state = restored(mlp, quantizer).state_dict()

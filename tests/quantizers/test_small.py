@@ -31,6 +31,7 @@ from tests.models import (
     snapshot_of,
     step,
 )
+from tests.processors import repeatable
 
 #: MB of 64 weights: what has more is quantized by the method.
 LIMIT = 64 * 4 / 2**20
@@ -65,11 +66,11 @@ def _holder(parameters, **options):
 
 
 def _filed(quantizer, **options):
-    """The state dict that a file of the quantizer holds."""
+    """The tensors that a file of the quantizer holds, by sorted names."""
     file = io.BytesIO()
     diffq.save(quantizer, file, **options)
     file.seek(0)
-    return diffq.load(file)
+    return dict(sorted(diffq.load(file).items()))
 
 
 def _in_eval(quantizer, name="weight"):
@@ -190,6 +191,22 @@ def test_training_uses_the_plain_tensor():
     model, _ = _attached(overrides={"*": {"bits": 15}}, small_bits=4)
     assert all(same_bits(computed(model.train())[n], snapshot_of(model)[n]) for n in SMALL)
     assert computed_weight(model.train(), "1.bias") is model[1].bias
+
+
+@repeatable()
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_training_is_the_same(kind):
+    """Weights, bits and optimizer train as without small_bits, bit for bit."""
+    trained = []
+    for bits in (None, 8):
+        model, quantizer = _attached(kind, small_bits=bits)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+        quantizer.setup_optimizer(optimizer, lr=0.1)
+        torch.manual_seed(5)
+        for _ in range(4):
+            step(model.train(), optimizer, torch.randn(5, 16), quantizer)
+        trained.append(dict(model.named_parameters()) | dict(model.named_buffers()))
+    assert same_bits(*trained)
 
 
 def test_eval_passes_gradients_straight_through():
@@ -507,9 +524,9 @@ def test_a_model_of_small_tensors_only():
     with pytest.warns(diffq.DiffqWarning) as caught:
         quantizer = diffq.DiffQuantizer(mlp(), small_bits=8)
     message = str(caught[0].message)
-    assert "Nothing is quantized but small parameters, at small_bits=8" in message
-    assert "min_size=0.01 MB" in message
-    assert "0.weight, takes 0.001953 MB" in message
+    assert "Only small parameters are quantized, at small_bits=8" in message
+    assert "there is no other of more than min_size=0.01 MB" in message
+    assert "Pass min_size=0" in message
     assert set(quantizer.bits()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert quantizer.mean_bits() == 8
 
