@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(args.seed)
     model = Transformer(64, 2)
     optimizer = make_optimizer(model)
-    quantizer = diffq.DiffQuantizer(model, noise="rounding", min_size=0.001)
+    quantizer = diffq.DiffQuantizer(
+        model, noise="rounding", min_size=0.001, small_bits=args.small_bits
+    )
     if args.target_mb is None:
         quantizer.setup_optimizer(optimizer, lr=args.bits_lr, lam=args.lam)
     else:
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "seed": args.seed,
         "lam": args.lam,
         "target_mb": args.target_mb,
+        "small_bits": args.small_bits,
         "file_mb": file.getbuffer().nbytes / MEGABYTE,
         "bits_per_character": bits_per_character(model, valid_text[:VALIDATION_BYTES]),
     }
@@ -76,6 +79,7 @@ def main() -> None:
     asked.add_argument("--target-mb", type=float, help="MB of the file")
     parser.add_argument("--steps", type=int, default=1200, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--small-bits", type=int, help="bitwidth of biases and norms")
     parser.add_argument(
         "--bits-lr",
         type=float,

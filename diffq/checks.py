@@ -13,11 +13,23 @@ from diffq.errors import ConfigError
 
 MAX_BITS = 15
 
+#: With fewer, the few levels of a norm or a bias would cost quality for hardly any bytes.
+LEAST_SMALL_BITS = 4
+
 
 def check_bits(bits: Any, name: str = "bits", least: int = 1, most: int = MAX_BITS) -> None:
     """Raises ConfigError unless `bits` is a whole number of bits that can be stored."""
     if not _is_whole(bits) or not least <= bits <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {bits!r}.")
+
+
+def check_small_bits(value: Any) -> None:
+    """Raises ConfigError unless `value` is a bitwidth for small parameters, or None."""
+    if value is not None and (not _is_whole(value) or not LEAST_SMALL_BITS <= value <= MAX_BITS):
+        raise ConfigError(
+            f"small_bits must be None or a whole number from {LEAST_SMALL_BITS} to {MAX_BITS}, "
+            f"got {value!r}. Pass 8, or None to store small parameters as they are."
+        )
 
 
 def check_number(value: Any, name: str, least: float, most: float = math.inf) -> None:

@@ -22,12 +22,18 @@ OTHER_COLOR = "#8c8c8c"
 
 def plot_bits(quantizer: diffq.DiffQuantizer, group_size: int, path: Path) -> None:
     """Draws each tensor's size in float32, and its quantized size split by bitwidth."""
-    bits = quantizer.bits()
+    chosen = {plan.name for plan in quantizer.plan if plan.quantized}
+    widths = quantizer.bits()
+    bits = {name: widths[name] for name in widths if name in chosen}
     numel = {plan.name: plan.numel for plan in quantizer.plan}
     levels = {name: _kilobytes(bits[name], group_size, numel[name]) for name in bits}
     quantized = {name: sum(parts.values()) for name, parts in levels.items()}
-    raw = sum(p.numel * p.dtype.itemsize for p in quantizer.plan if p.name not in bits) / KILOBYTE
-    overhead = quantizer.true_model_size() * KILOBYTE - raw - sum(quantized.values())
+    others = sum(
+        p.numel * (int(widths[p.name]) / 8 if p.small else p.dtype.itemsize) / KILOBYTE
+        for p in quantizer.plan
+        if not p.quantized
+    )
+    overhead = quantizer.true_model_size() * KILOBYTE - others - sum(quantized.values())
 
     figure = Figure(figsize=(10, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -37,12 +43,12 @@ def plot_bits(quantizer: diffq.DiffQuantizer, group_size: int, path: Path) -> No
         axes.bar(x, original - FLOOR, bottom=FLOOR, width=0.9, color=FLOAT32_COLOR)
         _stacked_bar(axes, x, levels[name], colors)
         axes.text(x, original * 1.08, f"{original / quantized[name]:.1f}x", ha="center")
-    for x, size in enumerate((raw, overhead), start=len(bits)):
+    for x, size in enumerate((others, overhead), start=len(bits)):
         axes.bar(x, size - FLOOR, bottom=FLOOR, width=0.6, color=OTHER_COLOR)
     labels = [name.removesuffix(".weight") for name in bits]
     axes.set_xticks(
         range(len(bits) + 2),
-        [*labels, "not quantized", "bit maps, ranges"],
+        [*labels, "small tensors, buffers", "bit maps, ranges"],
         rotation=35,
         ha="right",
         rotation_mode="anchor",

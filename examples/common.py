@@ -54,6 +54,13 @@ def make_parser(
         "take space in the file (default: %(default)s)",
     )
     parser.add_argument(
+        "--small-bits",
+        type=int,
+        default=8,
+        help="bitwidth of small tensors such as biases and norms, or 0 to keep them in float32 "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--bits-lr",
         type=float,
         default=bits_lr,

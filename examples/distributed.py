@@ -90,7 +90,10 @@ class Training:
 
 
 def attach(model: nn.Module, args: argparse.Namespace) -> diffq.DiffQuantizer:
-    return diffq.DiffQuantizer(model, group_size=args.group_size, noise=args.noise)
+    small = args.small_bits or None
+    return diffq.DiffQuantizer(
+        model, group_size=args.group_size, small_bits=small, noise=args.noise
+    )
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Training:

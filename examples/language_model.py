@@ -169,8 +169,14 @@ def run(method: Method, train_text: Tensor, valid_text: Tensor, args: argparse.N
 
 def methods(args: argparse.Namespace) -> list[Method]:
     """The chosen methods; those that learn their bitwidths once for each lambda."""
-    learned = partial(diffq.DiffQuantizer, group_size=args.group_size, min_bits=args.min_bits)
-    fixed = {"float32": None, "qat": partial(diffq.QATQuantizer, bits=4)}
+    small = args.small_bits or None
+    learned = partial(
+        diffq.DiffQuantizer,
+        group_size=args.group_size,
+        min_bits=args.min_bits,
+        small_bits=small,
+    )
+    fixed = {"float32": None, "qat": partial(diffq.QATQuantizer, bits=4, small_bits=small)}
     priced = {
         "gaussian": partial(learned, noise="gaussian"),
         "uniform": partial(learned, noise="uniform"),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,10 +167,11 @@ def run(method: Method, train_set: Digits, test_set: Digits, args: argparse.Name
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
-    learned = partial(diffq.DiffQuantizer, group_size=args.group_size, min_size=MIN_SIZE)
+    small: dict[str, Any] = {"min_size": MIN_SIZE, "small_bits": args.small_bits or None}
+    learned = partial(diffq.DiffQuantizer, group_size=args.group_size, **small)
     return [
         Method("float32"),
-        Method("QAT 4 bits", partial(diffq.QATQuantizer, bits=4, min_size=MIN_SIZE)),
+        Method("QAT 4 bits", partial(diffq.QATQuantizer, bits=4, **small)),
         Method("DiffQ Gaussian", partial(learned, noise="gaussian"), args.lam),
         Method("DiffQ rounding", partial(learned, noise="rounding"), args.lam),
     ]

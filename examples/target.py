@@ -32,7 +32,11 @@ def run(
     torch.manual_seed(args.seed)
     model = ResNet()
     quantizer = diffq.DiffQuantizer(
-        model, group_size=args.group_size, min_size=MIN_SIZE, noise=args.noise
+        model,
+        group_size=args.group_size,
+        min_size=MIN_SIZE,
+        small_bits=args.small_bits or None,
+        noise=args.noise,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     if target_mb is None:

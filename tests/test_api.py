@@ -356,7 +356,7 @@ def test_quantizers_share_one_face():
     assert all(face - own == faces[1] for face in faces)
     assert faces[0] & own == {"freeze_bits"}
     assert faces[-1] & own == own - {"freeze_bits"}
-    rules = ["min_size", "include", "exclude", "overrides", "float16"]
+    rules = ["min_size", "include", "exclude", "overrides", "float16", "small_bits"]
     for one in classes:
         parameters = inspect.signature(one).parameters
         assert [name for name in parameters if name in rules] == rules

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffq.attach.attachment import is_attached, strip
 from diffq.attach.plan import TensorPlan
+from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, WeightError
 from diffq.torch_inside.modules import pruned_names
 from diffq.torch_inside.sharding import is_sharded
@@ -70,6 +71,22 @@ def _check_pruning(model: nn.Module) -> None:
                 f"{name} of {path or 'the model'} is pruned by torch.nn.utils.prune, which would "
                 "store its mask too. Call diffq.parametrize_pruning(model) first."
             )
+
+
+def checked(quantizer: WeightQuantizer, model: nn.Module) -> WeightQuantizer:
+    """A quantizer that has looked at its weight; raises for one that it cannot take.
+
+    Raises:
+        AttachError: the module of the tensor works on the stored weight.
+        WeightError: the weight is not finite, or beyond what can be stored.
+    """
+    check_owners(quantizer.plan, model)
+    weight = quantizer.plan.sites[0].read(model)
+    check_finite(quantizer.plan.name, weight)
+    if not weight.is_meta:
+        quantizer.check(weight.detach())
+        quantizer.look(weight.detach(), None)
+    return quantizer
 
 
 def check_owners(plan: TensorPlan, model: nn.Module) -> None:

@@ -5,22 +5,27 @@ The plan is frozen before anything is changed in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from diffq.attach.patterns import allowed, check_matches, matches
 from diffq.attach.pruning import is_pruned
 from diffq.attach.ties import have_common_elements, tie_key
-from diffq.checks import check_flag, check_number, check_overrides, check_patterns
+from diffq.checks import (
+    check_flag,
+    check_number,
+    check_overrides,
+    check_patterns,
+    check_small_bits,
+)
 from diffq.errors import AttachError, ConfigError
 from diffq.format.records import ITEM_SIZES
-from diffq.numerics.size import MEGABYTE
+from diffq.numerics.size import MEGABYTE, scaled_bits
 from diffq.torch_inside.modules import (
     buffers_in,
     children_in,
@@ -101,7 +106,8 @@ class TensorPlan:
         sites: the places that hold it, each submodule once.
         shape: the tensor's shape.
         dtype: the tensor's dtype.
-        quantized: whether it gets integer levels; otherwise it stays raw.
+        quantized: whether the method quantizes it.
+        small: whether it is stored at `small_bits`; a tensor that is neither stays raw.
         learned: whether it is a parameter; buffers are not.
         pruned: whether `diffq.attach.pruning.Pruned` holds some of it at zero.
         padded: whether an embedding has a row for padding in it, which is zero.
@@ -113,6 +119,7 @@ class TensorPlan:
     shape: torch.Size
     dtype: torch.dtype
     quantized: bool
+    small: bool
     learned: bool
     pruned: bool
     padded: bool
@@ -122,6 +129,11 @@ class TensorPlan:
     def name(self) -> str:
         """The name under which the tensor is stored."""
         return self.names[0]
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it is stored as integer levels, or as indices of codewords."""
+        return self.quantized or self.small
 
     @property
     def numel(self) -> int:
@@ -136,10 +148,11 @@ class Rules:
     Attributes:
         min_size: a parameter is quantized if it takes more than this many MB in float32.
         include: name patterns; if there are any, only parameters that match are quantized.
-        exclude: name patterns of parameters that stay raw.
+        exclude: name patterns of parameters that stay raw, small ones too.
         overrides: name pattern to settings; where several match, later ones win.
         float16: whether parameters that are not quantized are stored as float16.
-        least_dims: parameters of fewer dimensions stay raw.
+        small_bits: bitwidth of parameters that are too small to be quantized; None for none.
+        least_dims: parameters of fewer dimensions count as small.
 
     A pattern is a shell pattern (`*`, `?`, `[...]`) for the full name, such as
     `encoder.*.weight`, or for its last part, such as `bias`.
@@ -150,6 +163,7 @@ class Rules:
     exclude: Sequence[str] = ()
     overrides: Overrides | None = None
     float16: bool = False
+    small_bits: int | None = None
     least_dims: int = 0
 
     def __post_init__(self) -> None:
@@ -158,14 +172,24 @@ class Rules:
         check_patterns(self.exclude, "exclude")
         check_overrides(self.overrides)
         check_flag(self.float16, "float16")
+        check_small_bits(self.small_bits)
 
     def select(self, names: Sequence[str], tensor: Tensor) -> bool:
         """Whether a parameter with these names is quantized."""
         fits = tensor.dtype in QUANTIZABLE and not self._is_small(tensor.shape)
         return fits and allowed(names, self.include, self.exclude)
 
+    def shrinks(self, names: Sequence[str], tensor: Tensor) -> bool:
+        """Whether a parameter with these names is stored at `small_bits`: where that is smaller."""
+        if self.small_bits is None or tensor.dtype not in QUANTIZABLE:
+            return False
+        width = 16 if self.halves(tensor.dtype) else 8 * tensor.dtype.itemsize
+        smaller = scaled_bits(tensor.numel(), self.small_bits) < width * tensor.numel()
+        fits = smaller and self._is_small(tensor.shape)
+        return fits and allowed(names, self.include, self.exclude)
+
     def halves(self, dtype: torch.dtype) -> bool:
-        """Whether a parameter of this dtype that is not quantized is stored as float16."""
+        """Whether a parameter of this dtype with no levels is stored as float16."""
         return self.float16 and dtype in (torch.float32, torch.float64)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
@@ -181,28 +205,31 @@ class Rules:
 
         Raises:
             ConfigError: a pattern matches no name; or one of `include` or `overrides`
-                matches only parameters that are too small to be quantized.
+                matches only parameters that are too small for it.
         """
         names = list(shapes)
-        for pattern in (*self.include, *self.exclude, *(self.overrides or {})):
-            if not matches([pattern], names):
-                close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-                raise ConfigError(
-                    f"The pattern {pattern!r} matches no parameter. "
-                    f"Parameters have names such as {', '.join(map(repr, close))}."
-                )
-        for pattern in (*self.include, *(self.overrides or {})):
+        check_matches((*self.include, *self.exclude, *(self.overrides or {})), names)
+        included = self.include if self.small_bits is None else ()
+        for pattern in (*included, *(self.overrides or {})):
             matched = [name for name in names if matches([pattern], [name])]
             if all(self._is_small(shapes[name]) for name in matched):
                 least = f" or fewer than {self.least_dims} dimensions" if self.least_dims else ""
+                fate = f"stored at small_bits={self.small_bits}" if self.small_bits else ""
                 raise ConfigError(
                     f"The pattern {pattern!r} matches only parameters of at most "
-                    f"{self.min_size} MB{least}, which are not quantized: "
+                    f"{self.min_size} MB{least}, which are {fate or 'not quantized'}: "
                     f"{', '.join(matched[:3])}. Lower min_size, or leave the pattern out."
                 )
 
-    def why_nothing(self, plans: Iterable[TensorPlan]) -> str:
+    def why_nothing(self, plans: Sequence[TensorPlan]) -> str:
         """The warning for a plan that quantizes no tensor, with the remedy."""
+        dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
+        if any(plan.small for plan in plans):
+            return (
+                f"Only small parameters are quantized, at small_bits={self.small_bits}: there "
+                f"is no other{dims} of more than min_size={self.min_size} MB. Pass min_size=0 to "
+                "quantize small ones like large ones."
+            )
         weights = [
             plan
             for plan in plans
@@ -210,7 +237,6 @@ class Rules:
         ]
         chosen = [p for p in weights if allowed(p.names, self.include, self.exclude)]
         if not weights:
-            dims = f" of {self.least_dims} or more dimensions" if self.least_dims else ""
             return (
                 f"Nothing is quantized: the model has no floating-point parameter{dims}. "
                 "Attach the quantizer to the model that holds the weights."
@@ -278,6 +304,7 @@ def _plan(model: nn.Module, tensor: Tensor, sites: list[Site], rules: Rules) -> 
         shape=tensor.shape,
         dtype=tensor.dtype,
         quantized=learned and rules.select(names, tensor),
+        small=learned and rules.shrinks(names, tensor),
         learned=learned,
         pruned=is_pruned(sites[0].owner(model), sites[0].attribute),
         padded=any(getattr(site.owner(model), "padding_idx", None) is not None for site in sites),
@@ -300,7 +327,9 @@ def _check_overlaps(tensors: Sequence[tuple[TensorPlan, Tensor]]) -> None:
             for start, _, other, second in there[place + 1 :]:
                 if start >= end:
                     break
-                if (plan.quantized or other.quantized) and have_common_elements(tensor, second):
+                if any(p.has_levels for p in (plan, other)) and have_common_elements(
+                    tensor, second
+                ):
                     raise AttachError(
                         f"A tensor to quantize must not share a part of its memory with another, "
                         f"but {plan.name} and {other.name} do. Make one of them a copy, tie them "
@@ -332,17 +361,3 @@ def named_sites(model: nn.Module) -> Iterator[tuple[Site, nn.Module]]:
         skipped = non_persistent_buffers(module)
         names += (n for n, t in buffers_in(module).items() if t is not None and n not in skipped)
         yield from ((Site(path, name), module) for name in names)
-
-
-def allowed(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns let a tensor or a layer be quantized."""
-    return (not include or matches(include, names)) and not matches(exclude, names)
-
-
-def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether any of the patterns fits any of the names, or its last part."""
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
-        for pattern in patterns
-        for name in names
-    )

@@ -18,6 +18,7 @@ from diffq.format.kinds.levels import WIDTH_BITS as WIDTH_BITS
 from diffq.format.kinds.product import ProductEntry
 from diffq.format.kinds.raw import RawEntry
 from diffq.format.kinds.raw import RawRecord as RawRecord
+from diffq.format.kinds.scaled import SCALE_BITS as SCALE_BITS
 from diffq.format.kinds.scaled import ScaledEntry
 from diffq.format.kinds.scaled import ScaledRecord as ScaledRecord
 from diffq.format.kinds.scaled import check_scale as check_scale

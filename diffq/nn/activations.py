@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffq.attach.attachment import is_attached
 from diffq.attach.guards import check_model
-from diffq.attach.plan import allowed, matches
+from diffq.attach.patterns import allowed, matches
 from diffq.checks import check_bits, check_number, check_patterns, plain
 from diffq.errors import AttachError, CalibrationError, ConfigError, warn
 from diffq.numerics.grid import finite_levels, is_narrow, widen

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from diffq.format.records import RANGE_BITS, WIDTH_BITS, group_count
+from diffq.format.records import RANGE_BITS, SCALE_BITS, WIDTH_BITS, group_count
 from diffq.numerics.grid import BitsLaw, widen
 from diffq.numerics.segments import Constants, Segments, joined_slices
 from diffq.torch_inside.sharding import (
@@ -22,6 +22,11 @@ from diffq.torch_inside.sharding import (
 
 MEGABYTE = 2**20
 MEGABYTE_BITS = 8 * MEGABYTE
+
+
+def scaled_bits(numel: int, bits: int) -> int:
+    """Equation 12 for a tensor of one bitwidth and one scale."""
+    return numel * bits + SCALE_BITS + WIDTH_BITS
 
 
 class Grouping(NamedTuple):

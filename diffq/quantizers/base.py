@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.attachment import Attachment, attachment_of
-from diffq.attach.guards import check_detachable, check_finite, check_model, check_owners
+from diffq.attach.guards import check_detachable, check_model, checked
 from diffq.attach.plan import Rules, TensorPlan, build_plan, named_sites
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_flag, plain
@@ -20,6 +20,7 @@ from diffq.format.records import Record
 from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS
 from diffq.quantizers.half import HalfQuantizer
 from diffq.quantizers.report import level_bits, size_table, tensor_size
+from diffq.quantizers.small import SmallQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
 from diffq.storage.state import Snapshot, raw_record, to_state
@@ -50,7 +51,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     Args:
         model: a plain model. Attach before wrapping it in DDP, sharding or compiling it.
         settings: how one tensor is quantized.
-        rules: which tensors are quantized or halved, and their overrides of `settings`.
+        rules: which tensors are quantized, small or halved, and their overrides of `settings`.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -67,10 +68,9 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         chosen = [self._override(plan, settings) for plan in self._plans]
         self._by_name: dict[str, WeightQuantizer] = {}
         for plan, own in zip(self._plans, chosen, strict=True):
-            if plan.quantized:
-                self._by_name[plan.name] = self._make_quantizer(plan, own, model)
-            elif plan.learned and rules.halves(plan.dtype):
-                self._by_name[plan.name] = HalfQuantizer(plan)
+            quantizer = self._choose_quantizer(plan, own, rules, model)
+            if quantizer is not None:
+                self._by_name[plan.name] = quantizer
         self._attached: Attachment | None = Attachment(model, tuple(self._by_name.values()), self)
         self._expect_optimizer()
         self._warned_of_unread = False
@@ -172,7 +172,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         return {name: torch.from_numpy(bits) for name, bits in widths if bits is not None}
 
     def mean_bits(self) -> float:
-        """Average bitwidth of the quantized weights; NaN if there are none.
+        """Average bitwidth of the quantized weights, small ones too; NaN if there are none.
 
         A collective if the model is sharded.
 
@@ -278,7 +278,7 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
     def _warn_of_unread(self) -> None:
         """Warns once of tensors that are stored quantized, but may be computed with as they are."""
         quantizers = self._attachment.quantizers
-        unread = [q.plan.name for q in quantizers if q.plan.quantized and not q.readings.ever]
+        unread = [q.plan.name for q in quantizers if q.plan.has_levels and not q.readings.ever]
         if self._attachment.ran and unread and not self._warned_of_unread:
             self._warned_of_unread = True
             warn(
@@ -298,17 +298,21 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
                 f"{', '.join(changed[:5])} came or went since. detach() and make a new quantizer."
             )
 
+    def _choose_quantizer(
+        self, plan: TensorPlan, settings: Settings, rules: Rules, model: nn.Module
+    ) -> WeightQuantizer | None:
+        """The quantizer of a tensor; None if it stays raw."""
+        if plan.quantized:
+            return checked(self._make_quantizer(plan, settings, model), model)
+        if plan.small:
+            return checked(SmallQuantizer(plan, plain(rules.small_bits)), model)
+        return HalfQuantizer(plan) if plan.learned and rules.halves(plan.dtype) else None
+
     def _make_quantizer(
         self, plan: TensorPlan, settings: Settings, model: nn.Module
     ) -> WeightQuantizer:
-        check_owners(plan, model)
-        weight = plan.sites[0].read(model)
-        check_finite(plan.name, weight)
-        quantizer = self._weight_quantizer(plan, settings)
-        if not weight.is_meta:
-            quantizer.check(weight.detach())
-            quantizer.look(weight.detach(), None)
-        return quantizer
+        """The method's quantizer of a tensor."""
+        return self._weight_quantizer(plan, settings)
 
     def _override(self, plan: TensorPlan, settings: Settings) -> Settings:
         known = sorted(f.name for f in fields(settings) if f.metadata != FOR_ALL)

@@ -21,7 +21,6 @@ from diffq.quantizers.optimizer import forget_state
 from diffq.quantizers.penalty import Penalty, norm_on_ranks
 from diffq.quantizers.target import FIRST_SHARE, Phase, Plan, Target, log_price, next_sum
 
-
 # MB; far below any file.
 _LEAST_SIZE = 1e-9
 

@@ -299,6 +299,8 @@ class DiffQuantizer(BaseQuantizer[DiffQSettings]):
         overrides: name pattern to a dict of `group_size`, `min_bits`, `max_bits`,
             `init_bits` or `bits` for the parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
         min_bits: lowest bitwidth that can be learned, 1 to 14.
         max_bits: highest bitwidth that can be learned, 2 to 15.
         init_bits: bitwidth at the start.
@@ -327,6 +329,7 @@ class DiffQuantizer(BaseQuantizer[DiffQSettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
         min_bits: int = 2,
         max_bits: int = MAX_BITS,
         init_bits: float = 8,
@@ -337,7 +340,8 @@ class DiffQuantizer(BaseQuantizer[DiffQSettings]):
         settings = DiffQSettings(
             group_size, min_bits, max_bits, init_bits, bits, noise, noise_scale
         )
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits)
+        super().__init__(model, settings, rules)
 
     def freeze_bits(self, rounding: bool = False) -> None:
         """Rounds the bitwidths and learns them no more, for the last part of a training.

@@ -252,6 +252,8 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
         exclude: name patterns of parameters to leave alone.
         overrides: name pattern to a dict of `init_bits` for the parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -271,8 +273,9 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
     ) -> None:
-        rules = Rules(min_size, include, exclude, overrides, float16)
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits)
         super().__init__(model, EntropySettings(init_bits), rules)
 
     def mean_bits(self) -> float:

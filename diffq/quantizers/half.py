@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffq.attach.weight import WeightQuantizer
 from diffq.errors import WeightError
 from diffq.format.records import RawRecord
+from diffq.quantizers.stored import StoredQuantizer
 from diffq.storage.state import raw_record
 from diffq.torch_inside.graph import is_plain
 
@@ -24,18 +24,10 @@ def to_half(tensor: Tensor, name: str, remedy: str) -> Tensor:
     return half
 
 
-class HalfQuantizer(WeightQuantizer):
-    """Keeps a parameter as it is in training; in eval it is what float16 keeps of it."""
+class HalfQuantizer(StoredQuantizer):
+    """Stores a parameter in float16."""
 
     method = "float16=True"
-
-    def draw(self, weight: Tensor, learned: Tensor | None) -> None:
-        """Training uses the weight itself."""
-
-    @property
-    def learning(self) -> bool:
-        """Nothing is learned: training needs no optimizer for the sake of this tensor."""
-        return False
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The weight rounded to float16, in its own dtype."""

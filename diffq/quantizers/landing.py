@@ -29,7 +29,7 @@ _APART, _WHOLE_APART = 0.05, 0.98
 
 _REMEDY = (
     "Lower min_bits, take an EntropyQuantizer, which can do with less than a bit a weight, "
-    "quantize more tensors (min_size, exclude, float16), or ask for more MB."
+    "quantize more tensors (min_size, exclude, small_bits), or ask for more MB."
 )
 
 

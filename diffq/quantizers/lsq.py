@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq.attach.batch import Batch, Run
-from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
+from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_bits
-from diffq.errors import WeightError
-from diffq.format.records import MAX_RANGE, WIDTH_BITS, ScaledRecord
+from diffq.format.records import MAX_RANGE, ScaledRecord
 from diffq.numerics import scaled
 from diffq.numerics.flat import Flat
 from diffq.numerics.scaled import Levels, positive
+from diffq.numerics.size import scaled_bits
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import Kernels, samples_of, values_of
-from diffq.torch_inside.graph import is_plain
+from diffq.quantizers.scaled import nearest_levels, scaled_record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +63,7 @@ class LSQWeight(WeightQuantizer):
 
     def check(self, weight: Tensor) -> None:
         """Raises WeightError for magnitudes that float32 cannot hold."""
-        self._levels(weight, positive(self.start(weight))[0])
+        self._nearest(weight, positive(self.start(weight))[0])
 
     @property
     def alike(self) -> Hashable:
@@ -89,26 +89,17 @@ class LSQWeight(WeightQuantizer):
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """Nearest level times the scale, rounded to float32."""
         scale = positive(cast(Tensor, learned))[0].detach()
-        return (self._levels(weight, scale) * scale).to(weight.dtype)
+        return (self._nearest(weight, scale) * scale).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor, learned: Tensor | None) -> ScaledRecord:
         """Levels, counted from the lowest, and the scale."""
         scale = positive(cast(Tensor, learned))[0]
-        levels = (self._levels(weight, scale) - self.levels.lowest).reshape(-1)
-        return ScaledRecord(
-            shape=tuple(weight.shape),
-            dtype=dtype_name(weight.dtype),
-            group_size=self.group_size,
-            min_bits=self.settings.bits,
-            bits=self.group_bits(learned),
-            levels=levels.to(torch.int16).cpu().numpy().view(np.uint16),
-            scale=scale.view(1).cpu().numpy(),
-        )
+        return scaled_record(weight, self._nearest(weight, scale), scale, self.settings.bits)
 
     def size_bits(self) -> float:
         """Levels, scale and bitwidth; the scale is learned, but not its size."""
-        return float(self.plan.numel * self.settings.bits + 32 + WIDTH_BITS)
+        return float(scaled_bits(self.plan.numel, self.settings.bits))
 
     def meaning(self) -> dict[str, Any]:
         """The bitwidth."""
@@ -118,18 +109,8 @@ class LSQWeight(WeightQuantizer):
         """The bitwidth, uint8 [1]."""
         return np.full(1, self.settings.bits, np.uint8)
 
-    def _levels(self, weight: Tensor, scale: Tensor) -> Tensor:
-        ratio = weight.detach().float() / scale
-        largest = scale * -self.levels.lowest
-        finite = torch.isfinite(ratio).all() & (largest <= MAX_RANGE)
-        if is_plain() and not finite:
-            raise WeightError(
-                f"The weights and the scale of {self.plan.name} must be finite, "
-                f"got scale {scale.item()}. "
-                "Find the step that diverged, or exclude the tensor."
-            )
-        # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return self.levels.nearest(ratio, scale, weight.dtype) + 0.0
+    def _nearest(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return nearest_levels(self.levels, weight, scale, self.plan.name)
 
 
 class ScaledBatch(Batch):
@@ -180,6 +161,8 @@ class LSQQuantizer(BaseQuantizer[LSQSettings]):
         exclude: name patterns of parameters to leave alone.
         overrides: name pattern to a dict of `bits` for the parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -199,6 +182,7 @@ class LSQQuantizer(BaseQuantizer[LSQSettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
     ) -> None:
-        rules = Rules(min_size, include, exclude, overrides, float16)
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits)
         super().__init__(model, LSQSettings(bits), rules)

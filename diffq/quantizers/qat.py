@@ -136,6 +136,8 @@ class QATQuantizer(BaseQuantizer[QATSettings]):
         overrides: name pattern to a dict of `bits` or `per_channel` for the
             parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -157,6 +159,8 @@ class QATQuantizer(BaseQuantizer[QATSettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
     ) -> None:
         settings = QATSettings(bits, per_channel, training)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits)
+        super().__init__(model, settings, rules)

@@ -135,6 +135,8 @@ class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):
         overrides: name pattern to a dict of `bits`, `p`, `observer` or `block_size` for
             the parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -157,6 +159,8 @@ class QuantNoiseQuantizer(BaseQuantizer[QuantNoiseSettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
     ) -> None:
         settings = QuantNoiseSettings(bits, p, observer, block_size)
-        super().__init__(model, settings, Rules(min_size, include, exclude, overrides, float16))
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits)
+        super().__init__(model, settings, rules)

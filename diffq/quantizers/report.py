@@ -46,15 +46,18 @@ def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
 def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
     """The table of a quantizer: tensor, shape, groups, mean bits, MB.
 
-    `raw_bits` are those of all `tensors` without a weight quantizer.
+    `raw_bits` are those of all `tensors` without a weight quantizer. Small tensors share a row.
     """
     levels = [size for size in sizes if size.level_bits]
+    small = [size for size in levels if size.plan.small]
     total = raw_bits + sum(size.stored_bits for size in sizes)
     rest = total - sum(size.stored_bits for size in levels)
     weights = sum(size.plan.numel for size in levels)
     mean = sum(size.level_bits for size in levels) / max(1, weights)
-    rows = [_row(size) for size in levels]
-    rows.append((f"{tensors - len(rows)} without levels", "", "", "", _megabytes(rest)))
+    rows = [_row(size) for size in levels if not size.plan.small]
+    if small:
+        rows.append(_small_row(small))
+    rows.append((f"{tensors - len(levels)} without levels", "", "", "", _megabytes(rest)))
     rows.append(("total", "", "", f"{mean:.2f}" if levels else "", _megabytes(total)))
     return table(("tensor", "shape", "groups", "bits", "MB"), rows, left=2)
 
@@ -66,6 +69,13 @@ def _row(size: TensorSize) -> tuple[str, ...]:
     names = " = ".join(plan.names)
     mean = f"{size.level_bits / plan.numel:.2f}"
     return names, shape, str(groups), mean, _megabytes(size.stored_bits)
+
+
+def _small_row(small: Sequence[TensorSize]) -> tuple[str, ...]:
+    """One row for all small tensors, of which a model may have hundreds."""
+    mean = sum(size.level_bits for size in small) / sum(size.plan.numel for size in small)
+    stored = _megabytes(sum(size.stored_bits for size in small))
+    return f"{len(small)} small", "", str(len(small)), f"{mean:.2f}", stored
 
 
 def _megabytes(bits: float) -> str:

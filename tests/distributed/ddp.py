@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import diffq
 from tests.compare import close, same_bits
 from tests.distributed.ranks import batches, file_of, main, same_on_ranks
-from tests.models import QUANTIZERS, computed, mlp, seeded
+from tests.models import QUANTIZERS, computed, mlp, restored, seeded
 
 
 class PartlyUsed(nn.Module):
@@ -211,6 +211,18 @@ def check_eval():
     wrapped(torch.ones(2, 16))
     weights = computed(wrapped.module).values()
     assert same_on_ranks(*weights, quantizer.model_size(), *sizes)
+
+
+def check_small_tensors():
+    """Small tensors train, and evaluate with the same values on all ranks, those of the file."""
+    wrapped, quantizer = train(
+        mlp, attach=partial(QUANTIZERS["diffq"], min_size=1e-3, small_bits=8)
+    )
+    assert [plan.name for plan in quantizer.plan if plan.small] == ["0.bias", "2.weight", "2.bias"]
+    evaluated = computed(wrapped.eval().module)
+    state = restored(mlp, quantizer).state_dict()
+    assert all(same_bits(evaluated[name], state[name]) for name in state)
+    assert same_on_ranks(*evaluated.values(), quantizer.true_model_size())
 
 
 def check_outputs_changed_in_place():

@@ -173,7 +173,8 @@ def check_price_in_the_step():
 def check_every_quantizer():
     """What is exported while sharded is what one process exports of the gathered weights."""
     kinds = {**QUANTIZERS, "product": PRODUCT}
-    for attach in (*kinds.values(), partial(DIFFQ, float16=True, exclude=["*.bias"])):
+    halves = partial(DIFFQ, float16=True, exclude=["*.bias"])
+    for attach in (*kinds.values(), halves, partial(DIFFQ, min_size=1e-3, small_bits=8)):
         model, quantizer = train(attach=attach)
         before = parameters_of(model)
         assert_exported_alike(quantizer, gathered(model, attach=attach)[1])

@@ -552,15 +552,15 @@ def no_host_sync():
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("model", ["mlp", "tied-head", "conv", "encoder", "lstm"])
-@pytest.mark.parametrize("float16", [False, True])
-def test_training_step_reads_nothing_back(kind, model, float16):
+@pytest.mark.parametrize("stored", [{}, {"float16": True}, {"min_size": 1e-4, "small_bits": 8}])
+def test_training_step_reads_nothing_back(kind, model, stored):
     """Forward, model_size and backward of a training step never wait for the device.
 
     But for the first forward, which looks for writes to quantized tensors.
     """
     make, inputs = MODELS[model]
     network, x = make(), inputs()
-    quantizer = QUANTIZERS[kind](network, exclude=["bias*"], float16=float16)
+    quantizer = QUANTIZERS[kind](network, exclude=["bias*"], **stored)
     quantizer.no_optimizer()
     network(x)
     with no_host_sync():

@@ -21,6 +21,9 @@ from diffq.format.kinds.levels import (
 )
 from diffq.format.layout import Piece
 
+#: Bits of the scale.
+SCALE_BITS = 32
+
 
 @dataclass(frozen=True, eq=False)
 class ScaledRecord(LevelRecord):

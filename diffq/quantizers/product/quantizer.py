@@ -8,7 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from diffq.attach.plan import Overrides, Rules, TensorPlan, matches
+from diffq.attach.patterns import matches
+from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_patterns
 from diffq.errors import ConfigError
@@ -64,6 +65,8 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
         overrides: name pattern to a dict of `block_size`, `codebook_size`, `p`, `noise`,
             `picked`, `centroids` or `iterations` for the parameters that match.
         float16: store the parameters that are not quantized as float16.
+        small_bits: bitwidth, 4 to 15, of the parameters that are too small to be quantized,
+            with one scale each; None stores them as they are.
 
     Raises:
         AttachError: the model is wrapped, compiled or quantized already.
@@ -92,12 +95,13 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
         exclude: Sequence[str] = (),
         overrides: Overrides | None = None,
         float16: bool = False,
+        small_bits: int | None = None,
     ) -> None:
         settings = ProductSettings(
             block_size, codebook_size, p, noise, picked, centroids, iterations
         )
         self._seed = seed
-        rules = Rules(min_size, include, exclude, overrides, float16, least_dims=2)
+        rules = Rules(min_size, include, exclude, overrides, float16, small_bits, least_dims=2)
         super().__init__(model, settings, rules)
         try:
             self._stages = _group_stages([q.plan for q in self._products()], stages)
