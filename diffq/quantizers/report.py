@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from diffq.attach.plan import TensorPlan
 from diffq.attach.weight import WeightQuantizer
 from diffq.format.groups import group_count, stream_counts
 from diffq.numerics.size import MEGABYTE_BITS
@@ -21,7 +21,8 @@ _BAR_WIDTH = 24
 class TensorSize(NamedTuple):
     """Bits of one tensor: of its levels or indices, and of all that is stored of it."""
 
-    plan: TensorPlan
+    names: Sequence[str]
+    shape: Sequence[int]
     group_size: int
     stored_bits: int
     level_bits: int
@@ -31,7 +32,8 @@ def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | No
     """The size of what a weight quantizer stores of its weight."""
     stored_bits = quantizer.record(weight, learned).stored_bits()
     plan, group_size = quantizer.plan, quantizer.group_size
-    return TensorSize(plan, group_size, stored_bits, level_bits(quantizer, learned))
+    levels = level_bits(quantizer, learned)
+    return TensorSize(plan.names, plan.shape, group_size, stored_bits, levels)
 
 
 def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
@@ -44,14 +46,14 @@ def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
 
 
 def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> str:
-    """The table of a quantizer: tensor, shape, groups, mean bits, MB.
+    """The table of a quantized model: tensor, shape, groups, mean bits, MB.
 
-    `raw_bits` are those of all `tensors` without a weight quantizer.
+    `raw_bits` are those of all of its `tensors` that are not in `sizes`.
     """
     levels = [size for size in sizes if size.level_bits]
     total = raw_bits + sum(size.stored_bits for size in sizes)
     rest = total - sum(size.stored_bits for size in levels)
-    weights = sum(size.plan.numel for size in levels)
+    weights = sum(math.prod(size.shape) for size in levels)
     mean = sum(size.level_bits for size in levels) / max(1, weights)
     rows = [_row(size) for size in levels]
     rows.append((f"{tensors - len(rows)} without levels", "", "", "", _megabytes(rest)))
@@ -60,11 +62,11 @@ def size_table(sizes: Sequence[TensorSize], raw_bits: float, tensors: int) -> st
 
 
 def _row(size: TensorSize) -> tuple[str, ...]:
-    plan = size.plan
-    groups = group_count(plan.numel, size.group_size)
-    shape = "x".join(map(str, plan.shape))
-    names = " = ".join(plan.names)
-    mean = f"{size.level_bits / plan.numel:.2f}"
+    numel = math.prod(size.shape)
+    groups = group_count(numel, size.group_size)
+    shape = "x".join(map(str, size.shape))
+    names = " = ".join(size.names)
+    mean = f"{size.level_bits / numel:.2f}"
     return names, shape, str(groups), mean, _megabytes(size.stored_bits)
 
 
