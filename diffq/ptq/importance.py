@@ -174,4 +174,7 @@ def _normalized(chosen: dict[str, Tensor], grids: Sequence[StateGrid]) -> dict[s
             "sensitivity must be above 0 somewhere, got 0 everywhere. "
             "Pass an optimizer that has seen gradients, or leave sensitivity out."
         )
-    return {name: (values.double() / mean).float() + _LEAST for name, values in chosen.items()}
+    return {
+        name: ((values.double() / mean + _LEAST) / (1 + _LEAST)).float()
+        for name, values in chosen.items()
+    }
