@@ -19,7 +19,7 @@ from diffq.ptq.budget import GROUP_SIZE, Fitted, Report, quantize_to_size
 from diffq.ptq.importance import Source
 from diffq.ptq.state import Settings, quantize_state
 from diffq.quantizers.report import ProgressBar, TensorSize, size_table
-from diffq.storage.state import Snapshot, record_tensor, to_state
+from diffq.storage.state import FORMAT, Snapshot, record_tensor, to_state
 from diffq.storage.writing import Target, write_file
 
 
@@ -174,6 +174,11 @@ def _check_state(state: Any) -> None:
         raise ConfigError(
             f"quantize_checkpoint needs a state dict, got {got}. Pass model.state_dict(); read "
             "files with torch.load or safetensors.torch.load_file, or run `diffq pack` on them."
+        )
+    if state.get("format") == FORMAT:
+        raise ConfigError(
+            "The state is quantized already, and would lose precision once more. Write it as it "
+            "is with diffq.save(state, path)."
         )
     learned = next((name for name in state if LEARNED in str(name).split(".")), None)
     if learned is not None:

@@ -208,5 +208,5 @@ def _check_dense(name: str, tensor: Any) -> None:
         return
     raise ConfigError(
         f"A state dict to quantize holds dense tensors only, got {got} for {name!r}. "
-        "Take it out, or make it dense."
+        "Take it out, make it dense, or pass the state dict that is in it."
     )

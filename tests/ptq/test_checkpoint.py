@@ -181,6 +181,19 @@ def test_the_state_dict_of_an_attached_model():
         diffq.quantize_checkpoint(model.state_dict(), bits=4)
 
 
+def test_a_state_that_is_quantized_already():
+    """It is refused, with the call that writes it as it is."""
+    state = diffq.quantize_checkpoint(net().state_dict(), bits=4).get_quantized_state()
+    with pytest.raises(diffq.ConfigError, match=r"quantized already.*diffq\.save"):
+        diffq.quantize_checkpoint(state, bits=4)
+
+
+def test_a_checkpoint_around_the_state_dict():
+    """A dict that holds the state dict under a key is refused, with the key."""
+    with pytest.raises(diffq.ConfigError, match=r"got dict for 'model'.*state dict that is in it"):
+        diffq.quantize_checkpoint({"model": dict(net().state_dict())}, bits=4)
+
+
 def test_save_names_the_other_save():
     """diffq.save refuses the result, whose file is encoded already, and says so."""
     quantized = diffq.quantize_checkpoint(net().state_dict(), bits=4)
