@@ -17,8 +17,8 @@ from diffq.format.kinds.grid import GridRecord
 from diffq.numerics.size import MEGABYTE
 from diffq.ptq.budget import GROUP_SIZE, Fitted, Report, quantize_to_size
 from diffq.ptq.importance import Source
-from diffq.ptq.state import Settings, quantize_state
-from diffq.quantizers.report import ProgressBar, TensorSize, size_table
+from diffq.ptq.state import Settings, all_names, quantize_state
+from diffq.quantizers.report import ProgressBar, record_size, size_table
 from diffq.storage.state import FORMAT, Snapshot, record_tensor, to_state
 from diffq.storage.writing import Target, write_file
 
@@ -76,11 +76,9 @@ class QuantizedCheckpoint:
 
     def __repr__(self) -> str:
         records = self.model.records
-        names = {name: [name] for name in records}
-        for alias, name in self.model.aliases.items():
-            names[name].append(alias)
+        names = all_names(records, self.model.aliases)
         sizes = [
-            _size(names[name], record)
+            record_size(names[name], record)
             for name, record in records.items()
             if isinstance(record, GridRecord)
         ]
@@ -202,12 +200,6 @@ def _check_choice(target_mb: Any, bits: Any, sensitivity: Any) -> None:
             "sensitivity chooses bitwidths for a size, got bits, one for all weights. "
             "Pass target_mb in its place, or leave sensitivity out."
         )
-
-
-def _size(names: Sequence[str], record: GridRecord) -> TensorSize:
-    counts = record.coded.counts() if record.coded else {}
-    levels = sum(width * count for width, count in counts.items())
-    return TensorSize(names, record.shape, record.group_size, record.stored_bits(), levels)
 
 
 def _progress(report: Report | None) -> AbstractContextManager[Report]:

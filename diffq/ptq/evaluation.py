@@ -26,7 +26,7 @@ class Evaluation:
     """Passes over the same batches, in eval mode and without gradients.
 
     Args:
-        model: the model; modes, buffers and random states are those of before after each pass.
+        model: the model. Each pass restores its modes, its buffers and the random states.
         batches: can be gone through again and again.
         loss: the mean loss of a batch; None for the `loss` of the model's own output.
 
@@ -129,10 +129,10 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _kept_draws(model: nn.Module) -> Iterator[None]:
-    """Afterwards, all generators of random numbers draw what they would have drawn.
+    """Afterwards, the generators of random numbers draw what they would have drawn.
 
-    So each pass draws the same: shuffled batches come in the same order, and random crops
-    are the same.
+    These are the generators of Python, of NumPy, and of torch on the CPU and on GPUs. So each
+    pass draws the same: shuffled batches come in the same order, and random crops are the same.
     """
     states = random.getstate(), np.random.get_state()
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}

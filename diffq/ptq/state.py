@@ -6,7 +6,7 @@ or of each of its channels. `diffq.ptq.budget` chooses bitwidths for a size of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,14 @@ def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, aliases
 
 
+def all_names(first: Iterable[str], aliases: Mapping[str, str]) -> dict[str, list[str]]:
+    """First name of each tensor, to all of its names."""
+    names = {name: [name] for name in first}
+    for alias, name in aliases.items():
+        names[name].append(alias)
+    return names
+
+
 def place_of(tensor: Tensor) -> Place:
     """The memory that a tensor shows, and how: equal for tied tensors."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
@@ -132,9 +140,7 @@ class StatePlan:
     def __init__(self, state: Mapping[str, Any], settings: Settings) -> None:
         self.tensors, self.aliases = find_ties(state)
         self._rules = settings.rules
-        self.names = names = {name: [name] for name in self.tensors}
-        for alias, name in self.aliases.items():
-            names[name].append(alias)
+        self.names = names = all_names(self.tensors, self.aliases)
         settings.rules.check_patterns({n: tensor.shape for n, tensor in state.items()})
         self.grids: list[StateGrid] = []
         self.raw: dict[str, RawRecord] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from diffq.attach.weight import WeightQuantizer
 from diffq.format.groups import group_count, stream_counts
+from diffq.format.kinds.levels import LevelRecord
 from diffq.numerics.size import MEGABYTE_BITS
 from diffq.quantizers.tables import table
 
@@ -36,12 +37,22 @@ def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | No
     return TensorSize(plan.names, plan.shape, group_size, stored_bits, levels)
 
 
+def record_size(names: Sequence[str], record: LevelRecord) -> TensorSize:
+    """The size of a tensor that is stored under these names."""
+    levels = _coded_bits(record.coded.counts()) if record.coded else 0
+    return TensorSize(names, record.shape, record.group_size, record.stored_bits(), levels)
+
+
 def level_bits(quantizer: WeightQuantizer, learned: Tensor | None) -> int:
     """Bits of the levels or indices of a tensor; 0 if it has neither."""
     bits = quantizer.group_bits(learned)
     if bits is None:
         return quantizer.index_bits
-    counts = stream_counts(bits, quantizer.group_size, quantizer.plan.numel)
+    return _coded_bits(stream_counts(bits, quantizer.group_size, quantizer.plan.numel))
+
+
+def _coded_bits(counts: Mapping[int, int]) -> int:
+    """Bits of integers, by the number of them at each bitwidth."""
     return sum(width * count for width, count in counts.items())
 
 

@@ -8,6 +8,7 @@ import diffq
 from diffq.ptq.importance import importance_of
 from diffq.ptq.sensitivity import Sensitivity, TensorSensitivity
 from diffq.ptq.state import Settings, StatePlan
+from tests.compare import same_bits
 
 SIZE = 0.012
 
@@ -59,7 +60,7 @@ def moments(model, optimizer, key="exp_avg_sq"):
 
 def alike(one, other):
     """Whether two importances are equal, bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    return one.keys() == other.keys() and all(same_bits(one[n], other[n]) for n in one)
 
 
 @pytest.mark.parametrize(
