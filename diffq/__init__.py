@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from diffq.nn.layers import every_other_layer_state as every_other_layer_state
     from diffq.nn.layers import share_layers as share_layers
     from diffq.nn.losses import distillation_loss as distillation_loss
+    from diffq.ptq.checkpoint import quantize_checkpoint as quantize_checkpoint
+    from diffq.ptq.sensitivity import sensitivity as sensitivity
     from diffq.quantizers.base import quantizer_of as quantizer_of
     from diffq.quantizers.diffq import DiffQuantizer as DiffQuantizer
     from diffq.quantizers.earlier import LSQ as LSQ
@@ -82,9 +84,11 @@ else:
         "load_legacy": "diffq.storage.legacy.load",
         "open": "diffq.storage.open",
         "parametrize_pruning": "diffq.attach.pruning",
+        "quantize_checkpoint": "diffq.ptq.checkpoint",
         "quantizer_of": "diffq.quantizers.base",
         "restore_quantized_state": "diffq.storage.restore",
         "save": "diffq.storage.save",
+        "sensitivity": "diffq.ptq.sensitivity",
         "share_layers": "diffq.nn.layers",
         "verify": "diffq.storage.open",
     }

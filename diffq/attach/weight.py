@@ -142,11 +142,6 @@ class WeightQuantizer(ABC):
         """Bits of the stored weight: Equation 12 of the DiffQ paper."""
         return record.stored_bits()
 
-    def level_bits(self, record: Record) -> int:
-        """Bits of the levels or indices of what is stored; 0 if there are none."""
-        counts = record.coded.counts() if record.coded else {}
-        return sum(width * count for width, count in counts.items())
-
     @property
     def fineness(self) -> Fineness | None:
         """What learned numbers say about the size, also once fixed; None if they say nothing."""

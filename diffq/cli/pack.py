@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
-    MEGABYTE,
     Report,
     Subparsers,
     add_codec,
@@ -28,9 +28,10 @@ from diffq.cli.common import (
     say,
     whole,
 )
+from diffq.errors import DiffqWarning
 
 if TYPE_CHECKING:
-    from diffq.ptq.state import Settings
+    from diffq.ptq.checkpoint import QuantizedCheckpoint
     from diffq.storage.state import Snapshot
 
 _DESCRIPTION = """\
@@ -112,18 +113,17 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from diffq.cli.checkpoint import read_state
-    from diffq.storage.writing import write_file
 
     check_output(args.out, args.checkpoint)
     with progress(args) as report:
         report(f"reading {printable(args.checkpoint)}", 0, 0)
         checkpoint = read_state(args.checkpoint, args.key)
         state = checkpoint.state
-        snapshot, parts = _quantize(args, state, report)
+        quantized = _quantize(args, state, report)
         report(f"writing {printable(args.out)}", 0, 0)
-        size = write_file(args.out, parts)
+        size = quantized.save(args.out)
         report("measuring errors", 0, 0)
-        summary = _summary(args, state, snapshot, size)
+        summary = _summary(args, state, quantized.model, size)
     for text in checkpoint.notes:
         note(args, text)
     if args.json:
@@ -157,33 +157,30 @@ def _pair(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"nests too deep: {key}") from None
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    from diffq.attach.plan import Rules
-    from diffq.ptq.budget import GROUP_SIZE
-    from diffq.ptq.state import Settings
-
-    group_size = args.group_size
-    if group_size is None and args.target_mb is not None:
-        group_size = GROUP_SIZE
-    rules = Rules(args.min_size, args.include, args.exclude, float16=args.float16)
-    return Settings(group_size, args.per_channel, rules)
-
-
 def _quantize(
     args: argparse.Namespace, state: dict[str, Any], report: Report
-) -> tuple[Snapshot, list[bytes]]:
-    from diffq.format.container import encode_parts
-    from diffq.ptq.budget import quantize_to_size
-    from diffq.ptq.state import quantize_state
+) -> QuantizedCheckpoint:
+    from diffq.ptq.checkpoint import quantize_checkpoint
 
-    settings, metadata = _settings(args), dict(args.metadata)
-    if args.target_mb is not None:
-        most = int(args.target_mb * MEGABYTE)
-        fitted = quantize_to_size(state, most, settings, args.codec, metadata, report)
-        return fitted.snapshot, fitted.parts
-    report("quantizing", 0, 0)
-    snapshot = quantize_state(state, args.bits, settings)
-    return snapshot, encode_parts(snapshot.records, snapshot.aliases, metadata, args.codec)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DiffqWarning)
+        quantized = quantize_checkpoint(
+            state,
+            args.target_mb,
+            bits=args.bits,
+            group_size=args.group_size,
+            per_channel=args.per_channel,
+            min_size=args.min_size,
+            include=args.include,
+            exclude=args.exclude,
+            float16=args.float16,
+            codec=args.codec,
+            metadata=dict(args.metadata),
+            report=report,
+        )
+    for warning in caught:
+        note(args, str(warning.message))
+    return quantized
 
 
 def _summary(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diffq.checks import MAX_BITS
 from diffq.errors import ConfigError
@@ -16,7 +17,9 @@ from diffq.format.container import Codec, encode_parts
 from diffq.format.entropy import entropy_bits
 from diffq.numerics import grid
 from diffq.numerics.size import MEGABYTE
-from diffq.ptq.state import Settings, StateGrid, StatePlan
+from diffq.ptq.importance import Source, importance_of
+from diffq.ptq.state import Settings, StateGrid, StatePlan, plan_state
+from diffq.quantizers.grid import WeightGrid
 from diffq.storage.state import Snapshot
 
 #: Called with what is being done, the steps done and the steps in all.
@@ -56,10 +59,12 @@ def quantize_to_size(
     codec: Codec = "rans",
     metadata: Mapping[str, Any] | None = None,
     report: Report = lambda what, done, total: None,
+    sensitivity: Source | None = None,
 ) -> Fitted:
     """Chooses the bitwidth of each group so that the file has at most `most` bytes.
 
-    Minimises E + λ R, group by group. E is the squared error, measured at each bitwidth.
+    Minimises E + λ R, group by group. E is the squared error, measured at each bitwidth,
+    in which each weight counts as much as its importance.
     R is what the levels and the bit map take by their entropy; for levels that of the
     whole tensor at the bitwidth (or the bitwidth itself, with the "packed" codec). λ is
     then searched until the file, as really encoded, nearly fills `most`.
@@ -71,14 +76,18 @@ def quantize_to_size(
         codec: see `diffq.save`.
         metadata: see `diffq.save`.
         report: told about the progress.
+        sensitivity: how much errors in each weight cost, by default all the same; see
+            `diffq.quantize_checkpoint`.
 
     Raises:
-        ConfigError: nothing fits, a setting breaks a rule, or a pattern matches nothing.
+        ConfigError: nothing fits, a setting breaks a rule, a pattern matches nothing, or the
+            sensitivity is not that of the state dict.
         WeightError: a weight to quantize holds NaN or Inf, or does not fit float16.
         FormatError: the metadata is no JSON object, or a name is not storable.
     """
-    plan = StatePlan(state, settings or Settings(group_size=GROUP_SIZE))
-    return _Search(plan, most, codec, metadata, report).run()
+    plan = plan_state(state, settings or Settings(group_size=GROUP_SIZE))
+    importance = {} if sensitivity is None else importance_of(sensitivity, plan)
+    return _Search(plan, most, codec, metadata, report, importance).run()
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,15 @@ class Choice:
         return _WIDTHS[chosen].astype(np.uint8), bits
 
 
-def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
-    """Errors of one tensor, in units of the square of `unit`, and rates with a codec."""
+def measure(
+    tensor: StateGrid, codec: Codec, unit: float = 1.0, importance: Tensor | None = None
+) -> Choice:
+    """Errors of one tensor, in units of the square of `unit`, and rates with a codec.
+
+    Squared errors are multiplied by `importance`, of the tensor's shape or 0-dim.
+    """
     whole, size = tensor.grid, tensor.grid.group_size
+    factors = None if importance is None else _to_groups(importance, whole)
     groups, numel = whole.groups(), whole.weight.numel()
     errors = np.empty((tensor.count, _WIDTHS.size), np.float32)
     counts = np.zeros((_WIDTHS.size, 1 << MAX_BITS), np.int64)
@@ -130,13 +145,22 @@ def measure(tensor: StateGrid, codec: Codec, unit: float = 1.0) -> Choice:
             levels = grid.to_levels(part, *rule, whole.weight.dtype)
             error = grid.from_levels(levels, *rule).sub_(part).div_(unit)
             error.view(-1)[real:] = 0
-            errors[rows, column] = error.square_().sum(dim=1).numpy()
+            error.square_()
+            if factors is not None:
+                error.mul_(factors[rows])
+            errors[rows, column] = error.sum(dim=1).numpy()
             symbols = levels.view(-1)[:real].to(torch.int64).numpy()
             counts[column, : 1 << width] += np.bincount(symbols, minlength=1 << width)
     weights = np.full(tensor.count, size, np.float32)
     weights[-1] -= tensor.count * size - numel
     rates = _WIDTHS if codec == "packed" else [entropy_bits(count) / numel for count in counts]
     return Choice(errors, weights, np.asarray(rates, np.float32))
+
+
+def _to_groups(importance: Tensor, whole: WeightGrid) -> Tensor:
+    """What a weight's error is multiplied by, [groups, group_size]."""
+    expanded = importance.expand(whole.weight.shape)
+    return grid.to_groups(expanded, whole.group_size)
 
 
 class _File(NamedTuple):
@@ -157,6 +181,7 @@ class _Search:
         codec: Codec,
         metadata: Mapping[str, Any] | None,
         report: Report,
+        importance: Mapping[str, Tensor],
     ) -> None:
         self._plan, self._most, self._report = plan, most, report
         self._codec, self._metadata = codec, metadata
@@ -166,7 +191,8 @@ class _Search:
         self._choices: dict[str, Choice] = {}
         for done, tensor in enumerate(plan.grids):
             report("measuring errors", done, len(plan.grids))
-            self._choices[tensor.name] = measure(tensor, codec, unit)
+            factors = importance.get(tensor.name)
+            self._choices[tensor.name] = measure(tensor, codec, unit, factors)
 
     def run(self) -> Fitted:
         """The file of least error among those that were tried and fit."""

@@ -6,7 +6,7 @@ or of each of its channels. `diffq.ptq.budget` chooses bitwidths for a size of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq.attach.plan import Rules
+from diffq.attach.plan import Rules, TensorPlan
 from diffq.checks import check_bits, check_flag, check_group_size, plain
-from diffq.errors import ConfigError
+from diffq.errors import ConfigError, warn
 from diffq.format.records import GridRecord, RawRecord, Record, group_count
 from diffq.numerics import grid
 from diffq.quantizers.grid import WeightGrid, check_range
@@ -28,6 +28,10 @@ from diffq.storage.state import Snapshot, raw_record
 #: rounded to float16. A state dict does not tell buffers from parameters; these are the
 #: ones that rounding would harm.
 STATISTICS = ("running_mean", "running_var", "activation_range")
+
+
+#: What tensors that show the same memory in the same way share.
+Place = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,20 @@ def quantize_state(
         WeightError: a weight to quantize holds NaN or Inf, or does not fit float16.
     """
     check_bits(bits)
-    plan = StatePlan(state, settings or Settings())
+    plan = plan_state(state, settings or Settings())
     return plan.snapshot({g.name: np.full(g.count, bits, np.uint8) for g in plan.grids})
+
+
+def plan_state(state: Mapping[str, Any], settings: Settings) -> StatePlan:
+    """Plans a state dict, and warns if nothing in it is to be quantized.
+
+    Raises:
+        ConfigError, WeightError: as `quantize_state`.
+    """
+    plan = StatePlan(state, settings)
+    if not plan.grids:
+        warn(plan.why_nothing())
+    return plan
 
 
 def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,16 +99,28 @@ def find_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[Place, str] = {}
     for name, tensor in state.items():
         _check_dense(name, tensor)
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        target = first.setdefault(key, name) if tensor.numel() else name
+        target = first.setdefault(place_of(tensor), name) if tensor.numel() else name
         if target == name:
             tensors[name] = tensor.detach()
         else:
             aliases[name] = target
     return tensors, aliases
+
+
+def all_names(first: Iterable[str], aliases: Mapping[str, str]) -> dict[str, list[str]]:
+    """First name of each tensor, to all of its names."""
+    names = {name: [name] for name in first}
+    for alias, name in aliases.items():
+        names[name].append(alias)
+    return names
+
+
+def place_of(tensor: Tensor) -> Place:
+    """The memory that a tensor shows, and how: equal for tied tensors."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class StatePlan:
@@ -102,24 +130,25 @@ class StatePlan:
         grids: the tensors to quantize.
         raw: name to record of the others.
         aliases: further names of tied tensors, to the name of their tensor.
+        tensors: name to unique tensor, in the order of the state dict.
+        names: name to all names of the tensor.
 
     Raises:
         ConfigError, WeightError: as `quantize_state`.
     """
 
     def __init__(self, state: Mapping[str, Any], settings: Settings) -> None:
-        tensors, self.aliases = find_ties(state)
-        names = {name: [name] for name in tensors}
-        for alias, name in self.aliases.items():
-            names[name].append(alias)
+        self.tensors, self.aliases = find_ties(state)
+        self._rules = settings.rules
+        self.names = names = all_names(self.tensors, self.aliases)
         settings.rules.check_patterns({n: tensor.shape for n, tensor in state.items()})
-        self._order = list(tensors)
         self.grids: list[StateGrid] = []
         self.raw: dict[str, RawRecord] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in self.tensors.items():
             statistic = name.rpartition(".")[2] in STATISTICS
             if not statistic and tensor.numel() and settings.rules.select(names[name], tensor):
-                self.grids.append(StateGrid(name, tensor, settings))
+                # The bits of a choice do not depend on the device.
+                self.grids.append(StateGrid(name, tensor.cpu(), settings))
             elif settings.rules.halves(tensor.dtype) and not statistic:
                 half = to_half(tensor, name, "Store it as it is: leave float16 out.")
                 self.raw[name] = raw_record(half.to(tensor.dtype), torch.float16)
@@ -130,7 +159,26 @@ class StatePlan:
         """The records, given the bitwidths of each quantized tensor's groups."""
         records: dict[str, Record] = {**self.raw}
         records |= {grid.name: grid.record(bits[grid.name]) for grid in self.grids}
-        return Snapshot({name: records[name] for name in self._order}, self.aliases)
+        return Snapshot({name: records[name] for name in self.tensors}, self.aliases)
+
+    def why_nothing(self) -> str:
+        """The reason why there is no tensor to quantize, with the remedy."""
+        plans = [
+            TensorPlan(
+                names=tuple(self.names[name]),
+                sites=(),
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                quantized=False,
+                small=False,
+                learned=True,
+                pruned=False,
+                padded=False,
+                overrides={},
+            )
+            for name, tensor in self.tensors.items()
+        ]
+        return self._rules.why_nothing(plans)
 
 
 class StateGrid:
@@ -168,5 +216,5 @@ def _check_dense(name: str, tensor: Any) -> None:
         return
     raise ConfigError(
         f"A state dict to quantize holds dense tensors only, got {got} for {name!r}. "
-        "Take it out, or make it dense."
+        "Take it out, make it dense, or pass the state dict that is in it."
     )

@@ -26,6 +26,7 @@ from diffq.numerics.grid import from_groups, to_groups
 from diffq.numerics.lengths import CodeLengths, code_lengths
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import samples_of, values_of
+from diffq.quantizers.report import tensor_size
 from diffq.torch_inside.graph import is_plain
 
 if TYPE_CHECKING:
@@ -145,10 +146,6 @@ class EntropyWeight(WeightQuantizer):
     def stored_bits(self, record: Record) -> int:
         """The entropy of levels and steps, which no bitwidth bounds."""
         return math.ceil(record.entropy_bound_bits())
-
-    def level_bits(self, record: Record) -> int:
-        """The entropy of the levels."""
-        return math.ceil(record.coded.entropy_bits()) if record.coded else 0
 
     @property
     def learning(self) -> bool:
@@ -287,8 +284,6 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
             WeightError: a weight is not finite.
             AttachError: a quantized tensor was removed or replaced.
         """
-        sizes = self._attachment.each_weight(
-            lambda q, weight, learned: (q.level_bits(q.record(weight, learned)), q.plan.numel)
-        )
-        weights = sum(numel for bits, numel in sizes if bits)
-        return sum(bits for bits, _ in sizes) / weights if weights else float("nan")
+        sizes = [size for size in self._attachment.each_weight(tensor_size) if size.level_bits]
+        weights = sum(math.prod(size.shape) for size in sizes)
+        return sum(size.level_bits for size in sizes) / weights if weights else float("nan")

@@ -177,7 +177,8 @@ def _snapshot(source: Storable | Mapping[str, Any]) -> Snapshot:
     if isinstance(source, Mapping):
         return from_state(source)
     raise ConfigError(
-        f"save needs a quantizer or a state of get_quantized_state(), got {type(source).__name__}."
+        f"save needs a quantizer or a state of get_quantized_state(), got {type(source).__name__}. "
+        "Write what quantize_checkpoint() returned with its own save(path)."
     )
 
 

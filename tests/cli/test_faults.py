@@ -23,7 +23,7 @@ def checkpoint(tmp_path):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("place", ["torch.load", "diffq.ptq.state.quantize_state"])
+@pytest.mark.parametrize("place", ["torch.load", "diffq.ptq.checkpoint.quantize_checkpoint"])
 def test_out_of_memory(place, error, checkpoint, tmp_path, monkeypatch, capsys):
     """Where the memory does not suffice, that is what the line says."""
 
@@ -43,7 +43,7 @@ def test_other_faults_are_not_hidden(checkpoint, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("diffq.ptq.state.quantize_state", fail)
+    monkeypatch.setattr("diffq.ptq.checkpoint.quantize_checkpoint", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         main(["pack", str(checkpoint), str(tmp_path / "out.diffq"), "--bits", "4"])
 

@@ -230,3 +230,22 @@ def test_images_without_the_head():
     assert weights(model).keys() == weights(seeded(vit)).keys()
     assert extras(model)
     assert diffq.quantizer_of(model) is quantizer
+
+
+def test_quantized_without_training():
+    """A model's own loss is measured batch by batch, and its tied embedding counts once."""
+    model = seeded(gpt2).train()
+    before = weights(model)
+    batches = [{"input_ids": texts(), "labels": texts()}]
+    measured = diffq.sensitivity(model, batches, min_size=0, include=["*.weight"])
+    with torch.no_grad():
+        assert measured.loss == pytest.approx(model.eval()(**batches[0]).loss.item(), rel=1e-5)
+    assert measured.tensors["transformer.wte.weight"].names[1:] == ("lm_head.weight",)
+    assert all(same_bits(tensor, before[name]) for name, tensor in weights(model).items())
+    quantized = diffq.quantize_checkpoint(
+        model.state_dict(), 0.02, sensitivity=measured, min_size=0, include=["*.weight"]
+    )
+    fresh = seeded(gpt2, 1)
+    fresh.load_state_dict(quantized.state_dict())
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
+    assert quantized.size_mb <= 0.02

@@ -98,6 +98,7 @@ def test_other_tensors_are_kept_to_the_bit():
         assert stored == state[name].reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:Nothing is quantized")
 def test_float16_halves_floats_but_not_statistics():
     """float16 stores floats that are not quantized in two bytes, except running statistics."""
     state = {"bias": weights(10), "norm.running_mean": weights(10), "half": weights(10).half()}
@@ -106,6 +107,7 @@ def test_float16_halves_floats_but_not_statistics():
     assert [r.dtype for r in records.values()] == ["float32", "float32", "float16"]
 
 
+@pytest.mark.filterwarnings("ignore:Nothing is quantized")
 def test_float16_refuses_what_it_cannot_hold():
     """A finite value that float16 makes infinite is refused by name; an infinite one is kept."""
     with pytest.raises(diffq.WeightError, match=r"70000.*big"):
@@ -150,6 +152,7 @@ def test_ties_are_names_that_show_the_same_memory_alike():
     assert list(tensors) == [name for name in state if name not in aliases]
 
 
+@pytest.mark.filterwarnings("ignore:Nothing is quantized")
 def test_a_pattern_can_name_either_of_two_tied_names():
     """Excluding one name of a tied tensor keeps the tensor raw; patterns must match something."""
     one = weights(100)
@@ -262,6 +265,7 @@ def test_constants_cost_nothing():
     assert sum(map(len, fitted.parts)) <= 4000
 
 
+@pytest.mark.filterwarnings("ignore:Nothing is quantized")
 def test_a_model_without_weights_to_quantize():
     """Where nothing is quantized, the raw file is the only one, and fits or does not."""
     state = {"bias": weights(10)}
@@ -269,6 +273,12 @@ def test_a_model_without_weights_to_quantize():
     assert sum(map(len, quantize_to_size(state, size).parts)) == size
     with pytest.raises(diffq.ConfigError, match=f"smallest file has {size} bytes"):
         quantize_to_size(state, size - 1)
+
+
+def test_nothing_to_quantize_is_a_warning():
+    """A state dict without a tensor to quantize warns, with the size of the largest one."""
+    with pytest.warns(diffq.DiffqWarning, match=r"Nothing is quantized.*w, takes 0\.0003815 MB"):
+        quantize_state({"w": weights(100), "steps": torch.tensor(7)}, 4)
 
 
 @pytest.mark.parametrize("bits", [0, 16, 2.5, True])
