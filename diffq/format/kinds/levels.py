@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,26 @@ def level_bits(bits: Bytes, group_size: int, numel: int, min_bits: int) -> int:
     return bits.size * map_width(bits, min_bits) + levels
 
 
+class Line(NamedTuple):
+    """What levels stand for: value = (level - zero) * step + added, in float32.
+
+    Each operation is rounded, and left out where its array is None. The arrays hold one value for
+    each bitwidth or group that was asked about, or one for all.
+    """
+
+    zero: Floats | None
+    step: Floats
+    added: Floats | None
+
+    def apply(self, values: Floats, group_size: int) -> None:
+        """Turns levels, float32 [weights], into what they stand for, in place."""
+        if self.zero is not None:
+            values -= repeat(self.zero, group_size, values.size)
+        values *= repeat(self.step, group_size, values.size)
+        if self.added is not None:
+            values += repeat(self.added, group_size, values.size)
+
+
 def check_level_head(numel: int, dtype: str, group_size: int, min_bits: int) -> None:
     """Checks what a tensor of levels says before any of them is there.
 
@@ -125,6 +145,21 @@ class LevelRecord(QuantizedRecord):
     @abstractmethod
     def parameters(self) -> Floats:
         """What the levels are decoded with."""
+
+    @property
+    def per_group(self) -> bool:
+        """Whether each group has parameters of its own."""
+        return False
+
+    @abstractmethod
+    def line(self, bits: Bytes) -> Line:
+        """What levels of some bitwidths stand for; `per_group`, those of all groups."""
+
+    def values(self) -> Floats:
+        """The decoded weights: float32, in the tensor's shape."""
+        values = self.levels.astype(np.float32)
+        self.line(self.bits).apply(values, self.group_size)
+        return values.reshape(self.shape)
 
     @property
     def constant(self) -> bool:
