@@ -21,7 +21,8 @@ class PackedCodewords(PackedWeight):
     words: Tensor
     indices: Tensor
 
-    def __init__(self, record: ProductRecord) -> None:
+    def __init__(self, record: ProductRecord, by_rows: bool) -> None:
+        """Packs a record, whose rows can be decoded alone in any case."""
         super().__init__(record.shape, getattr(torch, record.dtype))
         self._blocks = record.indices.size
         # The indices of a single codeword have no bits, of which there are no planes.

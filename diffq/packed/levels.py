@@ -41,17 +41,17 @@ class PackedLevels(PackedWeight):
     step: Tensor
     added: Tensor
 
-    def __init__(self, record: LevelRecord, by_rows: bool = False) -> None:
+    def __init__(self, record: LevelRecord, by_rows: bool) -> None:
         """Packs a record, `by_rows` if rows are to be decoded alone."""
         super().__init__(record.shape, getattr(torch, record.dtype))
         self._group_size, self._groups = record.group_size, record.bits.size
         columns = record.numel // record.shape[0]
         self._row_groups = 0 if columns % self._group_size else columns // self._group_size
         self._rows_per_block = -(-_BLOCK // max(self._row_groups, 1))
-        widths, numbers, counts = np.unique(record.bits, return_inverse=True, return_counts=True)
+        widths, found, counts = np.unique(record.bits, return_inverse=True, return_counts=True)
+        numbers = found.astype(np.uint8)
         # Bitwidth and number of groups of each stream.
         self._widths = list(zip(widths.tolist(), counts.tolist(), strict=True))
-        numbers = numbers.astype(np.uint8)
         self._map_bits = (len(widths) - 1).bit_length()
         self.keep("streams", torch.from_numpy(self._pack_streams(record, numbers)))
         bit_map = planes.pack(numbers, self._map_bits) if self._map_bits else _NOTHING

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -22,7 +26,6 @@ class PackedWeight(nn.Module):
 
     Attributes:
         shape: of the weight.
-        saved: the entry of the state dict that is being made, under the first of tied names.
     """
 
     like: Tensor
@@ -30,6 +33,7 @@ class PackedWeight(nn.Module):
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
+        self._saved: ReferenceType[Tensor] | None = None
         # Without elements: a cast or move of the module changes its dtype and device.
         self.keep("like", torch.empty(0, dtype=dtype))
 
@@ -66,6 +70,18 @@ class PackedWeight(nn.Module):
         """The same of some rows, int64 [rows]: [rows, ...]."""
         values = self.row_values(rows)
         return values.reshape(len(rows), *self.shape[1:]).to(self.like.dtype)
+
+    def saved(self, entries: Iterable[Any]) -> Tensor:
+        """The weight for a state dict: one tensor for tied names, given the entries so far."""
+        known = None if self._saved is None else self._saved()
+        if known is None or all(entry is not known for entry in entries):
+            known = self.decode()
+            self._saved = weakref.ref(known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        # References to what was saved cannot be pickled.
+        return {**self.__dict__, "_saved": None}
 
     def extra_repr(self) -> str:
         """Shape and size, for `print(model)`."""
