@@ -66,7 +66,7 @@ class PackedEmbedding(nn.Embedding):
             return super().forward(input)
         # torch's own check of the indices, on a tensor of one element.
         F.embedding(input, packed.like.new_empty(1, 1).expand(self.num_embeddings, 1))
-        return packed.decode_rows(input.reshape(-1).long()).view(*input.shape, -1)
+        return packed.decode_rows(input.reshape(-1).long()).view(*input.shape, self.embedding_dim)
 
 
 def can_pack(module: nn.Module, name: str) -> bool:
