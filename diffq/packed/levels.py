@@ -48,10 +48,11 @@ class PackedLevels(PackedWeight):
         columns = record.numel // record.shape[0]
         self._row_groups = 0 if columns % self._group_size else columns // self._group_size
         self._rows_per_block = -(-_BLOCK // max(self._row_groups, 1))
-        widths, found, counts = np.unique(record.bits, return_inverse=True, return_counts=True)
-        numbers = found.astype(np.uint8)
+        counts = np.bincount(record.bits)
+        widths = np.flatnonzero(counts).astype(np.uint8)
+        numbers = np.searchsorted(widths, np.arange(len(counts))).astype(np.uint8)[record.bits]
         # Bitwidth and number of groups of each stream.
-        self._widths = list(zip(widths.tolist(), counts.tolist(), strict=True))
+        self._widths = [(width, int(counts[width])) for width in widths.tolist()]
         self._map_bits = (len(widths) - 1).bit_length()
         self.keep("streams", torch.from_numpy(self._pack_streams(record, numbers)))
         bit_map = planes.pack(numbers, self._map_bits) if self._map_bits else _NOTHING
