@@ -138,8 +138,6 @@ def run_once(path: Path, packed: bool) -> None:
 def measure_memory(name: str, path: Path, packed: bool, threads: int) -> dict[str, float]:
     """`memory` in a process of its own."""
     command, environment = worker("packed.py")
-    # glibc keeps freed blocks below this size, of up to 32 MB if it is not set.
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command += ["--threads", str(threads), "--memory", name, str(path), "packed" * packed]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
