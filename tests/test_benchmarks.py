@@ -129,6 +129,7 @@ def test_run(tmp_path):
     assert done.stdout == (tmp_path / "t.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_packed_run():
     """The benchmark of packed models reports memory of each load, and times of both."""
     command = [sys.executable, str(BENCHMARKS / "packed.py"), "--cases", "tiny", "--rounds", "1"]
