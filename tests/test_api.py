@@ -30,6 +30,7 @@ STAGES = [
     "torch_inside",
     "numerics",
     "kernels",
+    "packed",
     "attach",
     "storage",
     "quantizers",

@@ -129,6 +129,17 @@ def test_run(tmp_path):
     assert done.stdout == (tmp_path / "t.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_packed_run():
+    """The benchmark of packed models reports memory of each load, and times of both."""
+    command = [sys.executable, str(BENCHMARKS / "packed.py"), "--cases", "tiny", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sizes, times = (table.splitlines() for table in done.stdout.split("\n\n"))
+    assert [line.split(" | ")[2] for line in sizes[2:]] == ["plain", "packed"] * 2
+    assert [line.split(" | ")[2] for line in times[2:]] == ["8 tokens"] * 2
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Imports a module as the scripts of the benchmarks do."""

@@ -7,9 +7,7 @@ of the same name. The methods that compute are wrapped.
 from __future__ import annotations
 
 import functools
-from abc import ABCMeta
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -25,6 +23,7 @@ from diffq.errors import AttachError
 from diffq.torch_inside.overrides import after_loads, before_moves
 from diffq.torch_inside.recurrent import ReadsWeights, keep_weights
 from diffq.torch_inside.sharding import is_managed
+from diffq.torch_inside.subclasses import Quiet, maker, tells_subclasses
 
 #: The attribute of a module that holds its `Cover`.
 COVER = "_diffq_cover"
@@ -109,14 +108,7 @@ def take_off(module: nn.Module) -> None:
         keep_weights(module)
 
 
-class _Quiet:
-    """Keeps classes that register their subclasses from seeing ours."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Tells the other bases nothing."""
-
-
-class _Recurrent(ReadsWeights, _Quiet):
+class _Recurrent(ReadsWeights, Quiet):
     """A recurrent layer with quantized weights."""
 
     def _computes(self) -> bool:
@@ -146,7 +138,7 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         members.update(before_moves(base, _forget))
     if names:
         members.update(after_loads(base, _look))
-    make = _maker(base)
+    make = maker(base)
     if parametrized:
         # torch deletes the properties of a parametrized class, and then takes its first base.
         own = {k: v for k, v in vars(base).items() if k not in _NOT_COPIED}
@@ -165,22 +157,10 @@ def _covered(base: type[nn.Module], names: tuple[str, ...], is_root: bool) -> ty
         mixins += containers.mixins(base)
     if issubclass(base, nn.RNNBase):
         mixins.append(_Recurrent)
-    elif _tells_subclasses(base):
-        mixins.append(_Quiet)
+    elif tells_subclasses(base):
+        mixins.append(Quiet)
     covered: type[nn.Module] = make(base.__name__, (*mixins, base), members)
     return covered
-
-
-def _maker(base: type[nn.Module]) -> Callable[..., Any]:
-    """Makes classes like a class does, without what its own metaclass does besides."""
-    metaclass = type(base)
-    kind = ABCMeta if issubclass(metaclass, ABCMeta) else type
-    return partial(kind.__new__, metaclass)
-
-
-def _tells_subclasses(base: type[nn.Module]) -> bool:
-    own = (cls for cls in base.__mro__ if cls.__module__ not in ("builtins", "typing"))
-    return any("__init_subclass__" in vars(cls) for cls in own)
 
 
 def _without(cls: type[nn.Module]) -> type[nn.Module]:
@@ -192,7 +172,7 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     members = {k: v for k, v in vars(cls).items() if k not in _NOT_COPIED}
     bases = tuple(_without(base) if issubclass(base, nn.Module) else base for base in cls.__bases__)
-    plain: type[nn.Module] = _maker(cls)(cls.__name__, bases, members)
+    plain: type[nn.Module] = maker(cls)(cls.__name__, bases, members)
     return plain
 
 

@@ -9,6 +9,7 @@ from diffq.attach.attachment import is_attached, strip
 from diffq.attach.plan import TensorPlan
 from diffq.attach.weight import WeightQuantizer
 from diffq.errors import AttachError, WeightError
+from diffq.packed.modules import is_packed
 from diffq.torch_inside.modules import pruned_names
 from diffq.torch_inside.sharding import is_sharded
 
@@ -31,6 +32,11 @@ def check_model(model: nn.Module) -> None:
         raise AttachError(
             "The model has a quantizer already. Call detach() on that one first; "
             "to quantize parts in different ways, use overrides, include and exclude."
+        )
+    if is_packed(model):
+        raise AttachError(
+            "A quantizer needs weights that it can change, but this model has packed ones. Load "
+            "the file without packed=True, and attach the quantizer to that model."
         )
     strip(model)
     _check_pruning(model)

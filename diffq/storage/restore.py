@@ -14,6 +14,7 @@ from diffq.attach.attachment import is_attached
 from diffq.attach.plan import dtype_name, named_tensors
 from diffq.attach.ties import tie_key
 from diffq.errors import MismatchError
+from diffq.packed.modules import is_packed
 from diffq.storage.legacy.layout import is_legacy
 from diffq.storage.legacy.load import load_legacy
 from diffq.storage.state import Header, from_state, read_header, record_tensor
@@ -56,13 +57,16 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
     return model
 
 
-def match(model: nn.Module, header: Header, strict: bool = True) -> dict[str, Tensor]:
+def match(
+    model: nn.Module, header: Header, strict: bool = True, meta: bool = False
+) -> dict[str, Tensor]:
     """Pairs a stored model's names with a plain model's tensors; decodes nothing.
 
     Args:
         model: the model.
         header: the stored model's header.
         strict: refuse names that only one of the two has; otherwise warn of them.
+        meta: allow tensors on the meta device, which will be replaced.
 
     Returns:
         Every name that both have to its tensor of the model.
@@ -77,7 +81,8 @@ def match(model: nn.Module, header: Header, strict: bool = True) -> dict[str, Te
     shared = {name: target for name, target in targets.items() if name in sources}
     unmatched = _unmatched(targets, sources, set() if strict else shared.keys())
     described = {
-        name: _problem(target, *header.tensors[sources[name]]) for name, target in shared.items()
+        name: _problem(target, *header.tensors[sources[name]], meta)
+        for name, target in shared.items()
     }
     problems = [f"{name}: {problem}" for name, problem in described.items() if problem]
     if strict or (unmatched and not shared):
@@ -126,6 +131,11 @@ def _check_plain(model: nn.Module) -> None:
             "Stored weights are restored into a plain model, but this one has a quantizer. "
             "Call quantizer.detach() first."
         )
+    if is_packed(model):
+        raise MismatchError(
+            "Stored weights are restored into a plain model, but this one has packed weights. "
+            "Make a new model."
+        )
     for path, module in model.named_modules():
         if is_managed(module):
             raise MismatchError(
@@ -157,7 +167,7 @@ def _first(lines: list[str]) -> str:
     return "\n  ".join(lines[:10]) + more
 
 
-def _problem(target: Tensor, shape: tuple[int, ...], dtype: str) -> str | None:
+def _problem(target: Tensor, shape: tuple[int, ...], dtype: str, meta: bool) -> str | None:
     """Why a stored tensor cannot be written to one of the model, if so."""
     if is_lazy(target):
         return "no shape in the model yet; run one forward of the lazy module first"
@@ -166,7 +176,7 @@ def _problem(target: Tensor, shape: tuple[int, ...], dtype: str) -> str | None:
     if dtype_name(target.dtype) != dtype:
         stored = f"{dtype_name(target.dtype)} in the model, {dtype} stored"
         return f"{stored}; convert the model with .to(dtype)"
-    if target.is_meta:
+    if target.is_meta and not meta:
         return "on the meta device; call model.to_empty(device=...) first"
     expanded = any(
         stride == 0 < size - 1 for stride, size in zip(target.stride(), shape, strict=True)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq.attach.plan import named_tensors
 from diffq.errors import ConfigError
 from diffq.format.container import Codec, encode_parts
-from diffq.format.kinds.base import QuantizedEntry
 from diffq.format.reader import default_budget
+from diffq.storage.filling import decode, fill
 from diffq.storage.open import Readable, StoredModel, read_whole
-from diffq.storage.restore import match, unique_targets
-from diffq.storage.state import Header, Snapshot, from_state
+from diffq.storage.packing import fill_packed
+from diffq.storage.state import Snapshot, from_state
 from diffq.storage.writing import Target, check_target, write_file
 from diffq.torch_inside.modules import is_lazy
 
@@ -90,6 +88,7 @@ def load(
     device: DeviceLike = None,
     strict: bool = True,
     budget: int | None = None,
+    packed: bool = False,
 ) -> Model: ...
 
 
@@ -100,6 +99,7 @@ def load(
     device: DeviceLike = None,
     strict: bool = True,
     budget: int | None = None,
+    packed: bool = False,
 ) -> nn.Module | dict[str, Tensor]:
     """Reads a file, into a plain model or as a dict of tensors.
 
@@ -115,6 +115,10 @@ def load(
             warning lists the others. Shared names must still agree in shape and dtype.
         budget: bytes that the tensors may decode to; see `diffq.open`. With a model,
             its own size is allowed in any case.
+        packed: keep the weights of linear, embedding and convolution layers as packed levels in
+            memory, and decode them in each forward: less memory, more time, no training of these
+            weights. Tensors of the model may be on the meta device, and then go to `device`. See
+            docs/smaller.md.
 
     Returns:
         The model; or, without one, a state dict for `load_state_dict`, in which tied
@@ -124,21 +128,25 @@ def load(
         FormatError: the file is damaged, hostile, or of another version.
         MismatchError: names, shapes or dtypes of file and model differ.
         ConfigError: `device` is none of this machine or not that of the model, or `strict`
-            is False without one.
+            is False or `packed` True without one.
         OSError: the file cannot be read.
     """
     place = None if device is None else _resolve(device)
     if model is None:
         if not strict:
             raise ConfigError("strict=False compares names with a model, got none. Pass a model.")
+        if packed:
+            raise ConfigError("packed=True packs the layers of a model, got none. Pass a model.")
         with StoredModel(path, budget) as stored:
             return _state_dict(stored, place)
     if place is not None:
-        _check_place(model, place)
+        _check_place(model, place, packed)
     data = read_whole(path)
     given = default_budget(len(data)) if budget is None else budget
     with StoredModel(io.BytesIO(data), max(given, _decoded_size(model))) as stored:
-        return _fill(model, stored, strict)
+        if packed:
+            return fill_packed(model, stored, strict, place)
+        return fill(model, stored, strict)
 
 
 def _resolve(device: torch.device | str | int) -> torch.device:
@@ -155,9 +163,9 @@ def _resolve(device: torch.device | str | int) -> torch.device:
         raise ConfigError(f"{rule}: {reason}. {remedy}") from error
 
 
-def _check_place(model: nn.Module, wanted: torch.device) -> None:
+def _check_place(model: nn.Module, wanted: torch.device, packed: bool) -> None:
     for site, tensor in named_tensors(model):
-        if tensor.device != wanted:
+        if tensor.device != wanted and not (packed and tensor.is_meta):
             raise ConfigError(
                 f"A model's tensors keep their place, but {site.name!r} is on {tensor.device} "
                 f"and device is {wanted}. Call model.to({str(wanted)!r}), or omit device."
@@ -183,43 +191,6 @@ def _snapshot(source: Storable | Mapping[str, Any]) -> Snapshot:
 
 
 def _state_dict(stored: StoredModel, device: torch.device | None) -> dict[str, Tensor]:
-    decoded = _decode(stored, stored.entries)
+    decoded = decode(stored, stored.entries)
     tensors = {name: tensor.to(device=device) for name, tensor in decoded.items()}
     return {name: tensors[stored.aliases.get(name, name)] for name in stored}
-
-
-def _fill(model: nn.Module, stored: StoredModel, strict: bool) -> nn.Module:
-    header = Header(
-        {name: (entry.shape, entry.dtype) for name, entry in stored.entries.items()},
-        stored.aliases,
-    )
-    targets = match(model, header, strict)
-    stored.reader.verify(keep=True)
-    unique = unique_targets(targets, header, lambda name: stored[name])
-    # Large tensors are decoded where they belong, without a copy in between.
-    direct = {name: target for name, target in unique if _decodes_into(stored, name, target)}
-    out = {name: target.detach().numpy() for name, target in direct.items()}
-    decoded = _decode(stored, dict(unique), out)
-    with torch.no_grad():
-        for name, target in unique:
-            if direct.get(name) is not target:
-                target.copy_(decoded[name])
-    return model
-
-
-def _decodes_into(stored: StoredModel, name: str, target: Tensor) -> bool:
-    quantized = isinstance(stored.entries[name], QuantizedEntry)
-    plain = target.device.type == "cpu" and target.dtype == torch.float32
-    return quantized and plain and target.is_contiguous()
-
-
-def _decode(
-    stored: StoredModel, names: Iterable[str], out: Mapping[str, NDArray[np.float32]] | None = None
-) -> dict[str, Tensor]:
-    """Tensors of a file; those in `out` are written there."""
-    chosen = list(names)
-    quantized = [name for name in chosen if isinstance(stored.entries[name], QuantizedEntry)]
-    values = stored.reader.values_of(quantized, out)
-    dtypes = {name: getattr(torch, stored.entries[name].dtype) for name in quantized}
-    tensors = {name: torch.from_numpy(values[name]).to(dtypes[name]) for name in quantized}
-    return {name: tensors[name] if name in tensors else stored[name] for name in chosen}

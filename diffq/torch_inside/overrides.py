@@ -37,6 +37,19 @@ class Overridable(nn.Module):
         return self
 
 
+class SavesFirst(nn.Module):
+    """A module that saves tensors which it computes, ahead of those that it holds."""
+
+    def saved_first(self, saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Name to tensor of these, given the entries of the state dict so far."""
+        return {}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        first = self.saved_first(destination)
+        destination.update((prefix + name, each) for name, each in first.items())
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
 def before_moves(base: type[nn.Module], tell: Callable[[Any], None]) -> dict[str, Any]:
     """The members of a subclass that calls `tell` with a module before it is cast or moved."""
     method: Any = base._apply

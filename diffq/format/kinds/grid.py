@@ -16,6 +16,7 @@ from diffq.format.kinds.levels import (
     MAX_RANGE,
     LevelEntry,
     LevelRecord,
+    Line,
     float_parameters,
     read_levels,
     repeat,
@@ -69,11 +70,14 @@ class GridRecord(LevelRecord):
         """Whether low equals high everywhere."""
         return is_constant(self.ranges)
 
-    def values(self) -> Floats:
-        """The decoded weights: float32, in the tensor's shape."""
-        values = self.levels.astype(np.float32)
-        _scale(values, self.ranges, self.bits, self.group_size, self.zero_point)
-        return values.reshape(self.shape)
+    @property
+    def per_group(self) -> bool:
+        """Whether each group has a range of its own."""
+        return len(self.ranges) != 1
+
+    def line(self, bits: Bytes) -> Line:
+        """What levels of some bitwidths stand for; `per_group`, those of all groups."""
+        return Line(*_terms(self.ranges, bits, self.zero_point))
 
     def entry(self, name: str) -> GridEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
@@ -84,7 +88,7 @@ class GridRecord(LevelRecord):
             self.group_size,
             self.min_bits,
             constant=self.constant,
-            per_group=len(self.ranges) != 1,
+            per_group=self.per_group,
             zero_point=self.zero_point,
         )
 
@@ -162,17 +166,16 @@ class GridEntry(LevelEntry):
         ranges = _ranges(elements)
         if len(ranges) > 1:
             decoded.merge(piece.group_size, out)
-            _scale(out, ranges[piece.groups], decoded.bits, piece.group_size, self.zero_point)
+            terms = _terms(ranges[piece.groups], decoded.bits, self.zero_point)
+            Line(*terms).apply(out, piece.group_size)
             return
-        low, high = ranges.T
 
         def fill(width: int, part: Floats) -> None:
             levels: NDArray[Any] = decoded.streams[width]
-            top, added = np.array([(1 << width) - 1], np.float32), low
-            if self.zero_point:
-                zero, added = zero_points(low, high, top)
+            zero, step, added = _terms(ranges, np.array([width], np.uint8), self.zero_point)
+            if zero is not None:
                 levels = np.subtract(levels, zero, out=part, dtype=np.float32)
-            np.multiply(levels, (high - low) / top, out=part, dtype=np.float32)
+            np.multiply(levels, step, out=part, dtype=np.float32)
             part += added
 
         merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
@@ -212,16 +215,12 @@ def _ranges(elements: Bytes) -> Floats:
     return float_parameters(elements).reshape(-1, 2)
 
 
-def _scale(levels: Floats, ranges: Floats, bits: Bytes, group_size: int, zero_point: bool) -> None:
-    """Turns levels into the values that they stand for, in place."""
+def _terms(ranges: Floats, bits: Bytes, zero_point: bool) -> tuple[Floats | None, Floats, Floats]:
+    """The terms of the `Line` of these bitwidths, with a range for each or one for all."""
     low, high = ranges.T
     top = ((np.uint32(1) << bits.astype(np.uint32)) - np.uint32(1)).astype(np.float32)
-    step, added = (high - low) / top, low
-    if zero_point:
-        zero, added = zero_points(low, high, top)
-        levels -= repeat(zero, group_size, levels.size)
-    levels *= repeat(step, group_size, levels.size)
-    levels += repeat(added, group_size, levels.size)
+    zero, added = zero_points(low, high, top) if zero_point else (None, low)
+    return zero, (high - low) / top, added
 
 
 def is_constant(ranges: Floats) -> bool:

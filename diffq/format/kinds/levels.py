@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,26 @@ def level_bits(bits: Bytes, group_size: int, numel: int, min_bits: int) -> int:
     return bits.size * map_width(bits, min_bits) + levels
 
 
+class Line(NamedTuple):
+    """What levels stand for: value = (level - zero) * step + added, in float32.
+
+    Each operation is rounded, and left out where its array is None. The arrays hold one value for
+    each bitwidth or group that was asked about, or one for all.
+    """
+
+    zero: Floats | None
+    step: Floats
+    added: Floats | None
+
+    def apply(self, values: Floats, group_size: int) -> None:
+        """Turns levels, float32 [weights], into what they stand for, in place."""
+        if self.zero is not None:
+            values -= repeat(self.zero, group_size, values.size)
+        values *= repeat(self.step, group_size, values.size)
+        if self.added is not None:
+            values += repeat(self.added, group_size, values.size)
+
+
 def check_level_head(numel: int, dtype: str, group_size: int, min_bits: int) -> None:
     """Checks what a tensor of levels says before any of them is there.
 
@@ -126,6 +146,21 @@ class LevelRecord(QuantizedRecord):
     @abstractmethod
     def parameters(self) -> NDArray[Any]:
         """Ranges, scales or steps, in the dtype that files hold."""
+
+    @property
+    def per_group(self) -> bool:
+        """Whether each group has parameters of its own."""
+        return False
+
+    @abstractmethod
+    def line(self, bits: Bytes) -> Line:
+        """What levels of some bitwidths stand for; `per_group`, those of all groups."""
+
+    def values(self) -> Floats:
+        """The decoded weights: float32, in the tensor's shape."""
+        values = self.levels.astype(np.float32)
+        self.line(self.bits).apply(values, self.group_size)
+        return values.reshape(self.shape)
 
     @property
     def constant(self) -> bool:

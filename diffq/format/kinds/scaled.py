@@ -15,9 +15,9 @@ from diffq.format.kinds.levels import (
     MAX_RANGE,
     LevelEntry,
     LevelRecord,
+    Line,
     float_parameters,
     read_levels,
-    repeat,
 )
 from diffq.format.layout import Piece
 
@@ -48,13 +48,10 @@ class ScaledRecord(LevelRecord):
         """The scale."""
         return self.scale
 
-    def values(self) -> Floats:
-        """The decoded weights: float32, in the tensor's shape."""
-        zero = (np.uint32(1) << (self.bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-        values = self.levels.astype(np.float32)
-        values -= repeat(zero, self.group_size, self.numel)
-        values *= self.scale
-        return values.reshape(self.shape)
+    def line(self, bits: Bytes) -> Line:
+        """What levels of some bitwidths stand for."""
+        zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
+        return Line(zero, self.scale, None)
 
     def entry(self, name: str) -> ScaledEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""

@@ -12,7 +12,7 @@ from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece, entropy_bits
 from diffq.format.groups import merge_groups
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
-from diffq.format.kinds.levels import LevelEntry, LevelRecord, read_levels, repeat
+from diffq.format.kinds.levels import LevelEntry, LevelRecord, Line, read_levels
 from diffq.format.layout import Piece
 
 Steps = NDArray[np.int16]
@@ -70,13 +70,15 @@ class SteppedRecord(LevelRecord):
         """Entropy of the steps, few of which differ."""
         return entropy_bits(np.bincount(self.steps - FIRST_STEP))
 
-    def values(self) -> Floats:
-        """The decoded weights: float32, in the tensor's shape."""
-        zero = (np.uint32(1) << (self.bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-        values = self.levels.astype(np.float32)
-        values -= repeat(zero, self.group_size, self.numel)
-        _scale(values, self.steps, self.group_size)
-        return values.reshape(self.shape)
+    @property
+    def per_group(self) -> bool:
+        """Each group has a step of its own."""
+        return True
+
+    def line(self, bits: Bytes) -> Line:
+        """What the levels of all groups stand for."""
+        zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
+        return Line(zero, STEPS[self.steps - FIRST_STEP], None)
 
     def entry(self, name: str) -> SteppedEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
