@@ -27,6 +27,7 @@ STAGES = [
     "errors",
     "checks",
     "format",
+    "reports",
     "torch_inside",
     "numerics",
     "kernels",
@@ -241,9 +242,11 @@ def test_format_imports_without_torch():
     assert _run(code).strip() == str(list(range(8)))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("diffq.format")])
-def test_format_never_imports_torch(name):
-    """No module of diffq.format imports torch, not even within a function."""
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.startswith(("diffq.format", "diffq.reports"))]
+)
+def test_files_need_no_torch(name):
+    """No module of diffq.format or diffq.reports imports torch, not even within a function."""
     assert not any(found.split(".")[0] == "torch" for found in _imports(MODULES[name]))
 
 

@@ -8,28 +8,25 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
-    MEGABYTE,
-    Report,
     Subparsers,
     add_command,
     check_output,
-    coded_bits,
     error_measures,
-    mean_bits,
     megabytes,
     nonnegative,
     note,
     positive,
     print_json,
-    printable,
     progress,
     ratio,
     say,
     whole,
 )
+from diffq.reports.text import MEGABYTE, printable
 
 if TYPE_CHECKING:
     from diffq.ptq.state import Settings
+    from diffq.reports.summary import Progress
     from diffq.storage.state import Snapshot
 
 _DESCRIPTION = """\
@@ -175,7 +172,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _quantize(
-    args: argparse.Namespace, state: dict[str, Any], report: Report
+    args: argparse.Namespace, state: dict[str, Any], report: Progress
 ) -> tuple[Snapshot, list[bytes]]:
     from diffq.format.container import encode_parts
     from diffq.ptq.budget import quantize_to_size
@@ -195,6 +192,7 @@ def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
     from diffq.format.kinds.base import QuantizedRecord
+    from diffq.reports.summary import coded_bits, mean_bits
     from diffq.storage.state import record_tensor
 
     coded = []

@@ -18,12 +18,12 @@ from diffq.cli.common import (
     missing,
     note,
     print_json,
-    printable,
     progress,
     say,
 )
 from diffq.cli.kinds import check_diffq
 from diffq.errors import ConfigError
+from diffq.reports.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
