@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffq.errors import ConfigError
-from diffq.quantizers.tables import table
+from diffq.reports.tables import table
 from diffq.reports.text import MEGABYTE, printable
 from diffq.storage.writing import check_target
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from diffq.format.reader import Reader
 from diffq.reports import figures
-from diffq.reports.document import document, facts, section
+from diffq.reports.document import document, facts, folded, section
 from diffq.reports.listing import MOST_ROWS, Cell, Column, listing
 from diffq.reports.markup import Markup, tag
 from diffq.reports.model import bits_cell, footer, headline, line
 from diffq.reports.summary import Progress, Summary, Tensor, quiet, summarize
-from diffq.reports.text import shape, shortened
+from diffq.reports.text import shape, shortened, size
 
 _MOST_CHANGES = 24
 
@@ -120,9 +120,7 @@ def _changes(found: Sequence[Pair]) -> Markup:
         )
     rows = [(pair.name, pair.change) for pair in changed[:_MOST_CHANGES]]
     rest = changed[_MOST_CHANGES:]
-    note = (
-        f"and {len(rest):,} smaller changes, {figures.signed(sum(p.change for p in rest))} together"
-    )
+    note = f"and {len(rest):,} smaller changes, {_signed(sum(p.change for p in rest))} together"
     return section(
         "Where the bytes changed",
         tag("p", "From A to B, the largest changes first.", class_="note"),
@@ -148,11 +146,22 @@ def _bits(found: Sequence[Pair]) -> Markup:
 
 
 def _table(found: Sequence[Pair]) -> Markup:
-    shown = {p.name for p in sorted(found, key=lambda p: -p.size)[:MOST_ROWS]}
+    changed = [pair for pair in found if pair.change or pair.note]
+    same = [pair for pair in found if not (pair.change or pair.note)]
+    summary = f"{len(same):,} tensors with the same bytes"
+    return section(
+        "Tensors",
+        _listed(changed, "Tensors that changed") if changed else Markup(),
+        folded(summary, _listed(same, "Tensors with the same bytes")) if same else Markup(),
+    )
+
+
+def _listed(found: Sequence[Pair], caption: str) -> Markup:
+    shown = sorted(found, key=lambda pair: -pair.size)[:MOST_ROWS]
     left = len(found) - len(shown)
     rest = f"and {left:,} smaller tensors" if left else ""
-    rows = [_row(pair) for pair in found if pair.name in shown]
-    return section("Tensors", listing("Choose a heading to sort", _COLUMNS, rows, rest))
+    rows = [_row(pair) for pair in sorted(shown, key=lambda pair: pair.change)]
+    return listing(f"{caption}. Choose a heading to sort by it.", _COLUMNS, rows, rest)
 
 
 def _row(pair: Pair) -> list[str | Cell]:
@@ -162,11 +171,15 @@ def _row(pair: Pair) -> list[str | Cell]:
     return [
         pair.name,
         *map(bits_cell, bits),
-        Cell("-" if change is None else f"{change:+.2f}", change),
+        Cell("-" if change is None else figures.signed(change, f"{abs(change):.2f}"), change),
         *(Cell("-" if count is None else f"{count:,}", count) for count in sizes),
-        Cell(figures.signed(pair.change) if pair.change else "0", pair.change),
+        Cell(_signed(pair.change), pair.change),
         pair.note,
     ]
+
+
+def _signed(change: int) -> str:
+    return figures.signed(change, size(abs(change)))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -36,12 +36,17 @@ def document(title: str, widths: Iterable[int], *body: Markup) -> str:
         tag("style", style),
     )
     shown = tag("body", tag("main", *body), tag("script", script))
-    return joined(Markup("<!doctype html>\n"), tag("html", head, shown, lang="en"), "\n")
+    return joined(Markup("<!doctype html>\n"), tag("html", head, shown, lang="en"), Markup("\n"))
 
 
 def section(heading: str, *body: Markup) -> Markup:
     """A part of the page under a heading."""
     return tag("section", tag("h2", heading), *body)
+
+
+def folded(summary: str, *body: Markup) -> Markup:
+    """A part of the page that is shown on demand."""
+    return tag("details", tag("summary", summary), *body)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Markup:

@@ -115,8 +115,8 @@ def histogram(counts: Mapping[int, int]) -> Markup:
         left, middle = slot * (place + 0.12), f"{slot * (place + 0.5):.3f}%"
         box = {"x": f"{left:.3f}%", "width": f"{0.76 * slot:.3f}%"}
         shapes.append(tag("rect", class_=f"b{width}", y=floor - tall, height=tall, **box))
-        if count:
-            above = f"{100 * count / total:.0f}%" if count >= total / 200 else "<1%"
+        if count >= total / 100:
+            above = f"{100 * count / total:.0f}%"
             shapes.append(tag("text", above, x=middle, y=floor - tall - 6, class_="above"))
         shapes.append(tag("text", str(width), x=middle, y=_HEIGHT - 6, class_="below"))
     shapes.append(
@@ -150,20 +150,25 @@ def layers(rows: Sequence[Layer], left_out: tuple[int, int]) -> Markup:
 
 
 def changes(rows: Sequence[tuple[str, int]]) -> Markup:
-    """Bytes that tensors gain, to the right, or lose, to the left: name and difference."""
+    """Bytes that tensors gain or lose: name and difference.
+
+    If some gain and some lose, gains are to the right of the middle and losses to the left.
+    """
     most = max((abs(change) for _, change in rows), default=0) or 1
+    both = min(change for _, change in rows) < 0 < max(change for _, change in rows)
     items = []
     for name, change in rows:
-        share = abs(change) / most / 2
-        bar = length(share, "more" if change > 0 else "accent", 0.5 if change > 0 else 0.5 - share)
-        number = tag("span", signed(change), class_="num")
+        share = abs(change) / most / (2 if both else 1)
+        start = 0.0 if not both else 0.5 if change > 0 else 0.5 - share
+        bar = length(share, "more" if change > 0 else "accent", start)
+        number = tag("span", signed(change, size(abs(change))), class_="num")
         items.append(tag("li", _name(name), bar, number, class_="change"))
     return tag("ol", *items, class_="layers")
 
 
-def signed(change: int) -> str:
-    """A difference of bytes with its sign."""
-    return f"{'+' if change > 0 else '−' if change < 0 else ''}{size(abs(change))}"
+def signed(change: float, shown: str) -> str:
+    """A difference, shown without its sign, with it."""
+    return f"{'+' if change > 0 else '−' if change < 0 else ''}{shown}"
 
 
 def _name(name: str) -> Markup:

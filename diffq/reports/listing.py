@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffq.reports.markup import Markup, tag
+from diffq.reports.markup import Markup, breakable, tag
 from diffq.reports.text import shortened
 
 #: Rows that a table shows, so that a page of any model opens at once.
@@ -28,7 +28,11 @@ class Cell(NamedTuple):
 
 
 def listing(
-    caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str | Cell]], rest: str = ""
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str | Cell]],
+    rest: str = "",
+    falling: int | None = None,
 ) -> Markup:
     """A table that sorts.
 
@@ -37,8 +41,9 @@ def listing(
         columns: the headings.
         rows: texts and numbers, at most `MOST_ROWS` of which should be given.
         rest: a line below the rows about those that are left out.
+        falling: the column that the rows are sorted by already, from high to low.
     """
-    head = tag("tr", *(_heading(column) for column in columns))
+    head = tag("tr", *(_heading(c, number == falling) for number, c in enumerate(columns)))
     body = tag("tbody", *(tag("tr", *map(_cell, row)) for row in rows))
     parts = [tag("caption", caption), tag("thead", head), body]
     if rest:
@@ -47,13 +52,14 @@ def listing(
     return tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
 
-def _heading(column: Column) -> Markup:
+def _heading(column: Column, falling: bool) -> Markup:
     button = tag("button", column.title, type="button")
-    return tag("th", button, scope="col", class_="num" if column.number else False)
+    order = "descending" if falling else False
+    return tag("th", button, scope="col", class_=column.number and "num", aria_sort=order)
 
 
 def _cell(cell: str | Cell) -> Markup:
     if isinstance(cell, Cell):
         value = "" if cell.value is None else f"{cell.value:.9g}"
         return tag("td", cell.shown, class_="num", data_v=value)
-    return tag("td", shortened(cell, _TEXT))
+    return tag("td", breakable(shortened(cell, _TEXT)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from diffq.reports.text import printable
 
-_VOID = frozenset({"meta", "rect"})
+_VOID = frozenset({"meta", "rect", "wbr"})
 
 
 class Markup(str):
@@ -33,6 +34,12 @@ def tag(name: str, /, *children: str, **attributes: str | float | bool) -> Marku
 def joined(*children: str) -> Markup:
     """Text and markup, one after the other."""
     return Markup("".join(c if isinstance(c, Markup) else text(c) for c in children))
+
+
+def breakable(name: str) -> Markup:
+    """A name that lines may break in after a dot, a slash or an underscore."""
+    parts = re.split(r"(?<=[._/])", name)
+    return Markup(tag("wbr").join(map(text, parts)))
 
 
 def text(content: str) -> Markup:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from diffq.format.kinds.base import Record
 from diffq.format.reader import Reader
 from diffq.reports import figures
-from diffq.reports.document import document, facts, section
+from diffq.reports.document import document, facts, folded, section
 from diffq.reports.forecast import Forecast, Rates, forecast
 from diffq.reports.listing import MOST_ROWS, Cell, Column, listing
 from diffq.reports.markup import Markup, joined, tag
@@ -183,7 +183,10 @@ def _smaller(summary: Summary, rates: Mapping[str, Rates]) -> Markup:
 
 def _in_words(found: Forecast) -> str:
     if found.reached:
-        return f"{found.share:.0%} of the bytes, {size(found.size)}: {found.fewer:.1f} bits fewer."
+        return (
+            f"For {found.share:.0%} of the bytes, {size(found.size)}, every group of weights loses "
+            f"{found.fewer:.1f} bits."
+        )
     return (
         f"{found.share:.0%} of the bytes is out of reach: with 1 bit for every quantized weight, "
         f"the file has {size(found.size)}."
@@ -191,9 +194,20 @@ def _in_words(found: Forecast) -> str:
 
 
 def _tensors(summary: Summary) -> Markup:
-    shown, rest = largest(summary.tensors, MOST_ROWS)
-    rows = [_row(tensor, summary) for tensor in shown]
-    return section("Tensors", listing("Choose a heading to sort", _COLUMNS, rows, _left_out(rest)))
+    raw = sum(tensor.size for tensor in summary.raw)
+    counted = f"{len(summary.raw):,} raw tensors, {size(raw)}"
+    return section(
+        "Tensors",
+        _listed(summary.quantized, summary, "Quantized tensors") if summary.quantized else Markup(),
+        folded(counted, _listed(summary.raw, summary, "Raw tensors")) if summary.raw else Markup(),
+    )
+
+
+def _listed(tensors: Sequence[Tensor], summary: Summary, caption: str) -> Markup:
+    shown, rest = largest(tensors, MOST_ROWS)
+    rows = [_row(tensor, summary) for tensor in sorted(shown, key=lambda t: -t.size)]
+    caption = f"{caption}. Choose a heading to sort by it."
+    return listing(caption, _COLUMNS, rows, _left_out(rest), falling=2)
 
 
 def _row(tensor: Tensor, summary: Summary) -> list[str | Cell]:

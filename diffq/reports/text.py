@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MEGABYTE = 2**20
 KILOBYTE = 2**10
 
@@ -42,6 +44,6 @@ def percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def shape(sizes: tuple[int, ...]) -> str:
+def shape(sizes: Sequence[int]) -> str:
     """Sizes of a tensor's dimensions."""
     return "x".join(map(str, sizes)) or "()"

@@ -10,7 +10,7 @@ from torch import nn
 
 import diffq
 from diffq.quantizers import report
-from diffq.quantizers.report import ProgressBar
+from diffq.quantizers.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
