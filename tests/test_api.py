@@ -35,6 +35,7 @@ STAGES = [
     "storage",
     "quantizers",
     "nn",
+    "plot",
     "ptq",
     "cli",
     "__main__",
@@ -104,7 +105,7 @@ def test_dir_shows_the_surface():
     """`dir(diffq)` shows the public names, loaded or not, and none of the helpers."""
     code = "import diffq; diffq.DiffQuantizer; print(dir(diffq))"
     for names in (dir(diffq), ast.literal_eval(_run(code))):
-        assert {name for name in names if not name.startswith("__")} == PUBLIC
+        assert {name for name in names if not name.startswith("__")} == {*PUBLIC, "plot"}
 
 
 def test_star_import():

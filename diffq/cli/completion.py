@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from diffq.cli.common import Subparsers, missing, say
+from diffq.cli.common import Subparsers, say
+from diffq.errors import missing_package
 
 #: The shells that a script can be made for.
 SHELLS = ("bash", "zsh", "fish")
@@ -43,7 +44,7 @@ def _run(shell: str, parser: argparse.ArgumentParser, subparsers: Subparsers) ->
     try:
         import shtab
     except ImportError as error:
-        raise missing("shtab", "A completion script") from error
+        raise missing_package("shtab", "A completion script", "cli") from error
     for command in subparsers.choices.values():
         for action in command._actions:
             if action.metavar in _FILES:

@@ -161,7 +161,7 @@ def _listed(found: Sequence[Pair], caption: str) -> Markup:
     left = len(found) - len(shown)
     rest = f"and {left:,} smaller tensors" if left else ""
     rows = [_row(pair) for pair in sorted(shown, key=lambda pair: pair.change)]
-    return listing(f"{caption}. Choose a heading to sort by it.", _COLUMNS, rows, rest)
+    return listing(f"{caption}. Press a heading to sort.", _COLUMNS, rows, rest)
 
 
 def _row(pair: Pair) -> list[str | Cell]:

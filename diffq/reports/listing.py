@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffq.reports.markup import Markup, breakable, tag
+from diffq.reports.markup import Markup, breakable, joined, tag
 from diffq.reports.text import shortened
 
 #: Rows that a table shows, so that a page of any model opens at once.
@@ -45,11 +45,12 @@ def listing(
     """
     head = tag("tr", *(_heading(c, number == falling) for number, c in enumerate(columns)))
     body = tag("tbody", *(tag("tr", *map(_cell, row)) for row in rows))
-    parts = [tag("caption", caption), tag("thead", head), body]
+    parts = [tag("thead", head), body]
     if rest:
         parts.append(tag("tfoot", tag("tr", tag("td", rest, colspan=len(columns)))))
-    table = tag("table", *parts, class_="sortable")
-    return tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    table = tag("table", *parts, class_="sortable", aria_label=caption)
+    box = tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    return joined(tag("p", caption, class_="note"), box)
 
 
 def _heading(column: Column, falling: bool) -> Markup:

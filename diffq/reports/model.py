@@ -12,7 +12,7 @@ from diffq.reports.document import document, facts, folded, section
 from diffq.reports.forecast import Forecast, Rates, forecast
 from diffq.reports.listing import MOST_ROWS, Cell, Column, listing
 from diffq.reports.markup import Markup, joined, tag
-from diffq.reports.summary import Progress, Summary, Tensor, quiet, summarize
+from diffq.reports.summary import Progress, Summary, Tensor, largest, quiet, summarize
 from diffq.reports.text import percent, shape, shortened, size
 
 _SHARES = (0.75, 0.5)
@@ -68,14 +68,6 @@ def footer() -> Markup:
         "levels, which most coders cannot go below. float32 is a checkpoint with 4 bytes for each "
         "float.",
     )
-
-
-def largest(tensors: Sequence[Tensor], most: int) -> tuple[list[Tensor], tuple[int, int]]:
-    """The largest tensors in the order of the file, and the number and bytes of the others."""
-    chosen = {id(t) for t in sorted(tensors, key=lambda t: -t.size)[:most]}
-    shown = [tensor for tensor in tensors if id(tensor) in chosen]
-    rest = sum(tensor.size for tensor in tensors) - sum(tensor.size for tensor in shown)
-    return shown, (len(tensors) - len(shown), rest)
 
 
 def line(tensor: Tensor, model: str = "") -> figures.Line:
@@ -206,7 +198,7 @@ def _tensors(summary: Summary) -> Markup:
 def _listed(tensors: Sequence[Tensor], summary: Summary, caption: str) -> Markup:
     shown, rest = largest(tensors, MOST_ROWS)
     rows = [_row(tensor, summary) for tensor in sorted(shown, key=lambda t: -t.size)]
-    caption = f"{caption}. Choose a heading to sort by it."
+    caption = f"{caption}. Press a heading to sort."
     return listing(caption, _COLUMNS, rows, _left_out(rest), falling=2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,14 @@ class Summary:
             for width, count in tensor.counts.items():
                 total[width] = total.get(width, 0) + count
         return dict(sorted(total.items()))
+
+
+def largest(tensors: Sequence[Tensor], most: int) -> tuple[list[Tensor], tuple[int, int]]:
+    """The largest tensors in the order of the file, and the number and bytes of the others."""
+    chosen = {id(t) for t in sorted(tensors, key=lambda t: -t.size)[:most]}
+    shown = [tensor for tensor in tensors if id(tensor) in chosen]
+    rest = sum(tensor.size for tensor in tensors) - sum(tensor.size for tensor in shown)
+    return shown, (len(tensors) - len(shown), rest)
 
 
 def quiet(what: str, done: int, total: int) -> None:
