@@ -12,7 +12,7 @@ range, and the file loses what their entropy loses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,20 +95,27 @@ class Forecast:
 
 def forecast(summary: Summary, rates: Mapping[str, Rates], share: float) -> Forecast:
     """Predicts the bitwidths of a file with a share of today's size."""
-    known = [_as_coded(t, rates[t.name]) for t in summary.tensors if t.name in rates]
-    today = sum(each.bytes(0) for each in known)
-
-    def size(fewer: float) -> float:
-        return summary.size - today + sum(each.bytes(fewer) for each in known)
-
-    low, high = 0.0, float(max((max(each.counts) for each in known), default=LEAST_BITS))
-    high -= LEAST_BITS
-    reached = size(high) <= share * summary.size
+    levels = _together(_as_coded(t, rates[t.name]) for t in summary.tensors if t.name in rates)
+    others = summary.size - levels.bytes(0)
+    low, high = 0.0, float(max(levels.counts, default=LEAST_BITS) - LEAST_BITS)
+    reached = others + levels.bytes(high) <= share * summary.size
     for _ in range(_HALVINGS if reached else 0):
         middle = (low + high) / 2
-        low, high = (low, middle) if size(middle) <= share * summary.size else (middle, high)
+        fits = others + levels.bytes(middle) <= share * summary.size
+        low, high = (low, middle) if fits else (middle, high)
     bits = {name: each.mean_bits(high) for name, each in rates.items()}
-    return Forecast(share, size(high), reached, high, bits)
+    return Forecast(share, others + levels.bytes(high), reached, high, bits)
+
+
+def _together(rates: Iterable[Rates]) -> Rates:
+    """The rates of several tensors as those of one."""
+    coded: dict[int, NDArray[np.float64]] = {}
+    counts: dict[int, int] = {}
+    for each in rates:
+        for width, count in each.counts.items():
+            coded[width] = coded.get(width, 0) + each.coded[width]
+            counts[width] = counts.get(width, 0) + count
+    return Rates(coded, counts)
 
 
 def _as_coded(tensor: Tensor, rates: Rates) -> Rates:

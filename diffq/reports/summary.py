@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from diffq.format.reader import Reader
 
 #: Told what is being done, the steps done and the steps in all.
 Progress = Callable[[str, int, int], None]
+
+# Memory of the tensors that are decoded at once, unless a single one has more.
+_BATCH_BYTES = 1 << 24
 
 #: What some kinds of tensors have, and the value of others.
 DETAILS = {
@@ -213,7 +216,7 @@ def summarize(
 
     Args:
         reader: the file.
-        decode: decode the levels, one tensor after the other, for bitwidths and entropy.
+        decode: decode the levels, some tensors at a time, for bitwidths and entropy.
         report: told about the progress.
         look: gets each record that is decoded, for what a caller needs besides.
 
@@ -223,19 +226,32 @@ def summarize(
     tied: dict[str, list[str]] = {name: [] for name in reader.entries}
     for alias, name in reader.aliases.items():
         tied[name].append(alias)
-    tensors = []
-    for number, (name, entry) in enumerate(reader.entries.items()):
-        report("reading levels", number, len(tied) if decode else 0)
-        decoded = None
-        if decode:
-            record = reader.record(name)
-            decoded = Decoded.of(record)
+    decoded: dict[str, Decoded] = {}
+    for names in _batches(reader.entries) if decode else ():
+        report("reading levels", len(decoded), len(tied))
+        for name, record in reader.records(names).items():
+            decoded[name] = Decoded.of(record)
             look(name, record)
-        codings = tuple(reader.codings(name))
-        tensors.append(
-            Tensor(entry, tuple(tied[name]), codings, reader.stored_bytes(name), decoded)
-        )
+    tensors = (
+        Tensor(entry, tuple(tied[name]), tuple(reader.codings(name)), reader.stored_bytes(name),
+               decoded.get(name))
+        for name, entry in reader.entries.items()
+    )  # fmt: skip
     return Summary(tuple(tensors), reader.size, reader.metadata)
+
+
+def _batches(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+    """Tensors to decode at once: thousands of small ones share a segment."""
+    batch: list[str] = []
+    memory = 0
+    for name, entry in entries.items():
+        if batch and memory + entry.decoded_bytes > _BATCH_BYTES:
+            yield batch
+            batch, memory = [], 0
+        batch.append(name)
+        memory += entry.decoded_bytes
+    if batch:
+        yield batch
 
 
 def reader_of(
