@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ACCENT, _REST, _SOFT = "#1c6fc9", "#b3bcc6", "#596470"
-_NAME = 34
+_NAME = 44
 # Inches of a row and of everything else, and the share of a bar that a number needs.
 _ROW, _FRAME, _WIDTH = 0.26, 1.5, 9.0
 _LABELLED = 0.06

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from diffq.reports.markup import Markup, joined, tag
+from diffq.reports.markup import Markup, breakable, joined, tag
 from diffq.reports.text import percent, shortened, size
 
 #: Layers that a figure shows; the smaller ones are counted together.
 MOST_LAYERS = 40
-_NAME = 30
+_NAME, _LAYER = 30, 64
 # Parts of a bar that are wide enough for a number in them, and bars for a number above.
 _LABELLED = 0.07
 _SLOT = 16.0
@@ -172,12 +172,13 @@ def signed(change: float, shown: str) -> str:
 
 
 def _name(name: str) -> Markup:
-    return tag("span", shortened(name, _NAME), class_="name", title=shortened(name, 200))
+    shown = breakable(shortened(name, _LAYER))
+    return tag("span", shown, class_="name", title=shortened(name, 200))
 
 
 def _lines(row: Layer, most: int, several: bool) -> Iterable[Markup]:
     for line in row.lines:
-        label = f"{shortened(row.name, _NAME)}{f', {line.model}' if several else ''}"
+        label = f"{shortened(row.name, _LAYER)}{f', {line.model}' if several else ''}"
         mean = "-" if line.mean is None else f"{line.mean:.2f}"
         yield tag(
             "span",

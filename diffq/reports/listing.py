@@ -11,6 +11,8 @@ from diffq.reports.text import shortened
 #: Rows that a table shows, so that a page of any model opens at once.
 MOST_ROWS = 1000
 _TEXT = 160
+# A table of more rows scrolls by itself, under its headings.
+_TALL = 50
 
 
 class Column(NamedTuple):
@@ -49,7 +51,8 @@ def listing(
     if rest:
         parts.append(tag("tfoot", tag("tr", tag("td", rest, colspan=len(columns)))))
     table = tag("table", *parts, class_="sortable", aria_label=caption)
-    box = tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    style = "scroll tall" if len(rows) > _TALL else "scroll"
+    box = tag("div", table, class_=style, role="region", aria_label=caption, tabindex="0")
     return joined(tag("p", caption, class_="note"), box)
 
 

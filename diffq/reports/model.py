@@ -106,6 +106,8 @@ def _head(summary: Summary, name: str) -> Markup:
 
 def headline(times: float, than: str, subject: str = "") -> str:
     """A ratio of sizes in words."""
+    if not times:
+        return "No weights"
     if 0.95 < times < 1.05:
         words = f"{abs(1 - times):.1%} {'smaller' if times > 1 else 'larger'} {than}"
         words = f"As large as {than.removeprefix('than ')}" if times == 1 else words
