@@ -132,17 +132,18 @@ def _changes(found: Sequence[Pair]) -> Markup:
 def _bits(found: Sequence[Pair]) -> Markup:
     quantized = [p for p in found if any(t and t.mean_bits is not None for t in (p.a, p.b))]
     chosen = {p.name for p in sorted(quantized, key=lambda p: -p.size)[: figures.MOST_LAYERS]}
-    rows = [
-        figures.Layer(p.name, [line(t, label) for t, label in ((p.a, "A"), (p.b, "B")) if t])
-        for p in quantized
-        if p.name in chosen
-    ]
+    rows = [figures.Layer(p.name, _lines(p)) for p in quantized if p.name in chosen]
     if not rows:
         return Markup()
     rest = [pair for pair in quantized if pair.name not in chosen]
     left_out = len(rest), sum(pair.size for pair in rest)
-    note = tag("p", "A above, B below.", class_="note")
+    note = tag("p", "A above, with its bytes in grey; B below.", class_="note")
     return section("Bits by layer", note, figures.layers(rows, left_out))
+
+
+def _lines(pair: Pair) -> list[figures.Line]:
+    before = [line(pair.a, "A", "rest")] if pair.a else []
+    return before + ([line(pair.b, "B")] if pair.b else [])
 
 
 def _table(found: Sequence[Pair]) -> Markup:

@@ -27,12 +27,16 @@ class Part(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Shares of one layer of one model at each bitwidth, and its bytes."""
+    """Shares of one layer of one model at each bitwidth, and its bytes.
+
+    `model` is the model's name if there are several, and `style` that of its bytes.
+    """
 
     parts: Sequence[Part]
     mean: float | None
     size: int
     model: str
+    style: str
 
 
 class Layer(NamedTuple):
@@ -134,14 +138,11 @@ def layers(rows: Sequence[Layer], left_out: tuple[int, int]) -> Markup:
         left_out: the number of further layers, and their bytes.
     """
     most = max((line.size for row in rows for line in row.lines), default=0) or 1
-    several = any(len(row.lines) > 1 for row in rows)
     heads = tag("span", "weights at each bitwidth"), tag("span", "mean", class_="num")
     bytes_ = tag("span", "bytes", class_="wide"), tag("span", class_="num")
     line = tag("span", *heads, *bytes_, class_="line")
     head = tag("div", tag("span", "layer"), line, class_="layer head", aria_hidden="true")
-    items = [
-        tag("li", _name(row.name), *_lines(row, most, several), class_="layer") for row in rows
-    ]
+    items = [tag("li", _name(row.name), *_lines(row, most), class_="layer") for row in rows]
     shown = joined(head, tag("ol", *items, class_="layers"))
     if not left_out[0]:
         return shown
@@ -176,15 +177,15 @@ def _name(name: str) -> Markup:
     return tag("span", shown, class_="name", title=shortened(name, 200))
 
 
-def _lines(row: Layer, most: int, several: bool) -> Iterable[Markup]:
+def _lines(row: Layer, most: int) -> Iterable[Markup]:
     for line in row.lines:
-        label = f"{shortened(row.name, _LAYER)}{f', {line.model}' if several else ''}"
+        label = f"{shortened(row.name, _LAYER)}{f', {line.model}' if line.model else ''}"
         mean = "-" if line.mean is None else f"{line.mean:.2f}"
         yield tag(
             "span",
             stacked(line.parts, label),
             tag("span", mean, class_="num"),
-            length(line.size / most, "rest" if several and line is row.lines[0] else "accent"),
+            length(line.size / most, line.style),
             tag("span", size(line.size), class_="num"),
             class_="line",
         )

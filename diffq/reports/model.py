@@ -70,12 +70,12 @@ def footer() -> Markup:
     )
 
 
-def line(tensor: Tensor, model: str = "") -> figures.Line:
+def line(tensor: Tensor, model: str = "", style: str = "accent") -> figures.Line:
     """A tensor in the figure of layers."""
     parts = figures.level_parts(tensor.counts)
     if not parts:
         parts = [figures.Part(1, "book", tensor.kind, tensor.kind)]
-    return figures.Line(parts, tensor.mean_bits, tensor.size, model)
+    return figures.Line(parts, tensor.mean_bits, tensor.size, model, style)
 
 
 def bits_cell(bits: float | None) -> Cell:
@@ -179,7 +179,7 @@ def _in_words(found: Forecast) -> str:
     if found.reached:
         return (
             f"For {found.share:.0%} of the bytes, {size(found.size)}, every group of weights loses "
-            f"{found.fewer:.1f} bits."
+            f"up to {found.fewer:.1f} bits."
         )
     return (
         f"{found.share:.0%} of the bytes is out of reach: with 1 bit for every quantized weight, "

@@ -677,6 +677,10 @@ def test_help_lists_every_command(capsys):
         "unpack a b",
         "unpack a b.onnx",
         "inspect a --budget-mb 0",
+        "report",
+        "report a b c",
+        "completion",
+        "completion csh",
     ],
 )
 def test_wrong_command_lines_exit_with_2(line, capsys):
@@ -692,6 +696,9 @@ def test_wrong_command_lines_exit_with_2(line, capsys):
     [
         "inspect missing",
         "inspect .",
+        "report missing",
+        "report model.pt",
+        "report missing model.pt",
         "pack missing out --bits 4",
         "unpack missing out.pt",
         "diff missing missing",
@@ -763,12 +770,13 @@ def test_commands_without_the_extra(packed):
     assert "again.diffq: " in out
 
 
-def test_inspect_and_verify_without_torch(packed):
-    """inspect and verify need neither torch nor the extra; the table is the same without rich."""
+def test_looking_at_files_without_torch(packed):
+    """inspect, report and verify need neither torch nor the extra, and print the same table."""
     lines = (f"inspect {packed}", f"verify {packed}", f"inspect --index {packed}")
-    out, err = _without("rich,safetensors,torch", *lines)
+    lines += (f"report {packed}", f"report {packed} {packed}")
+    out, err = _without("rich,safetensors,torch,matplotlib", *lines)
     assert err == ""
-    assert out.count(": 0]") == 3
+    assert out.count(": 0]") == len(lines)
     assert out == _without("none", *lines)[0]
 
 

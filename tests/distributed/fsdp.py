@@ -496,6 +496,25 @@ def _spoiled_logits(model):
     learned.write(kept)
 
 
+def check_looking_at_it():
+    """A single rank prints the quantizer without waiting for the others; it tells what it knows."""
+    _, quantizer = train()
+    if dist.get_rank() == 0:
+        for shown in (repr(quantizer), quantizer._repr_html_()):
+            assert "sharded: bits and MB take all ranks" in shown
+            assert "embed.weight = head.weight" in shown
+            assert "24x16" in shown
+    dist.barrier()
+
+
+def check_metrics():
+    """Numbers for a log are those of one process with the whole model, on every rank."""
+    model, quantizer = train()
+    alone = gathered(model)[1]
+    assert quantizer.metrics() == alone.metrics()
+    assert quantizer.report() == alone.report().replace("of Residual", "of FSDPResidual")
+
+
 def check_not_finite():
     """A NaN that one rank holds is an error that names the tensor, on every rank."""
     model, quantizer = train()
