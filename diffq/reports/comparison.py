@@ -149,11 +149,11 @@ def _lines(pair: Pair) -> list[figures.Line]:
 def _table(found: Sequence[Pair]) -> Markup:
     changed = [pair for pair in found if pair.change or pair.note]
     same = [pair for pair in found if not (pair.change or pair.note)]
-    summary = f"{len(same):,} tensors with the same bytes"
+    summary = f"{len(same):,} tensors of the same size"
     return section(
         "Tensors",
         _listed(changed, "Tensors that changed") if changed else Markup(),
-        folded(summary, _listed(same, "Tensors with the same bytes")) if same else Markup(),
+        folded(summary, _listed(same, "Tensors of the same size")) if same else Markup(),
     )
 
 

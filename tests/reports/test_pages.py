@@ -179,7 +179,7 @@ def test_two_files_tell_what_changed():
     same = [
         one for one, two in zip(before.tensors, after.tensors, strict=True) if one.size == two.size
     ]
-    assert found.text["summary"] == [f"{len(same)} tensors with the same bytes"]
+    assert found.text["summary"] == [f"{len(same)} tensors of the same size"]
 
 
 def test_shapes_that_changed_are_noted():
