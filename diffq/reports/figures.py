@@ -11,8 +11,8 @@ from diffq.reports.text import percent, shortened, size
 #: Layers that a figure shows; the smaller ones are counted together.
 MOST_LAYERS = 40
 _NAME, _LAYER = 30, 64
-# Parts of a bar that are wide enough for a number in them, and bars for a number above.
-_LABELLED = 0.07
+# The part of a bar that a letter in it takes on a phone, and the widest bar of a histogram.
+_LETTER = 0.035
 _SLOT = 16.0
 _HEIGHT, _TOP, _BOTTOM = 150, 20, 22
 
@@ -61,7 +61,7 @@ def stacked(parts: Sequence[Part], what: str) -> Markup:
         share = part.weight / total
         box = {"x": f"{100 * start:.3f}%", "width": f"{100 * share:.3f}%", "height": "100%"}
         shapes.append(tag("rect", class_=part.style, **box))
-        if share >= _LABELLED and part.label:
+        if part.label and share >= _LETTER * len(part.label):
             middle = f"{100 * (start + share / 2):.3f}%"
             place = {"x": middle, "y": "50%", "class_": f"on {part.style}"}
             shapes.append(tag("text", part.label, **place))
