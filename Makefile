@@ -57,7 +57,7 @@ test-processors: $(VENV)/.installed-test  ## run the tests as on other processor
 
 # Without the files that take long, that multiply no matrices, or that need other libraries.
 test-processors-short: PROCESSORS = ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2,PERTURB=1
-test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli integrations kernels \
+test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli reports integrations kernels \
 	test_distributed.py storage/test_open.py storage/test_load.py $(patsubst %,attach/test_%.py,compile fault_injection attach changed_models))
 test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 

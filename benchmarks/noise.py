@@ -22,7 +22,7 @@ from diffq.numerics import draws, grid, noise
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import Drawn
-from diffq.quantizers.tables import table
+from diffq.reports.tables import table
 
 LAW = BitsLaw(2, 15)
 ROW = 256

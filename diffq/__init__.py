@@ -6,7 +6,8 @@ quantizer.setup_optimizer(opt)
 ...
 loss = task_loss + lam * quantizer.model_size()
 
-`from diffq import *` gives every public name but `open`, which would hide Python's own.
+`from diffq import *` gives every public name but `open`, which would hide Python's own, and the
+module `plot`.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ __version__ = "1.0.0.dev0"
 # Each public name stands here twice: as an import for type checkers, to whom `__getattr__`
 # would make every name valid, and in a table for Python. A test compares the two.
 if TYPE_CHECKING:
+    from diffq import plot as plot
     from diffq.attach.pruning import parametrize_pruning as parametrize_pruning
     from diffq.errors import AttachError as AttachError
     from diffq.errors import CalibrationError as CalibrationError
@@ -96,10 +98,12 @@ else:
     __all__ = sorted(_LAZY.keys() - {"open"})
 
     def __getattr__(name: str) -> object:
+        if name == "plot":
+            return import_module("diffq.plot")
         if name not in _LAZY:
             raise AttributeError(f"module 'diffq' has no attribute {name!r}")
         attribute = "open_file" if name == "open" else name
         return getattr(import_module(_LAZY[name]), attribute)
 
     def __dir__() -> list[str]:
-        return [*_LAZY, *(name for name in globals() if name.startswith("__"))]
+        return [*_LAZY, "plot", *(name for name in globals() if name.startswith("__"))]

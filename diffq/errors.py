@@ -68,6 +68,20 @@ class FormatError(DiffqError, ValueError):
     """A file or packed stream is damaged, hostile, or of an unknown version."""
 
 
+def missing_package(package: str, purpose: str, extra: str) -> ConfigError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        package: its name.
+        purpose: names the part of diffq that needs it.
+        extra: the extra of diffq that installs it.
+    """
+    return ConfigError(
+        f"{purpose} needs the package {package}. Install it with pip install 'diffq[{extra}]', or "
+        f"from a checkout with pip install '.[{extra}]'."
+    )
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Names for a message: the first few of them, separated by commas."""
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)

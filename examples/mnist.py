@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffq
-from bit_figure import plot_bits
 from common import Method, Quantizer, make_parser, megabytes, print_table, save, train
 
 TRAIN_IMAGES = 4000
@@ -232,10 +231,11 @@ def main() -> None:
     runs = [run(method, train_set, test_set, args) for method in methods(args)]
     print_runs(runs)
     shipped = runs[-1]
-    assert isinstance(shipped.quantizer, diffq.DiffQuantizer)
-    picture = args.out / "bits.png"
-    plot_bits(shipped.quantizer, args.group_size, picture)
-    print(f"Bitwidths by layer: {picture}")
+    assert shipped.quantizer is not None
+    picture, page = args.out / "bits.png", args.out / "report.html"
+    diffq.plot.bits(shipped.quantizer).figure.savefig(picture, dpi=150)
+    shipped.quantizer.report(page)
+    print(f"Bitwidths by layer: {picture}, {page}")
     if not same_elsewhere(shipped, args.seed):
         sys.exit("The model loaded from the file computes something else.")
 

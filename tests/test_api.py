@@ -27,6 +27,7 @@ STAGES = [
     "errors",
     "checks",
     "format",
+    "reports",
     "torch_inside",
     "numerics",
     "kernels",
@@ -35,6 +36,7 @@ STAGES = [
     "storage",
     "quantizers",
     "nn",
+    "plot",
     "ptq",
     "cli",
     "__main__",
@@ -104,7 +106,7 @@ def test_dir_shows_the_surface():
     """`dir(diffq)` shows the public names, loaded or not, and none of the helpers."""
     code = "import diffq; diffq.DiffQuantizer; print(dir(diffq))"
     for names in (dir(diffq), ast.literal_eval(_run(code))):
-        assert {name for name in names if not name.startswith("__")} == PUBLIC
+        assert {name for name in names if not name.startswith("__")} == {*PUBLIC, "plot"}
 
 
 def test_star_import():
@@ -242,9 +244,11 @@ def test_format_imports_without_torch():
     assert _run(code).strip() == str(list(range(8)))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("diffq.format")])
-def test_format_never_imports_torch(name):
-    """No module of diffq.format imports torch, not even within a function."""
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.startswith(("diffq.format", "diffq.reports"))]
+)
+def test_files_need_no_torch(name):
+    """No module of diffq.format or diffq.reports imports torch, not even within a function."""
     assert not any(found.split(".")[0] == "torch" for found in _imports(MODULES[name]))
 
 

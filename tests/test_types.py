@@ -38,7 +38,7 @@ def _complaints(folder, code):
 
 def test_public_names_are_known(tmp_path):
     """Every public name passes, as an attribute and imported by name."""
-    names = sorted([*diffq.__all__, "open", "__version__"])
+    names = sorted([*diffq.__all__, "open", "plot", "__version__"])
     code = "import diffq\n"
     code += "".join(f"from diffq import {name} as {name}_\n" for name in names)
     code += "".join(f"diffq.{name}\n" for name in names)

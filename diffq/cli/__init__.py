@@ -13,17 +13,28 @@ import sys
 from collections.abc import Sequence
 
 import diffq
-from diffq.cli.common import is_out_of_memory, printable
+from diffq.cli.common import is_out_of_memory
+from diffq.cli.completion import add_parser as add_completion
 from diffq.cli.convert import add_parser as add_convert
 from diffq.cli.diff import add_parser as add_diff
 from diffq.cli.inspect import add_parser as add_inspect
 from diffq.cli.pack import add_parser as add_pack
+from diffq.cli.report import add_parser as add_report
 from diffq.cli.unpack import add_parser as add_unpack
 from diffq.cli.verify import add_parser as add_verify
 from diffq.errors import DiffqError
+from diffq.reports.text import printable
 
 #: What `diffq --help` lists, in its order. A command from elsewhere is added here.
-COMMANDS = (add_inspect, add_verify, add_pack, add_unpack, add_diff, add_convert)
+COMMANDS = (
+    add_inspect,
+    add_report,
+    add_verify,
+    add_pack,
+    add_unpack,
+    add_diff,
+    add_convert,
+)
 
 _EPILOG = """\
 exit codes:
@@ -81,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for add_parser in COMMANDS:
         add_parser(subparsers)
+    add_completion(subparsers, parser)
     return parser
 
 

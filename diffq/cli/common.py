@@ -7,25 +7,22 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffq.errors import ConfigError
-from diffq.quantizers.tables import table
+from diffq.reports.tables import table
+from diffq.reports.text import MEGABYTE, printable
 from diffq.storage.writing import check_target
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from diffq.format.kinds.base import Record
-
-MEGABYTE = 2**20
+    from diffq.reports.summary import Progress
 
 #: What `parser.add_subparsers` returns.
 Subparsers = Any  # argparse has no public name for it
-#: Told what is being done, the steps done and the steps in all.
-Report = Callable[[str, int, int], None]
 
 # Wide enough for a table without folded names.
 _WIDE = 10_000
@@ -115,29 +112,6 @@ def check_output(out: str, source: str) -> None:
         )
 
 
-def level_counts(record: Record) -> dict[int, int]:
-    """Weights at each bitwidth, by rising bitwidth; none where no levels are stored."""
-    from diffq.format.kinds.levels import LevelRecord
-
-    levels = record.coded if isinstance(record, LevelRecord) else None
-    return levels.counts() if levels else {}
-
-
-def coded_bits(record: Record) -> tuple[int, int]:
-    """Bits of all levels or indices of a tensor, and the number of weights they stand for."""
-    if record.coded is None:
-        return 0, 0
-    counts = record.coded.counts()
-    return sum(width * count for width, count in counts.items()), record.numel
-
-
-def mean_bits(coded: Iterable[tuple[int, int]]) -> float | None:
-    """Bits per weight of what `coded_bits` counted for some tensors; None without weights."""
-    pairs = list(coded)
-    weights = sum(count for _, count in pairs)
-    return sum(bits for bits, _ in pairs) / weights if weights else None
-
-
 def error_measures(error: float, power: float) -> dict[str, float | None]:
     """Relative error and signal-to-noise ratio in dB; None where there is no finite one.
 
@@ -181,11 +155,6 @@ def whole(text: str) -> int:
     if value < 0:
         raise ValueError
     return value
-
-
-def printable(text: str) -> str:
-    """Text from a file without what a terminal would obey, such as escape sequences."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def megabytes(size: float) -> str:
@@ -272,7 +241,7 @@ def note(args: argparse.Namespace, text: str) -> None:
 
 
 @contextmanager
-def progress(args: argparse.Namespace) -> Iterator[Report]:
+def progress(args: argparse.Namespace) -> Iterator[Progress]:
     """A progress bar on stderr, if that is a terminal, rich is installed, and not `--quiet`."""
     if args.quiet or not (sys.stderr.isatty() and _has_rich()):
         yield lambda what, done, total: None
@@ -286,14 +255,6 @@ def progress(args: argparse.Namespace) -> Iterator[Report]:
         yield lambda what, done, total: bar.update(
             task, description=what, completed=done, total=total or None
         )
-
-
-def missing(package: str, purpose: str) -> ConfigError:
-    """The error for a package of the extra `cli` that is not installed."""
-    return ConfigError(
-        f"{purpose} needs the package {package}. Install it with pip install 'diffq[cli]', or "
-        "from a checkout with pip install '.[cli]'."
-    )
 
 
 def _has_rich() -> bool:

@@ -18,11 +18,11 @@ from diffq.cli.common import (
     megabytes,
     note,
     print_json,
-    printable,
     progress,
     say,
 )
 from diffq.errors import ConfigError
+from diffq.reports.text import printable
 
 if TYPE_CHECKING:
     from torch import nn

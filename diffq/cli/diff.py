@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
-    Report,
     Subparsers,
     add_budget,
     add_command,
@@ -18,16 +17,17 @@ from diffq.cli.common import (
     note,
     print_json,
     print_table,
-    printable,
     progress,
     ratio,
     say,
 )
+from diffq.reports.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffq.cli.checkpoint import OpenModel
+    from diffq.reports.summary import Progress
 
 _DESCRIPTION = """\
 Compares two models: files of diffq, safetensors or torch checkpoints, in any combination.
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if compared["comparable"] else 1
 
 
-def compare(a: OpenModel, b: OpenModel, report: Report) -> dict[str, Any]:
+def compare(a: OpenModel, b: OpenModel, report: Progress) -> dict[str, Any]:
     """Everything that is printed, as plain JSON."""
     both = [name for name in a.names if name in b.names]
     # Tied names are compared once.

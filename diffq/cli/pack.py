@@ -9,29 +9,27 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from diffq.cli.common import (
-    Report,
     Subparsers,
     add_codec,
     add_command,
     check_output,
-    coded_bits,
     error_measures,
-    mean_bits,
     megabytes,
     nonnegative,
     note,
     positive,
     print_json,
-    printable,
     progress,
     ratio,
     say,
     whole,
 )
 from diffq.errors import DiffqWarning
+from diffq.reports.text import printable
 
 if TYPE_CHECKING:
     from diffq.ptq.checkpoint import QuantizedCheckpoint
+    from diffq.reports.summary import Progress
     from diffq.storage.state import Snapshot
 
 _DESCRIPTION = """\
@@ -158,7 +156,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _quantize(
-    args: argparse.Namespace, state: dict[str, Any], report: Report
+    args: argparse.Namespace, state: dict[str, Any], report: Progress
 ) -> QuantizedCheckpoint:
     from diffq.ptq.checkpoint import quantize_checkpoint
 
@@ -187,6 +185,7 @@ def _summary(
     args: argparse.Namespace, state: dict[str, Any], snapshot: Snapshot, size: int
 ) -> dict[str, Any]:
     from diffq.format.kinds.base import QuantizedRecord
+    from diffq.reports.summary import coded_bits, mean_bits
     from diffq.storage.state import record_tensor
 
     coded = []

@@ -5,18 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from diffq.cli.common import (
-    Subparsers,
-    add_budget,
-    add_command,
-    budget,
-    print_json,
-    printable,
-    progress,
-    say,
-)
+from diffq.cli.common import Subparsers, add_budget, add_command, budget, print_json, progress, say
 from diffq.cli.kinds import check_diffq
 from diffq.errors import DiffqError
+from diffq.reports.text import printable
 
 
 def add_parser(subparsers: Subparsers) -> None:

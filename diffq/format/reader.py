@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -181,16 +181,7 @@ class Reader:
         Raises:
             ConfigError: no tensor has this name.
         """
-        number, total = self._number(name), 0
-        for segment in self._homes(number):
-            before = 0
-            size = self._storages[segment].size
-            count = self._layout.segments[segment].count
-            for piece in self._layout.segments[segment].pieces:
-                if piece.record == number:
-                    total += size * (before + piece.count) // count - size * before // count
-                before += piece.count
-        return total
+        return self._stored_bytes[self._number(name)]
 
     def codings(self, name: str) -> list[str]:
         """How the segments of a tensor's integers, or else elements, are coded.
@@ -232,6 +223,18 @@ class Reader:
         self._shared.clear()
         self._kept.clear()
         self._source.close()
+
+    @cached_property
+    def _stored_bytes(self) -> list[int]:
+        """`stored_bytes` of all tensors, in one pass: a segment can be shared by thousands."""
+        totals = [0] * len(self._entries)
+        for storage, segment in zip(self._storages, self._layout.segments, strict=True):
+            before, size, count = 0, storage.size, segment.count
+            for piece in segment.pieces:
+                after = before + piece.count
+                totals[piece.record] += size * after // count - size * before // count
+                before = after
+        return totals
 
     def _number(self, name: str) -> int:
         name = self.aliases.get(name, name)

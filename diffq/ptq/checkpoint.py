@@ -18,7 +18,8 @@ from diffq.numerics.size import MEGABYTE
 from diffq.ptq.budget import GROUP_SIZE, Fitted, Report, quantize_to_size
 from diffq.ptq.importance import Source
 from diffq.ptq.state import Settings, all_names, quantize_state
-from diffq.quantizers.report import ProgressBar, record_size, size_table
+from diffq.quantizers.progress import ProgressBar
+from diffq.quantizers.sizes import record_size, size_rows
 from diffq.storage.state import FORMAT, Snapshot, record_tensor, to_state
 from diffq.storage.writing import Target, write_file
 
@@ -84,7 +85,7 @@ class QuantizedCheckpoint:
         ]
         raw = sum(r.stored_bits() for r in records.values() if not isinstance(r, GridRecord))
         title = f"{type(self).__name__}, a file of {self.size_mb:.4f} MB"
-        return f"{title}\n{size_table(sizes, raw, len(records))}"
+        return f"{title}\n{size_rows(sizes, raw, len(records))}"
 
 
 def quantize_checkpoint(

@@ -16,8 +16,8 @@ from diffq.checks import check_bits
 from diffq.errors import AttachError, ConfigError
 from diffq.ptq.evaluation import Evaluation, Loss, check_finite_loss
 from diffq.ptq.state import Settings, StateGrid, StatePlan, place_of
-from diffq.quantizers.report import ProgressBar
-from diffq.quantizers.tables import table
+from diffq.quantizers.progress import ProgressBar
+from diffq.reports.tables import table
 from diffq.torch_inside.sharding import is_sharded
 
 

@@ -14,15 +14,16 @@ from diffq.attach.guards import check_detachable, check_model, checked
 from diffq.attach.plan import Rules, TensorPlan, build_plan, named_sites
 from diffq.attach.weight import WeightQuantizer
 from diffq.checks import check_flag, plain
-from diffq.errors import AttachError, ConfigError, DiffqError, listed, warn
+from diffq.errors import AttachError, ConfigError, listed, warn
 from diffq.format.container import Codec, encode_parts
 from diffq.format.records import Record
 from diffq.numerics.size import MEGABYTE, MEGABYTE_BITS
 from diffq.quantizers.half import HalfQuantizer
-from diffq.quantizers.report import level_bits, size_table, tensor_size
+from diffq.quantizers.sizes import level_bits
 from diffq.quantizers.small import SmallQuantizer
 from diffq.quantizers.switch import QuantizeSwitch
 from diffq.quantizers.training import OptimizerSetup
+from diffq.quantizers.views import Views
 from diffq.storage.state import Snapshot, raw_record, to_state
 from diffq.torch_inside.sharding import is_dtensor, is_managed
 
@@ -35,7 +36,7 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 FOR_ALL = {"overridable": False}
 
 
-class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
+class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Views, Generic[Settings]):
     """Quantizes the selected tensors of a model, in place, until `detach()`.
 
     In training mode the model computes with perturbed weights, in eval mode with
@@ -254,20 +255,6 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Generic[Settings]):
         for quantizer, value in values:
             attachment.bake(quantizer, value)
         return attachment.model
-
-    def __repr__(self) -> str:
-        """A table: tensor, shape, groups, mean bits, MB. A collective if the model is sharded."""
-        if self._attached is None:
-            return f"{type(self).__name__}(detached)"
-        try:
-            return self._table()
-        except DiffqError as error:
-            return f"{type(self).__name__}({error})"
-
-    def _table(self) -> str:
-        attachment = self._attachment
-        sizes = attachment.each_weight(tensor_size)
-        return f"{type(self).__name__}\n{size_table(sizes, self._raw_bits(), len(self._plans))}"
 
     @property
     def _attachment(self) -> Attachment:

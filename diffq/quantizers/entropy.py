@@ -26,7 +26,7 @@ from diffq.numerics.grid import from_groups, to_groups
 from diffq.numerics.lengths import CodeLengths, code_lengths
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import samples_of, values_of
-from diffq.quantizers.report import tensor_size
+from diffq.quantizers.sizes import mean_bits, tensor_size
 from diffq.torch_inside.graph import is_plain
 
 if TYPE_CHECKING:
@@ -284,6 +284,4 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
             WeightError: a weight is not finite.
             AttachError: a quantized tensor was removed or replaced.
         """
-        sizes = [size for size in self._attachment.each_weight(tensor_size) if size.level_bits]
-        weights = sum(math.prod(size.shape) for size in sizes)
-        return sum(size.level_bits for size in sizes) / weights if weights else float("nan")
+        return mean_bits(self._attachment.each_weight(tensor_size))

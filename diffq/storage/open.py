@@ -15,6 +15,10 @@ from diffq.errors import ConfigError, FormatError
 from diffq.format.kinds.base import Entry
 from diffq.format.reader import Reader
 from diffq.format.source import FileSource, MemorySource, Source
+from diffq.reports.markup import joined, tag
+from diffq.reports.notebook import fragment
+from diffq.reports.summary import summarize
+from diffq.reports.text import shape
 from diffq.storage.writing import PathLike
 
 if TYPE_CHECKING:
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 #: From where a model can be read: a path, or a binary file that is open for reading.
 Readable = PathLike | IO[bytes]
+
+_HEADER = ("tensor", "shape", "kind", "bytes")
 
 
 class StoredModel(Mapping[str, "Tensor"]):
@@ -130,6 +136,13 @@ class StoredModel(Mapping[str, "Tensor"]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks of what the index tells: no tensor is decoded."""
+        tensors = summarize(self.reader, decode=False).tensors
+        rows = [(t.name, shape(t.entry.shape), t.kind, f"{t.size:,}") for t in tensors]
+        last = ("total", "", "", f"{self.size:,}")
+        return joined(tag("p", repr(self)), fragment(_HEADER, rows, [last]))
 
     def __repr__(self) -> str:
         return f"StoredModel({self._name!r}, {len(self.entries)} tensors, {self.size} bytes)"

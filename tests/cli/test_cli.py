@@ -211,7 +211,7 @@ def test_inspect_compares_with_float32(state, packed, run_json):
 
 def test_inspect_prints_a_table_that_lines_up(packed, run):
     """In a pipe the table has no colours, all names unfolded, and columns that line up."""
-    code, out, err = run("inspect", packed)
+    code, out, err = run("inspect", packed, "--all")
     assert (code, err) == (0, "")
     assert "\x1b" not in out
     lines = out.splitlines()
@@ -235,12 +235,36 @@ def test_inspect_shows_markup_and_control_characters_as_they_are(folder, run):
     metadata = {"note": "[red]\x9b\u202e"}
     data = encode({name: raw_record(torch.ones(2)) for name in names}, metadata=metadata)
     Path("odd.diffq").write_bytes(data)
-    _, out, _ = run("inspect", "odd.diffq")
+    _, out, _ = run("inspect", "odd.diffq", "--all")
     for name in names:
         assert printable(name) in out
     assert "[bold]x[/bold]" in out
     assert "naïve" in out
     assert not set("\x9b\u202e") & set(out)
+
+
+@pytest.mark.parametrize("index", [[], ["--index"]])
+def test_inspect_folds_small_raw_tensors(packed, run, run_json, index):
+    """Raw tensors below 1 % of the file are one row of their bytes; --all and --json list each."""
+    told = run_json("inspect", packed, *index)[1]
+    little = [t for t in told["tensors"] if t["kind"] == "raw" and t["share"] < 0.01]
+    assert len(little) > 1
+    folded, full = (run("inspect", packed, *index, *options)[1] for options in ([], ["--all"]))
+    row = next(line for line in folded.splitlines() if line.startswith("("))
+    assert row.startswith(f"({len(little)} raw tensors, see --all)")
+    assert f" {sum(t['bytes'] for t in little):,} " in row
+    for tensor in little:
+        assert f"\n{tensor['name']} " in full
+        assert f"\n{tensor['name']} " not in folded
+    assert len(full.splitlines()) == len(folded.splitlines()) + len(little) - 1
+
+
+def test_inspect_keeps_a_single_small_raw_tensor(folder, run):
+    """One small raw tensor stays a row of its own, as folding it would save none."""
+    Path("x.diffq").write_bytes(encode({"w": grid(4000), "b": raw_record(torch.ones(1))}))
+    out = run("inspect", "x.diffq")[1]
+    assert "\nb " in out
+    assert "--all" not in out
 
 
 def test_inspect_index_reads_no_levels(packed, run, run_json):
@@ -268,9 +292,9 @@ def test_inspect_needs_no_torch(packed):
 
 def test_histogram_shows_the_bitwidths_in_use():
     """Bars stand from the lowest to the highest bitwidth; even the rarest one is visible."""
-    assert histogram({"4": 100}) == "4"
-    assert histogram({"2": 1, "4": 100_000}) == "2▁ █4"
-    assert histogram({"9": 50, "10": 50}) == "9██10"
+    assert histogram({4: 100}) == "4"
+    assert histogram({2: 1, 4: 100_000}) == "2▁ █4"
+    assert histogram({9: 50, 10: 50}) == "9██10"
 
 
 # verify
@@ -652,7 +676,7 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     assert "exit codes" in out
     assert len(COMMANDS) >= 5
-    for command in ("inspect", "verify", "pack", "unpack", "diff"):
+    for command in ("inspect", "report", "verify", "pack", "unpack", "diff"):
         assert f"\n    {command} " in out
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -678,6 +702,10 @@ def test_help_lists_every_command(capsys):
         "unpack a b",
         "unpack a b.onnx",
         "inspect a --budget-mb 0",
+        "report",
+        "report a b c",
+        "completion",
+        "completion csh",
     ],
 )
 def test_wrong_command_lines_exit_with_2(line, capsys):
@@ -693,6 +721,9 @@ def test_wrong_command_lines_exit_with_2(line, capsys):
     [
         "inspect missing",
         "inspect .",
+        "report missing",
+        "report model.pt",
+        "report missing model.pt",
         "pack missing out --bits 4",
         "unpack missing out.pt",
         "diff missing missing",
@@ -764,12 +795,13 @@ def test_commands_without_the_extra(packed):
     assert "again.diffq: " in out
 
 
-def test_inspect_and_verify_without_torch(packed):
-    """inspect and verify need neither torch nor the extra; the table is the same without rich."""
+def test_looking_at_files_without_torch(packed):
+    """inspect, report and verify need neither torch nor the extra, and print the same table."""
     lines = (f"inspect {packed}", f"verify {packed}", f"inspect --index {packed}")
-    out, err = _without("rich,safetensors,torch", *lines)
+    lines += (f"report {packed}", f"report {packed} {packed}")
+    out, err = _without("rich,safetensors,torch,matplotlib", *lines)
     assert err == ""
-    assert out.count(": 0]") == 3
+    assert out.count(": 0]") == len(lines)
     assert out == _without("none", *lines)[0]
 
 

@@ -131,7 +131,7 @@ def assert_exported_alike(quantizer, alone):
     sizes = [q.true_model_size() for q in (quantizer, alone)]
     assert sizes[0] == sizes[1]
     assert quantizer.compressed_model_size() == alone.compressed_model_size()
-    assert repr(quantizer) == repr(alone)
+    assert quantizer.metrics() == alone.metrics()
     assert str(quantizer.mean_bits()) == str(alone.mean_bits())
     ours, theirs = quantizer.bits(), alone.bits()
     assert all(same_bits(ours[name], bits) for name, bits in theirs.items())
@@ -500,16 +500,37 @@ def _spoiled_logits(model):
     learned.write(kept)
 
 
+def check_looking_at_it():
+    """A single rank prints the quantizer without waiting for the others; it tells what it knows."""
+    _, quantizer = train()
+    if dist.get_rank() == 0:
+        for shown in (repr(quantizer), quantizer._repr_html_()):
+            assert "sharded: bits and MB take all ranks" in shown
+            assert "embed.weight = head.weight" in shown
+            assert "24x16" in shown
+    dist.barrier()
+
+
+def check_report():
+    """The page is that of one process with the whole model, on every rank."""
+    model, quantizer = train()
+    alone = gathered(model)[1]
+    assert quantizer.report() == alone.report().replace("of Residual", "of FSDPResidual")
+
+
 def check_not_finite():
     """A NaN that one rank holds is an error that names the tensor, on every rank."""
     model, quantizer = train()
     sharding.reshard(model)
     for spoiled in (_spoiled_weight, _spoiled_logits):
         with spoiled(model):
-            for call in (quantizer.true_model_size, quantizer.get_quantized_state):
+            for call in (
+                quantizer.true_model_size,
+                quantizer.get_quantized_state,
+                quantizer.metrics,
+            ):
                 with pytest.raises(diffq.WeightError, match=r"blocks\.1\.0\.weight"):
                     call()
-            assert "blocks.1.0.weight" in repr(quantizer)
             # Nothing that was gathered for the call is left in the model.
             assert all(isinstance(p, DTensor) for p in model.parameters())
     quantizer.true_model_size()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import diffq
-from diffq.quantizers import report
-from diffq.quantizers.report import ProgressBar
+from diffq.quantizers import progress
+from diffq.quantizers.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     """stderr as a terminal."""
     stream = Terminal()
-    monkeypatch.setattr(report, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     return stream
 
 
@@ -48,7 +48,7 @@ def test_short_tasks_print_nothing(terminal):
 def test_nothing_without_a_terminal(monkeypatch):
     """Nothing is printed where stderr is a file."""
     stream = io.StringIO()
-    monkeypatch.setattr(report, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     with ProgressBar("k-means", 2, delay=0) as bar:
         bar.advance(1, "a")
     assert stream.getvalue() == ""

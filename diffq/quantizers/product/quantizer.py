@@ -18,7 +18,7 @@ from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.product.blocks import BlockSize, check_blocks, choose_block_size, layer_kind
 from diffq.quantizers.product.centroids import Centroids
 from diffq.quantizers.product.weight import BlockNoise, Picked, ProductSettings, ProductWeight
-from diffq.quantizers.report import ProgressBar
+from diffq.quantizers.progress import ProgressBar
 
 
 class ProductQuantizer(BaseQuantizer[ProductSettings]):

@@ -23,7 +23,7 @@ from diffq.quantizers.product.centroids import (
     pass_to_centroids,
     store_codebook,
 )
-from diffq.quantizers.report import ProgressBar
+from diffq.quantizers.progress import ProgressBar
 from diffq.torch_inside.graph import is_plain
 
 #: What the picked blocks of a training forward become: their nearest codeword, zero, or the
