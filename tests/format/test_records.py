@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from diffq.errors import FormatError
 from diffq.format.dtypes import DTYPES
 from diffq.format.groups import group_count, merge_levels, split_groups, stream_counts
-from diffq.format.kinds.levels import repeat
+from diffq.format.kinds.affine import repeat
 from diffq.format.records import (
     MAX_RANGE,
     GridRecord,

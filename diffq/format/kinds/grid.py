@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
+from diffq.format.kinds.affine import Affine, repeat
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
 from diffq.format.kinds.levels import (
     MAX_RANGE,
@@ -18,7 +19,6 @@ from diffq.format.kinds.levels import (
     LevelRecord,
     float_parameters,
     read_levels,
-    repeat,
 )
 from diffq.format.layout import Piece
 from diffq.format.wire import Cursor, unknown
@@ -69,11 +69,14 @@ class GridRecord(LevelRecord):
         """Whether low equals high everywhere."""
         return is_constant(self.ranges)
 
-    def values(self) -> Floats:
-        """The decoded weights: float32, in the tensor's shape."""
-        values = self.levels.astype(np.float32)
-        _scale(values, self.ranges, self.bits, self.group_size, self.zero_point)
-        return values.reshape(self.shape)
+    @property
+    def per_group(self) -> bool:
+        """Whether groups of one bitwidth have parameters of their own."""
+        return len(self.ranges) != 1
+
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded; see `LevelRecord.affine`."""
+        return _affine(self.ranges, bits, self.zero_point)
 
     def entry(self, name: str) -> GridEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
@@ -84,7 +87,7 @@ class GridRecord(LevelRecord):
             self.group_size,
             self.min_bits,
             constant=self.constant,
-            per_group=len(self.ranges) != 1,
+            per_group=self.per_group,
             zero_point=self.zero_point,
         )
 
@@ -162,7 +165,8 @@ class GridEntry(LevelEntry):
         ranges = _ranges(elements)
         if len(ranges) > 1:
             decoded.merge(piece.group_size, out)
-            _scale(out, ranges[piece.groups], decoded.bits, piece.group_size, self.zero_point)
+            affine = _affine(ranges[piece.groups], decoded.bits, self.zero_point)
+            affine.apply(out, piece.group_size)
             return
         low, high = ranges.T
 
@@ -212,16 +216,15 @@ def _ranges(elements: Bytes) -> Floats:
     return float_parameters(elements).reshape(-1, 2)
 
 
-def _scale(levels: Floats, ranges: Floats, bits: Bytes, group_size: int, zero_point: bool) -> None:
-    """Turns levels into the values that they stand for, in place."""
+def _affine(ranges: Floats, bits: Bytes, zero_point: bool) -> Affine:
+    """How levels are decoded, for one range or one of each group."""
     low, high = ranges.T
     top = ((np.uint32(1) << bits.astype(np.uint32)) - np.uint32(1)).astype(np.float32)
-    step, added = (high - low) / top, low
-    if zero_point:
-        zero, added = zero_points(low, high, top)
-        levels -= repeat(zero, group_size, levels.size)
-    levels *= repeat(step, group_size, levels.size)
-    levels += repeat(added, group_size, levels.size)
+    step = (high - low) / top
+    if not zero_point:
+        return Affine(step, added=low)
+    zero, added = zero_points(low, high, top)
+    return Affine(step, zero, added)
 
 
 def is_constant(ranges: Floats) -> bool:

@@ -19,6 +19,7 @@ from diffq.format.groups import (
     merge_levels,
     stream_counts,
 )
+from diffq.format.kinds.affine import Affine
 from diffq.format.kinds.base import (
     Bytes,
     Coded,
@@ -130,6 +131,25 @@ class LevelRecord(QuantizedRecord):
     def constant(self) -> bool:
         """Whether the parameters alone give the values, so that no level is stored."""
         return False
+
+    @property
+    def per_group(self) -> bool:
+        """Whether groups of one bitwidth have parameters of their own."""
+        return False
+
+    @abstractmethod
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded.
+
+        Args:
+            bits: uint8, the bitwidth of each group; if not `per_group`, any bitwidths.
+        """
+
+    def values(self) -> Floats:
+        """The decoded weights: float32, in the tensor's shape."""
+        values = self.levels.astype(np.float32)
+        self.affine(self.bits).apply(values, self.group_size)
+        return values.reshape(self.shape)
 
     @property
     def elements(self) -> Bytes:
@@ -311,8 +331,3 @@ def float_parameters(elements: Bytes) -> Floats:
     """The float32 parameters whose bytes are stored."""
     parameters: Floats = elements.view("<f4").astype(np.float32, copy=False)
     return parameters
-
-
-def repeat(per_group: Floats, group_size: int, numel: int) -> Floats:
-    """One value per group, or one for all, for each weight."""
-    return per_group if per_group.size == 1 else np.repeat(per_group, group_size)[:numel]

@@ -10,6 +10,7 @@ import numpy as np
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
+from diffq.format.kinds.affine import Affine
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
 from diffq.format.kinds.levels import (
     MAX_RANGE,
@@ -17,7 +18,6 @@ from diffq.format.kinds.levels import (
     LevelRecord,
     float_parameters,
     read_levels,
-    repeat,
 )
 from diffq.format.layout import Piece
 
@@ -45,13 +45,10 @@ class ScaledRecord(LevelRecord):
         """The scale."""
         return self.scale
 
-    def values(self) -> Floats:
-        """The decoded weights: float32, in the tensor's shape."""
-        zero = (np.uint32(1) << (self.bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-        values = self.levels.astype(np.float32)
-        values -= repeat(zero, self.group_size, self.numel)
-        values *= self.scale
-        return values.reshape(self.shape)
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded; see `LevelRecord.affine`."""
+        zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
+        return Affine(self.scale, zero)
 
     def entry(self, name: str) -> ScaledEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
