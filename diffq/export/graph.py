@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from onnx import GraphProto, ModelProto, TensorProto, checker, helper
+from onnx import GraphProto, ModelProto, TensorProto, checker, helper, shape_inference
 from onnxscript import optimizer
 from torch import nn
 
@@ -32,7 +32,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> ModelPro
         options: further arguments of `torch.onnx.export`.
 
     Raises:
-        torch.onnx.errors.OnnxExporterError: torch cannot export the model.
+        torch.onnx.OnnxExporterError: torch cannot export the model.
     """
     # The optimizer would transpose weights, and fuse them with norms.
     options |= {"dynamo": True, "optimize": False, "opset_version": OPSET, "verbose": False}
@@ -52,7 +52,7 @@ def encode(proto: ModelProto, snapshot: Snapshot) -> bytes:
         The file, checked.
 
     Raises:
-        ConfigError: the graph is too large for one file.
+        ConfigError: the graph is too large for one file, or ONNX refuses it.
     """
     coded = _find_coded(proto.graph, snapshot)
     # The optimizer does not touch weights that are inputs.
@@ -67,7 +67,13 @@ def encode(proto: ModelProto, snapshot: Snapshot) -> bytes:
             f"An ONNX file has at most {MAX_BYTES} bytes, got {size}. Quantize more of the model, "
             "or export its parts one by one."
         )
-    checker.check_model(proto, full_check=True)
+    try:
+        checker.check_model(proto, full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        raise ConfigError(
+            f"torch must export a valid graph, but ONNX refuses this one: {error}. Replace the "
+            "layers that torch cannot export, such as an LSTM with proj_size."
+        ) from error
     data: bytes = proto.SerializeToString()
     return data
 

@@ -53,13 +53,14 @@ def onnx(
 
     Raises:
         ConfigError: onnx or onnxscript is missing; the model is in training mode or does not run
-            on the inputs; `model` is missing, or given beside a quantizer; or the graph exceeds
-            the 2 GiB of an ONNX file.
+            on the inputs; `model` is missing, or given beside a quantizer; or the graph is
+            invalid, or exceeds the 2 GiB of an ONNX file.
         AttachError: the quantizer was detached, or its model is sharded.
         WeightError: a weight to quantize or a bitwidth is not finite.
         StateError: a state is damaged, or file or state do not fit the model.
         FormatError: the file is damaged.
         OSError: a file cannot be read or written.
+        torch.onnx.OnnxExporterError: torch cannot export the model.
     """
     check_target(path)
     graph = _graph_module()
@@ -69,6 +70,7 @@ def onnx(
             "Write inputs=(x,)."
         )
     plain, snapshot = _plain(source, model)
+    _check_eval(plain)
     names = {"input_names": input_names, "output_names": output_names}
     call = dict(kwargs or {})
     try:
@@ -97,14 +99,12 @@ def _plain(source: Any, model: nn.Module | None) -> tuple[nn.Module, Snapshot]:
         if model is not None:
             raise ConfigError("A quantizer has its model, but got model=... too. Leave it out.")
         check_detachable(source.model)
-        _check_eval(source.model)
         copied = copy.deepcopy(source.model)
         return quantizer_of(copied).detach(quantized=True), source.snapshot()
     if model is None:
         raise ConfigError(
             "A file or state has no architecture. Pass a plain model of it too: model=..."
         )
-    _check_eval(model)
     snapshot = _snapshot(source)
     return fill(copy.deepcopy(model), snapshot), snapshot
 
