@@ -67,7 +67,7 @@ class Decoder:
         mixed = not record.constant and bool((record.bits != record.bits[0]).any())
         if not (mixed or record.per_group):
             levels = self._unsorted(record, record.levels.reshape(record.shape))
-            return self._apply(record.affine(record.bits[:1]), levels)
+            return self._affine(record.affine(record.bits[:1]), levels)
         rows = np.zeros((record.bits.size, record.group_size), np.uint16)
         rows.reshape(-1)[: record.numel] = record.levels
         if mixed:
@@ -75,11 +75,11 @@ class Decoder:
         else:
             levels, bits = self._unsorted(record, rows), ""
         if record.per_group:
-            value = self._apply(record.affine(record.bits), levels)
+            value = self._affine(record.affine(record.bits), levels)
         else:
             # A table by bitwidth. No group has 0 bits, which would divide by 0.
             widths = np.arange(int(record.bits.max()) + 1, dtype=np.uint8).clip(1)
-            value = self._apply(record.affine(widths), levels, bits)
+            value = self._affine(record.affine(widths), levels, bits)
         return self._flat(value, rows.size, record)
 
     def _unsorted(self, record: LevelRecord, levels: Levels) -> str:
@@ -107,7 +107,7 @@ class Decoder:
         order = self._second("TopK", widths, self._sizes("groups", bits.shape), axis=0, largest=0)
         return self._node("ScatterND", joined, order, joined), widths
 
-    def _apply(self, affine: Affine, levels: str, bits: str = "") -> str:
+    def _affine(self, affine: Affine, levels: str, bits: str = "") -> str:
         """Levels to values; parameters that are no scalars are of bitwidths, or of groups."""
         value = levels
         if affine.zero is not None:
@@ -138,7 +138,7 @@ class Decoder:
             words = self._cast(words, "float32")
         if record.stored_dtype == "uint8":
             scale, zero = np.array([record.scale], np.float32), np.array([record.zero], np.float32)
-            words = self._apply(Affine(scale, zero), words)
+            words = self._affine(Affine(scale, zero), words)
         bits = index_bits(len(record.codebook))
         indices = self._cast(self._integers("indices", record.indices, bits), "int32")
         blocks = self._node("Gather", words, indices)

@@ -84,7 +84,7 @@ def onnx(
 def _graph_module() -> ModuleType:
     """The module that imports onnx."""
     try:
-        from diffq.export import graph
+        import diffq.export.graph as graph
     except ImportError as error:
         raise ConfigError(
             "Export to ONNX needs the packages onnx and onnxscript. Install them with "

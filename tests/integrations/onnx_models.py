@@ -94,26 +94,32 @@ def case(name, kind="diffq"):
     return model, quantizer, x, exported(quantizer, x)
 
 
-def run(data, *inputs, names=()):
-    """The outputs of a file in onnxruntime, and its values of these names, as tensors."""
-    graph = onnx.load_from_string(data)
-    for name in names:
-        graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    session = onnxruntime.InferenceSession(graph.SerializeToString())
+def run(data, *inputs):
+    """The outputs of a file in onnxruntime, as tensors."""
+    session = onnxruntime.InferenceSession(data)
     given = [value.name for value in session.get_inputs()]
     fed = dict(zip(given, (x.numpy() for x in inputs), strict=True))
     return [torch.from_numpy(value) for value in session.run(None, fed)]
 
 
+def records_of(data, quantizer):
+    """Name to tensor of the weights that a file decodes, as the quantizer's records do."""
+    snapshot = quantizer.snapshot()
+    records = dict(snapshot.records)
+    records |= {name: records[other] for name, other in snapshot.aliases.items()}
+    values = [name for node in onnx.load_from_string(data).graph.node for name in node.output]
+    return {name: record_tensor(records[name]) for name in values if name in records}
+
+
+def showing(data, names):
+    """A file with more outputs: its values of these names."""
+    model = onnx.load_from_string(data)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    return model.SerializeToString()
+
+
 def decoded(data, quantizer, *inputs):
     """Name to tensor of the weights that a file decodes in onnxruntime, and of the records'."""
-    snapshot = quantizer.snapshot()
-    records = {
-        **snapshot.records,
-        **{n: snapshot.records[of] for n, of in snapshot.aliases.items()},
-    }
-    values = [name for node in onnx.load_from_string(data).graph.node for name in node.output]
-    names = [name for name in values if name in records]
-    found = run(data, *inputs, names=names)[-len(names) :]
-    wanted = {name: record_tensor(records[name]) for name in names}
-    return dict(zip(names, found, strict=True)), wanted
+    wanted = records_of(data, quantizer)
+    found = run(showing(data, wanted), *inputs)[-len(wanted) :]
+    return dict(zip(wanted, found, strict=True)), wanted
