@@ -3,7 +3,9 @@
 import io
 import math
 import os
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 import diffq
 from tests.compare import close, same_bits
 from tests.integrations.tiny import library
+from tests.models import seeded
 
 onnx = library("onnx")
 library("onnxscript")
@@ -142,6 +145,36 @@ def test_model_stays_as_it_was():
     assert same_bits(dict(model.state_dict()), before)
     model.train()(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_activations_and_pruning():
+    """Activations in 8 bits are computed, and pruned weights decode to zero."""
+    model = seeded(Images)
+    nn.utils.prune.l1_unstructured(model.body, "weight", amount=0.5)
+    diffq.parametrize_pruning(model)
+    activations, x = diffq.ActivationQuantizer(model.eval()), torch.randn(2, 3, 16, 16)
+    with activations.calibrate():
+        model(x)
+    quantizer = diffq.QATQuantizer(model, min_size=0.001)
+    data = exported(quantizer, x)
+    found, wanted = decoded(data, quantizer, x)
+    assert same_bits(found, wanted)
+    assert (found["body.weight"] == 0).float().mean() >= 0.5
+    with torch.no_grad():
+        assert close(run(data, x)[0], model(x), OTHER_RUNTIME)
+
+
+def test_page(tmp_path, monkeypatch):
+    """The code of docs/export.md runs as written, but for that of ExecuTorch."""
+    monkeypatch.chdir(tmp_path)
+    model, quantizer, x = trained("images")
+    diffq.save(quantizer, "model.diffq")
+    names = {"model": model, "quantizer": quantizer, "x": x, "Model": Images, "torch": torch}
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for block in (block for block in blocks if "executorch" not in block):
+        exec(block, names)
+    assert close(torch.from_numpy(names["output"]), names["plain_model"](x), OTHER_RUNTIME)
 
 
 def test_nothing_of_the_source():
