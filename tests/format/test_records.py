@@ -77,6 +77,21 @@ def test_scaled_values(record):
     assert np.array_equal(record.values().reshape(-1), expected)
 
 
+@given(st.one_of(grid_records(), scaled_records()))
+def test_affine_by_bitwidth(record):
+    """Without parameters of each group, a table of all bitwidths decodes as each group does."""
+    ranged = isinstance(record, GridRecord) and len(record.ranges) > 1
+    assert record.per_group == ranged
+    if ranged:
+        return
+    table, own = record.affine(np.arange(1, 16, dtype=np.uint8)), record.affine(record.bits)
+    for part, wanted in zip(vars(table).values(), vars(own).values(), strict=True):
+        if part is not None and part.size > 1:
+            assert part[record.bits - 1].tobytes() == wanted.tobytes()
+        elif part is not None:
+            assert part.tobytes() == wanted.tobytes()
+
+
 def test_extreme_ranges_stay_finite():
     """At the largest range that is allowed, the highest level is still finite."""
     top = np.float32(MAX_RANGE)
