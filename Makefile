@@ -11,6 +11,8 @@ FUZZ_SECONDS ?= 600
 PROCESSORS ?= OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE PERTURB=1
 TORCH ?=
+# The version of the npm package that a browser runs ONNX files with.
+ONNXRUNTIME_WEB := 1.30.0
 
 # Threads that wait must not spin: on a busy machine that costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
@@ -39,7 +41,7 @@ test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow $(PARALLEL) $(PYTEST_FLAGS)
 
-test-integrations: $(VENV)/.installed-integrations  ## run the tests of models in other libraries
+test-integrations: $(VENV)/.installed-integrations $(VENV)/node_modules  ## run the tests of models in other libraries
 	$(PY) -m pytest tests/integrations $(PARALLEL) $(PYTEST_FLAGS)
 
 test-kernels: $(VENV)/.installed-kernels  ## run the tests of GPU kernels in Triton's interpreter
@@ -98,6 +100,12 @@ $(VENV)/.created:
 		": name another one, e.g. make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
+
+# Without npm, or without Chromium, the test in a browser is skipped.
+$(VENV)/node_modules: Makefile | $(VENV)/.created
+	@! command -v npm > /dev/null || npm install --prefix $(VENV) --silent --no-audit --no-fund \
+		--ignore-scripts onnxruntime-web@$(ONNXRUNTIME_WEB)
+	@! test -d $@ || touch $@
 
 $(VENV)/.installed-%: pyproject.toml setup.cfg constraints.txt | $(VENV)/.created
 	@echo "Installing diffq[$*] into $(VENV) (the first time takes some minutes: torch is large)"

@@ -17,6 +17,7 @@ __version__ = "1.0.0.dev0"
 # Each public name stands here twice: as an import for type checkers, to whom `__getattr__`
 # would make every name valid, and in a table for Python. A test compares the two.
 if TYPE_CHECKING:
+    from diffq import export as export
     from diffq import plot as plot
     from diffq.attach.pruning import parametrize_pruning as parametrize_pruning
     from diffq.errors import AttachError as AttachError
@@ -95,15 +96,18 @@ else:
         "verify": "diffq.storage.open",
     }
 
-    __all__ = sorted(_LAZY.keys() - {"open"})
+    # Packages whose functions keep their name: diffq.export.onnx.
+    _PACKAGES = ("export", "plot")
+
+    __all__ = sorted({*_LAZY, *_PACKAGES} - {"open"})
 
     def __getattr__(name: str) -> object:
-        if name == "plot":
-            return import_module("diffq.plot")
+        if name in _PACKAGES:
+            return import_module(f"diffq.{name}")
         if name not in _LAZY:
             raise AttributeError(f"module 'diffq' has no attribute {name!r}")
         attribute = "open_file" if name == "open" else name
         return getattr(import_module(_LAZY[name]), attribute)
 
     def __dir__() -> list[str]:
-        return [*_LAZY, "plot", *(name for name in globals() if name.startswith("__"))]
+        return [*_LAZY, *_PACKAGES, *(name for name in globals() if name.startswith("__"))]

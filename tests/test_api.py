@@ -19,8 +19,9 @@ from diffq import errors
 
 PACKAGE = Path(diffq.__file__).parent
 
-#: Every public name.
+#: Every public name, and every public package.
 PUBLIC = set(diffq._LAZY)
+PACKAGES = set(diffq._PACKAGES)
 
 #: The pipeline: each package imports only from earlier ones.
 STAGES = [
@@ -38,6 +39,7 @@ STAGES = [
     "nn",
     "plot",
     "ptq",
+    "export",
     "cli",
     "__main__",
 ]
@@ -79,9 +81,11 @@ def test_all_is_what_can_be_imported():
     """`__all__` lists every public name but `open`, the errors included, and each is there."""
     loaded = {c.__name__ for c in vars(errors).values() if inspect.isclass(c)}
     assert loaded <= set(diffq.__all__)
-    assert set(diffq.__all__) == PUBLIC - {"open"}
+    assert set(diffq.__all__) == (PUBLIC | PACKAGES) - {"open"}
     for name in PUBLIC:
         assert getattr(diffq, name).__name__ == ("open_file" if name == "open" else name)
+    for name in PACKAGES:
+        assert getattr(diffq, name).__name__ == f"diffq.{name}"
 
 
 def test_type_checkers_see_what_is_there():
@@ -93,6 +97,13 @@ def test_type_checkers_see_what_is_there():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("diffq.")
         for alias in node.names
     }
+    packages = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "diffq"
+        for alias in node.names
+    ]
+    assert set(packages) == PACKAGES
     seen["open"] = seen.pop("open_file")
     assert seen == diffq._LAZY
 
@@ -106,7 +117,7 @@ def test_dir_shows_the_surface():
     """`dir(diffq)` shows the public names, loaded or not, and none of the helpers."""
     code = "import diffq; diffq.DiffQuantizer; print(dir(diffq))"
     for names in (dir(diffq), ast.literal_eval(_run(code))):
-        assert {name for name in names if not name.startswith("__")} == {*PUBLIC, "plot"}
+        assert {name for name in names if not name.startswith("__")} == PUBLIC | PACKAGES
 
 
 def test_star_import():
@@ -344,6 +355,8 @@ def test_modules_say_what_they_do(name):
     if not name.endswith("__main__"):
         if name.startswith("diffq.kernels."):
             pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
+        if name in ("diffq.export.graph", "diffq.export.decoding"):
+            pytest.importorskip("onnx", reason="onnx is missing: run `make test-integrations`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 
 

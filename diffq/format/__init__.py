@@ -16,6 +16,7 @@ From the inside out, each module importing only from those above it:
     runs           segments of levels in rANS
     elements       segments of whole elements
     kinds.base     what a kind of record is
+    kinds.affine   levels to values
     kinds.raw      one tensor as it is
     kinds.levels   what grids and scaled tensors share
     kinds.grid     levels on an even grid

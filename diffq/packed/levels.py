@@ -30,7 +30,7 @@ class PackedLevels(PackedWeight):
             without elements if there is one bitwidth.
         before: int32 [blocks, bitwidths], groups of each bitwidth before each block of rows;
             without elements unless rows are decoded alone.
-        zero, step, added: the terms of `Line`, for each bitwidth, for each group, or for all;
+        zero, step, added: the terms of `Affine`, for each bitwidth, for each group, or for all;
             without elements where a term is left out.
     """
 
@@ -60,8 +60,8 @@ class PackedLevels(PackedWeight):
         before = self._count_before(numbers) if by_rows and self._row_groups else _NOTHING
         self.keep("before", torch.from_numpy(before))
         self._per_group = record.per_group
-        line = record.line(record.bits if self._per_group else widths)
-        for name, term in zip(line._fields, line, strict=True):
+        affine = record.affine(record.bits if self._per_group else widths)
+        for name, term in vars(affine).items():
             self.keep(name, kept_floats(_NO_TERM if term is None else term))
 
     @property

@@ -17,7 +17,7 @@ from diffq.errors import MismatchError
 from diffq.packed.modules import is_packed
 from diffq.storage.legacy.layout import is_legacy
 from diffq.storage.legacy.load import load_legacy
-from diffq.storage.state import Header, from_state, read_header, record_tensor
+from diffq.storage.state import Header, Snapshot, from_state, read_header, record_tensor
 from diffq.torch_inside.modules import is_lazy
 from diffq.torch_inside.sharding import is_managed
 
@@ -44,15 +44,26 @@ def restore_quantized_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Mo
     """
     if is_legacy(state):
         return load_legacy(state, model)
-    header = read_header(state)
-    targets = match(model, header)
-    records = from_state(state).records
+    # Before records are made, which takes longer.
+    match(model, read_header(state))
+    return fill(model, from_state(state))
+
+
+def fill(model: nn.Module, snapshot: Snapshot) -> nn.Module:
+    """Fills a plain model with the values of a snapshot.
+
+    Raises:
+        MismatchError: see `restore_quantized_state`; nothing was changed.
+    """
+    records = snapshot.records
+    shapes = {name: (record.shape, record.dtype) for name, record in records.items()}
+    header = Header(shapes, snapshot.aliases)
 
     def value(name: str) -> Tensor:
         return record_tensor(records[name])
 
     with torch.no_grad():
-        for name, target in unique_targets(targets, header, value):
+        for name, target in unique_targets(match(model, header), header, value):
             target.copy_(value(name))
     return model
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffq.errors import FormatError
 from diffq.format.dtypes import DTYPES
 from diffq.format.groups import group_count, merge_levels, split_groups, stream_counts
-from diffq.format.kinds.levels import repeat
+from diffq.format.kinds.affine import repeat
 from diffq.format.records import (
     FIRST_STEP,
     LAST_STEP,
@@ -156,6 +156,21 @@ def test_size_of_steps():
     entropy = -4 * math.log2(4 / 6) - 2 * math.log2(2 / 6)
     bound = record.entropy_bound_bits() - record.coded.entropy_bits()
     assert bound == pytest.approx(entropy)
+
+
+@given(st.one_of(grid_records(), scaled_records()))
+def test_affine_by_bitwidth(record):
+    """Without parameters of each group, a table of all bitwidths decodes as each group does."""
+    ranged = isinstance(record, GridRecord) and len(record.ranges) > 1
+    assert record.per_group == ranged
+    if ranged:
+        return
+    table, own = record.affine(np.arange(1, 16, dtype=np.uint8)), record.affine(record.bits)
+    for part, wanted in zip(vars(table).values(), vars(own).values(), strict=True):
+        if part is not None and part.size > 1:
+            assert part[record.bits - 1].tobytes() == wanted.tobytes()
+        elif part is not None:
+            assert part.tobytes() == wanted.tobytes()
 
 
 def test_extreme_ranges_stay_finite():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
+from diffq.format.kinds.affine import Affine, repeat
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
 from diffq.format.kinds.levels import (
     MAX_RANGE,
     LevelEntry,
     LevelRecord,
-    Line,
     float_parameters,
     read_levels,
-    repeat,
 )
 from diffq.format.layout import Piece
 from diffq.format.wire import Cursor, unknown
@@ -72,12 +71,12 @@ class GridRecord(LevelRecord):
 
     @property
     def per_group(self) -> bool:
-        """Whether each group has a range of its own."""
+        """Whether groups of one bitwidth have parameters of their own."""
         return len(self.ranges) != 1
 
-    def line(self, bits: Bytes) -> Line:
-        """What levels of some bitwidths stand for; `per_group`, those of all groups."""
-        return Line(*_terms(self.ranges, bits, self.zero_point))
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded; see `LevelRecord.affine`."""
+        return _affine(self.ranges, bits, self.zero_point)
 
     def entry(self, name: str) -> GridEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
@@ -166,17 +165,18 @@ class GridEntry(LevelEntry):
         ranges = _ranges(elements)
         if len(ranges) > 1:
             decoded.merge(piece.group_size, out)
-            terms = _terms(ranges[piece.groups], decoded.bits, self.zero_point)
-            Line(*terms).apply(out, piece.group_size)
+            affine = _affine(ranges[piece.groups], decoded.bits, self.zero_point)
+            affine.apply(out, piece.group_size)
             return
 
         def fill(width: int, part: Floats) -> None:
             levels: NDArray[Any] = decoded.streams[width]
-            zero, step, added = _terms(ranges, np.array([width], np.uint8), self.zero_point)
-            if zero is not None:
-                levels = np.subtract(levels, zero, out=part, dtype=np.float32)
-            np.multiply(levels, step, out=part, dtype=np.float32)
-            part += added
+            affine = _affine(ranges, np.array([width], np.uint8), self.zero_point)
+            if affine.zero is not None:
+                levels = np.subtract(levels, affine.zero, out=part, dtype=np.float32)
+            np.multiply(levels, affine.step, out=part, dtype=np.float32)
+            # Grids add their minimum.
+            part += cast(Floats, affine.added)
 
         merge_groups(decoded.bits, decoded.counts, piece.group_size, out, fill)
 
@@ -215,12 +215,15 @@ def _ranges(elements: Bytes) -> Floats:
     return float_parameters(elements).reshape(-1, 2)
 
 
-def _terms(ranges: Floats, bits: Bytes, zero_point: bool) -> tuple[Floats | None, Floats, Floats]:
-    """The terms of the `Line` of these bitwidths, with a range for each or one for all."""
+def _affine(ranges: Floats, bits: Bytes, zero_point: bool) -> Affine:
+    """How levels are decoded, for one range or one of each group."""
     low, high = ranges.T
     top = ((np.uint32(1) << bits.astype(np.uint32)) - np.uint32(1)).astype(np.float32)
-    zero, added = zero_points(low, high, top) if zero_point else (None, low)
-    return zero, (high - low) / top, added
+    step = (high - low) / top
+    if not zero_point:
+        return Affine(step, added=low)
+    zero, added = zero_points(low, high, top)
+    return Affine(step, zero, added)
 
 
 def is_constant(ranges: Floats) -> bool:

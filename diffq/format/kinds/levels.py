@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from diffq.format.groups import (
     merge_levels,
     stream_counts,
 )
+from diffq.format.kinds.affine import Affine
 from diffq.format.kinds.base import (
     Bytes,
     Coded,
@@ -67,26 +68,6 @@ def level_bits(bits: Bytes, group_size: int, numel: int, min_bits: int) -> int:
     counts = stream_counts(bits, group_size, numel)
     levels = sum(width * count for width, count in counts.items())
     return bits.size * map_width(bits, min_bits) + levels
-
-
-class Line(NamedTuple):
-    """What levels stand for: value = (level - zero) * step + added, in float32.
-
-    Each operation is rounded, and left out where its array is None. The arrays hold one value for
-    each bitwidth or group that was asked about, or one for all.
-    """
-
-    zero: Floats | None
-    step: Floats
-    added: Floats | None
-
-    def apply(self, values: Floats, group_size: int) -> None:
-        """Turns levels, float32 [weights], into what they stand for, in place."""
-        if self.zero is not None:
-            values -= repeat(self.zero, group_size, values.size)
-        values *= repeat(self.step, group_size, values.size)
-        if self.added is not None:
-            values += repeat(self.added, group_size, values.size)
 
 
 def check_level_head(numel: int, dtype: str, group_size: int, min_bits: int) -> None:
@@ -148,24 +129,28 @@ class LevelRecord(QuantizedRecord):
         """Ranges, scales or steps, in the dtype that files hold."""
 
     @property
+    def constant(self) -> bool:
+        """Whether the parameters alone give the values, so that no level is stored."""
+        return False
+
+    @property
     def per_group(self) -> bool:
-        """Whether each group has parameters of its own."""
+        """Whether groups of one bitwidth have parameters of their own."""
         return False
 
     @abstractmethod
-    def line(self, bits: Bytes) -> Line:
-        """What levels of some bitwidths stand for; `per_group`, those of all groups."""
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded.
+
+        Args:
+            bits: uint8, the bitwidth of each group; if not `per_group`, any bitwidths.
+        """
 
     def values(self) -> Floats:
         """The decoded weights: float32, in the tensor's shape."""
         values = self.levels.astype(np.float32)
-        self.line(self.bits).apply(values, self.group_size)
+        self.affine(self.bits).apply(values, self.group_size)
         return values.reshape(self.shape)
-
-    @property
-    def constant(self) -> bool:
-        """Whether the parameters alone give the values, so that no level is stored."""
-        return False
 
     @property
     def elements(self) -> Bytes:
@@ -350,8 +335,3 @@ def float_parameters(elements: Bytes) -> Floats:
     """The float32 parameters whose bytes are stored."""
     parameters: Floats = elements.view("<f4").astype(np.float32, copy=False)
     return parameters
-
-
-def repeat(per_group: Floats, group_size: int, numel: int) -> Floats:
-    """One value per group, or one for all, for each weight."""
-    return per_group if per_group.size == 1 else np.repeat(per_group, group_size)[:numel]

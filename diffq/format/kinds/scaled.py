@@ -10,12 +10,12 @@ import numpy as np
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece
 from diffq.format.groups import merge_groups
+from diffq.format.kinds.affine import Affine
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
 from diffq.format.kinds.levels import (
     MAX_RANGE,
     LevelEntry,
     LevelRecord,
-    Line,
     float_parameters,
     read_levels,
 )
@@ -48,10 +48,10 @@ class ScaledRecord(LevelRecord):
         """The scale."""
         return self.scale
 
-    def line(self, bits: Bytes) -> Line:
-        """What levels of some bitwidths stand for."""
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded; see `LevelRecord.affine`."""
         zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-        return Line(zero, self.scale, None)
+        return Affine(self.scale, zero)
 
     def entry(self, name: str) -> ScaledEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""

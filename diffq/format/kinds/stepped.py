@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from diffq.errors import FormatError
 from diffq.format.entropy import DecodedPiece, entropy_bits
 from diffq.format.groups import merge_groups
+from diffq.format.kinds.affine import Affine
 from diffq.format.kinds.base import Bytes, Fields, Floats, Levels
-from diffq.format.kinds.levels import LevelEntry, LevelRecord, Line, read_levels
+from diffq.format.kinds.levels import LevelEntry, LevelRecord, read_levels
 from diffq.format.layout import Piece
 
 Steps = NDArray[np.int16]
@@ -75,10 +76,10 @@ class SteppedRecord(LevelRecord):
         """Each group has a step of its own."""
         return True
 
-    def line(self, bits: Bytes) -> Line:
-        """What the levels of all groups stand for."""
+    def affine(self, bits: Bytes) -> Affine:
+        """How levels are decoded; see `LevelRecord.affine`."""
         zero = (np.uint32(1) << (bits.astype(np.uint32) - np.uint32(1))).astype(np.float32)
-        return Line(zero, STEPS[self.steps - FIRST_STEP], None)
+        return Affine(STEPS[self.steps - FIRST_STEP], zero)
 
     def entry(self, name: str) -> SteppedEntry:
         """Describes the record for the index; raises FormatError if a file cannot hold it."""
