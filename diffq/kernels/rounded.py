@@ -55,3 +55,19 @@ class Rounded:
             dtype: of the values; that of the weights by default.
         """
         return self._sampler.sample(weights, bits, zeros=zeros, dtype=dtype).values
+
+    def quantize(
+        self, weights: Sequence[Tensor], bits: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The values of eval, where weights that are exactly zero stay so.
+
+        Args:
+            weights: as for `sample`.
+            bits: as for `sample`.
+
+        Returns:
+            The values; float32 numbers, among them the extremes of each tensor; whether a weight
+            of each tensor is exactly zero, bool [tensors].
+        """
+        values, _, state = self._sampler.sample(weights, bits, zeros=[True] * len(weights))
+        return values, state.ends, self._sampler.zeros(state)

@@ -145,6 +145,12 @@ class Sampler:
             self._fill(values, total, given, state, sums, size)
         return Sampled(layout.cut(values), total if size else None, state)
 
+    def zeros(self, state: State) -> Tensor:
+        """Whether a weight of each tensor was exactly zero in a sample, bool [tensors]."""
+        layout, found = self._layout, state.places[2]
+        owners = layout.pieces[: layout.weight_pieces, 0]
+        return found.new_zeros(len(layout.numels)).index_add_(0, owners, found) > 0
+
     def _scan(self, given: Tensor, state: State, sums: Tensor, size: bool) -> None:
         layout, addresses = self._layout, self._addresses
         constants = *self._reading, self._kind == ROUNDING.value, _SCAN_BLOCK

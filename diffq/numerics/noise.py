@@ -160,37 +160,6 @@ def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> Tensor |
     return flat.rows.spread(flat.constants.get(("zeros", *zeros), zeros, torch.bool, device))
 
 
-def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Drawn:
-    """Equation 1 for many tensors at once: the nearest values on their grids; without graph.
-
-    Args:
-        flat: the tensors.
-        weights: of one dtype and device, any strides.
-        bits: of each group, whole ones, [groups] in float32; or [1] for all.
-        zeros: for each tensor, whether its grid has a zero point if a weight is exactly zero.
-    """
-    ends, like = flat.ends(weights), weights[0]
-    low, high = (flat.rows.spread(end.float()) for end in (ends.low, ends.high))
-    widths = bits if len(bits) == 1 else flat.to_rows(bits)
-    points: Tensor | None = None
-    if any(zeros):
-        none = torch.zeros((), dtype=torch.bool, device=like.device)
-        each = zip(weights, zeros, strict=True)
-        found = [(weight == 0).any() if zero else none for weight, zero in each]
-        points = flat.rows.spread(torch.stack(found))
-
-    def rounded(piece: Piece, room: Tensor) -> tuple[()]:
-        rows = flat.join(weights, like, piece)
-        rule = rows_of(low, piece), rows_of(high, piece), rows_of(widths, piece)
-        point = None if points is None else rows_of(points, piece)
-        levels = grid.to_levels(rows.float(), *rule, point, like.dtype)
-        room.copy_(grid.from_levels(levels, *rule, point))
-        return ()
-
-    (values,) = flat.compute(like, rounded)
-    return Drawn(flat, values, ends)
-
-
 class PseudoNoise(torch.autograd.Function):
     """Forward gives perturbed or quantized weights, backward treats them as `w + step * n`.
 

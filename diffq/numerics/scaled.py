@@ -39,7 +39,8 @@ class Levels(NamedTuple):
         ratio.clamp_(self.lowest, self.highest)
         if is_narrow(dtype):
             ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
-        return ratio.round_()
+        # Adding zero turns -0.0, which no level stands for, into 0.0.
+        return ratio.round_().add_(0.0)
 
 
 def positive(scales: Tensor) -> Tensor:
@@ -47,9 +48,7 @@ def positive(scales: Tensor) -> Tensor:
     return scales.float().abs().clamp(min=_LEAST)
 
 
-def scale_all(
-    flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels
-) -> list[Tensor]:
+def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Tensor:
     """Equation 1 of the LSQ paper: the nearest level times the scale; without graph.
 
     Args:
@@ -59,7 +58,7 @@ def scale_all(
         levels: those of all tensors.
 
     Returns:
-        The values of each tensor, in float32 at least.
+        The values as `Flat.join` gives them, in float32 at least.
     """
     like = weights[0]
     of_rows = flat.rows.spread(positive(scales).to(wide(like.dtype)))
@@ -71,7 +70,7 @@ def scale_all(
         return ()
 
     (values,) = flat.compute(like, scaled)
-    return flat.split(values)
+    return values
 
 
 class Kernels(Protocol):

@@ -130,8 +130,7 @@ class LSQWeight(WeightQuantizer):
                 f"got scale {scale.item()}. "
                 "Find the step that diverged, or exclude the tensor."
             )
-        # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return self.levels.nearest(ratio, scale, weight.dtype) + 0.0
+        return self.levels.nearest(ratio, scale, weight.dtype)
 
 
 def _mean_magnitude(weight: Tensor) -> Tensor:
@@ -158,7 +157,27 @@ class ScaledBatch(Batch):
         scales, kernels = cast(Tensor, learned.flat), self._kernels.of(weights)
         if kernels is not None:
             return samples_of(weights, kernels.sample(weights, scales), kernels)
-        return samples_of(weights, scaled.scale_all(self._flat, weights, scales, self._levels))
+        values = scaled.scale_all(self._flat, weights, scales, self._levels)
+        return samples_of(weights, self._flat.split(values))
+
+    def quantize(self, weights: Sequence[Tensor], learned: Run) -> list[Tensor]:
+        """Equation 1 of the LSQ paper, rounded to float32."""
+        scales = cast(Tensor, learned.flat)
+        # The levels of one tensor are those of float32.
+        narrow = weights[0].dtype != torch.float64
+        if not (is_plain() and narrow and self._are_finite(weights, scales)):
+            return super().quantize(weights, learned)
+        kernels = self._kernels.of(weights)
+        if kernels is not None:
+            return cast(list[Tensor], kernels.sample(weights, scales))
+        values = scaled.scale_all(self._flat, weights, scales, self._levels)
+        return self._flat.split(values.to(weights[0].dtype))
+
+    def _are_finite(self, weights: Sequence[Tensor], scales: Tensor) -> bool:
+        """Whether no weight and no scale can be one that is refused."""
+        sizes = positive(scales)
+        ratio = self._flat.largest(weights).float() / sizes.min()
+        return bool(torch.isfinite(ratio) & (sizes.max() * -self._levels.lowest <= MAX_RANGE))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run

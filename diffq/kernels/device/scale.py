@@ -66,7 +66,8 @@ def _nearest(x, scale, lowest, highest, WTYPE: tl.constexpr):
     if WTYPE != tl.float32:
         least, most = finite_levels(scale, scale * 0.0, WTYPE)
         level = clamp(level, least, most)
-    return rint(level) * scale, ratio
+    # Adding zero turns -0.0, which no level stands for, into 0.0.
+    return (rint(level) + 0.0) * scale, ratio
 
 
 @triton.jit(do_not_specialize_on_alignment=["scales"])
