@@ -45,9 +45,9 @@ class Ends(NamedTuple):
         """
         span = self.high - self.low
         # A constant tensor has no range. The inverse of a tiny one would overflow.
-        share = torch.where(span > 0, totals / torch.where(span > 0, span, 1), 0)
-        both = torch.stack((-share, share), dim=1)
-        joined.view(-1).index_add_(0, self.places.view(-1), both.view(-1).to(joined.dtype))
+        share = (totals / torch.where(span > 0, span, torch.inf)).to(joined.dtype)
+        low, high = self.places.unbind(1)
+        joined.view(-1).index_add_(0, low, share, alpha=-1).index_add_(0, high, share)
 
 
 class Piece(NamedTuple):
