@@ -192,16 +192,16 @@ class Flat:
             piece: which rows.
             room: of these, [rows, width]; gets the differences.
         """
-        for number, first, end, to in self._within(piece, room):
-            part = np.from_dlpack(tensors[number].detach().reshape(-1))[first:end]
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            for number, first, end, to in self._within(piece, room):
+                part = np.from_dlpack(tensors[number].detach().reshape(-1))[first:end]
                 np.subtract(part, numbers[number], out=to[: end - first])
-            to[end - first :] = 0
+                to[end - first :] = 0
 
     def add(self, room: Tensor, numbers: Sequence[float], piece: Piece) -> None:
         """Adds a number of each tensor to its elements in the rows of a piece, in NumPy."""
-        for number, first, end, to in self._within(piece, room):
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            for number, first, end, to in self._within(piece, room):
                 to[: end - first] += numbers[number]
 
     def zeros(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Tensor:

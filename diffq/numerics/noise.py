@@ -243,7 +243,8 @@ def row_sums(error: Tensor) -> Tensor:
     if width <= _SHORT and in_numpy(error):
         # torch sums short rows at a sixth of the speed.
         array = error.numpy()
-        return torch.from_numpy(array.dot(np.ones(width, array.dtype)))
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(array.dot(np.ones(width, array.dtype)))
     return error.sum(1)
 
 

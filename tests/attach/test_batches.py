@@ -19,13 +19,13 @@ from tests.models import SUMS, gradients
 
 #: Quantizers, and the operations that a batch takes in a step.
 MADE = {
-    "gaussian": (67, lambda model: diffq.DiffQuantizer(model, min_size=0)),
-    "one bitwidth": (67, lambda model: diffq.DiffQuantizer(model, min_size=0, group_size=None)),
-    "rounding": (85, lambda model: diffq.DiffQuantizer(model, min_size=0, noise="rounding")),
-    "fixed": (35, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
-    "qat": (29, lambda model: diffq.QATQuantizer(model, min_size=0)),
-    "quant-noise": (33, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
-    "lsq": (40, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+    "gaussian": (61, lambda model: diffq.DiffQuantizer(model, min_size=0)),
+    "one bitwidth": (61, lambda model: diffq.DiffQuantizer(model, min_size=0, group_size=None)),
+    "rounding": (74, lambda model: diffq.DiffQuantizer(model, min_size=0, noise="rounding")),
+    "fixed": (29, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
+    "qat": (22, lambda model: diffq.QATQuantizer(model, min_size=0)),
+    "quant-noise": (26, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
+    "lsq": (37, lambda model: diffq.LSQQuantizer(model, min_size=0)),
 }
 
 
