@@ -117,7 +117,7 @@ def test_values_not_used():
     backend.gradients_close(found[0], weights[0], torch.float32)
     backend.gradients_close(for_logits, logits, torch.float32)
     none = sampled.state, batch.weights, batch.given, [None, None]
-    assert same_bits(batch.noisy.gradients(*none)[1], torch.zeros_like(for_logits))
+    assert not batch.noisy.gradients(*none)[1].any()
 
 
 @pytest.mark.parametrize(
