@@ -1,4 +1,4 @@
-"""Batches: tensors that are alike are drawn and connected together."""
+"""Batches: tensors that are alike are drawn, connected and quantized together."""
 
 from __future__ import annotations
 
@@ -97,6 +97,11 @@ class Batch:
         each = zip(self.quantizers, weights, samples, learned.parts(), strict=True)
         return [w if s.is_weight else q.connect(w, s, part) for q, w, s, part in each]
 
+    def quantize(self, weights: Sequence[Tensor], learned: Run) -> list[Tensor]:
+        """The true quantized weights, in the weights' dtype; both without graph."""
+        each = zip(self.quantizers, weights, learned.parts(), strict=True)
+        return [q.quantize(weight, part) for q, weight, part in each]
+
 
 class Batches:
     """Cuts the tensors of a forward in batches, which are kept for the next one."""
@@ -120,7 +125,8 @@ class Batches:
         sizes: dict[Hashable, int] = {}
         members: dict[Hashable, list[tuple[Any, Tensor]]] = {}
         for quantizer, base in tensors:
-            kind = type(quantizer), quantizer.alike, base.dtype, base.device, traits(base)
+            made = base.dtype, base.device, base.is_inference(), traits(base)
+            kind = type(quantizer), quantizer.alike, *made
             size = sizes[kind] = sizes.get(kind, 0) + base.numel()
             # What is computed from others has a graph, of which no backward of others may need
             # anything: checkpoints free graphs in parts.

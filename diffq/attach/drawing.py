@@ -1,8 +1,9 @@
-"""What training forwards compute with: drawn, and connected with its gradients."""
+"""What forwards compute with: drawn and connected with its gradients, or quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from diffq.torch_inside.sharding import is_distributed
 
 
 class Drawing:
-    """Draws the samples of a model.
+    """Draws the samples of a model, and quantizes its weights.
 
     Args:
         learned: what its quantizers learn.
@@ -45,6 +46,28 @@ class Drawing:
                 ):
                     sample.connected = value if quantizer.learning else _tied(value, run.flat)
             yield from zip(batch.quantizers, samples, strict=True)
+
+    @torch.no_grad()
+    def quantize(self, tensors: Sequence[tuple[WeightQuantizer, Tensor]]) -> dict[int, Tensor]:
+        """True quantized weights, by the index of their quantizer.
+
+        Raises:
+            WeightError: a weight or a bitwidth is not finite.
+        """
+        batches = self._batches.of([(quantizer, base.detach()) for quantizer, base in tensors])
+        runs = self._learned.runs([batch.quantizers for batch, _ in batches])
+        found: dict[int, Tensor] = {}
+        for (batch, bases), run in zip(batches, runs, strict=True):
+            # Values that inference mode made would be of no use to a later backward.
+            plain = is_plain() and not bases[0].is_inference()
+            with torch.inference_mode(False) if plain else nullcontext(), torch.no_grad():
+                values = batch.quantize(bases, run.beside(bases[0]).detach())
+                if is_plain():
+                    # Slices of one buffer share their version.
+                    values = [value.data for value in values]
+            indices = (quantizer.index for quantizer in batch.quantizers)
+            found.update(zip(indices, values, strict=True))
+        return found
 
     def connect(self, quantizer: WeightQuantizer, base: Tensor, sample: Sample) -> Tensor:
         """A value with a node of its own."""

@@ -15,7 +15,7 @@ whether the quantized weights of eval are still right. It is gone with the graph
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, cast
 from weakref import ReferenceType
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq.attach.cache import EvalCache
-from diffq.attach.drawing import Drawing, beside
+from diffq.attach.drawing import Drawing
 from diffq.attach.learned import Learned
 from diffq.attach.place import Place
 from diffq.attach.sample import Forward, Sample
@@ -298,23 +298,14 @@ class Forwards:
         values: list[Tensor | None] = [None] * len(pairs)
         if cache is not None:
             values = cache.values(self.learned.flat(), indices, bases)
-        parts: list[Tensor | None] | None = None
-        for (place, base), index, value in zip(pairs, indices, values, strict=True):
-            is_kept = value is not None
-            if value is None:
-                parts = self.learned.parts() if parts is None else parts
-                value = self._quantize(place, base, parts[index])
-            sample = Sample(base, value, training=False)
-            if cache is not None and not is_kept:
+        each = zip(pairs, values, strict=True)
+        missing = [(place.quantizer, base) for (place, base), value in each if value is None]
+        quantized = self._drawing.quantize(missing)
+        for base, index, value in zip(bases, indices, values, strict=True):
+            sample = Sample(base, quantized[index] if value is None else value, training=False)
+            if cache is not None and value is None:
                 cache.put(index, base, sample.value)
             forward.put(index, sample)
-
-    def _quantize(self, place: Place, base: Tensor, learned: Tensor | None) -> Tensor:
-        learned = None if learned is None else beside(base, learned.detach())
-        # Values that inference mode made would be of no use to a later backward.
-        plain = is_plain() and not base.is_inference()
-        with torch.inference_mode(False) if plain else nullcontext():
-            return place.quantizer.quantize(base.detach(), learned)
 
     def _quantized(self, forward: Forward, sample: Sample, base: Tensor) -> Tensor:
         # Tracers run a model twice, and compare the graphs.
@@ -341,7 +332,7 @@ class Forwards:
         if training:
             self._draw(forward, [(place, base)])
         else:
-            value = self._quantize(place, base, self.learned.part(index))
+            value = self._drawing.quantize([(place.quantizer, base)])[index]
             forward.put(index, Sample(base, value, training=False))
         return cast(Sample, forward.samples(training)[index])
 

@@ -15,12 +15,12 @@ float32 [groups], scales and their gradients float32 [tensors].
 | `Rounded`, blocks drawn | seed, scan, sample | none |
 | `Scaled` | sample | join, backward, finish |
 
-Their number does not grow with that of the tensors, and the size of a model in MB and its gradient
-take none of their own. *Scan* finds extremes, with their places, of pieces of tensors, and
-*sample* draws noise and writes all values in one buffer. *Join* copies the gradients of the values
-in one buffer, because autograd may share theirs. *Backward* draws the noise again, so that only a
-seed and extremes are kept in between. *Finish* adds up sums over programs. There are no atomic
-operations, so the same seed gives the same bits, and the host never waits for the device.
+Their number does not grow with that of the tensors. *Scan* finds extremes, with their places, of
+pieces of tensors, and *sample* draws noise and writes all values in one buffer. *Join* copies the
+gradients of the values in one buffer, because autograd may share theirs. *Backward* draws the noise
+again, so that only a seed and extremes are kept in between. *Finish* adds up sums over programs.
+There are no atomic operations, so the same seed gives the same bits, and the host never waits for
+the device.
 
 `availability.available` says where kernels run, and `weights.handles` for which weights. Import the
 classes from their modules, and only where there are kernels: they import Triton, which `diffq`

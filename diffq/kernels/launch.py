@@ -50,23 +50,20 @@ class Launch:
 
 
 class Launches:
-    """The launches of a batch. Those whose arguments differ in dtype or alignment are apart."""
+    """The launches of a batch. Those whose arguments differ in alignment are apart."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Launch] = {}
 
-    def get(
-        self, kernel: Any, constants: tuple[Any, ...], *variant: torch.dtype, num_warps: int = 4
-    ) -> Launch:
+    def get(self, kernel: Any, constants: tuple[Any, ...], num_warps: int = 4) -> Launch:
         """The launch of a kernel with some constants.
 
         Args:
             kernel: of Triton.
             constants: its last parameters.
-            variant: dtypes of arguments that vary from launch to launch.
             num_warps: as `Launch`.
         """
-        key = id(kernel), constants, variant
+        key = id(kernel), constants
         if key not in self._known:
             self._known[key] = Launch(kernel, constants, num_warps)
         return self._known[key]

@@ -13,12 +13,12 @@ from torch import Tensor
 from diffq.kernels.weights import DTYPES
 from diffq.torch_inside import unflatten
 
-#: Most pieces of one tensor's weights, and of its groups: a program reads what all of them found.
-PARTS, GROUP_PARTS = 256, 64
+#: Most pieces of one tensor's weights: a program reads what all of them found.
+PARTS = 256
 
 _TILE = 1024
 _CHUNK_TILES = 4
-_LEAST_PIECE, _LEAST_GROUP_PIECE = 2**13, 2**12
+_LEAST_PIECE = 2**13
 # Tensors begin at multiples of so many elements, for loads and matrix products of full speed.
 _ALIGNMENT = 16
 
@@ -52,7 +52,7 @@ class Layout:
         groups: groups of all tensors.
         total: elements of a buffer.
         table, pieces, chunks: see `diffq.kernels.device.columns`.
-        weight_pieces, group_pieces, chunk_count: numbers of programs.
+        weight_pieces, chunk_count: numbers of programs.
     """
 
     def __init__(
@@ -65,19 +65,17 @@ class Layout:
         padded = [_ceil(numel, _ALIGNMENT) * _ALIGNMENT for numel in self.numels]
         self.groups, self.total = sum(groups), sum(padded)
         weights = _cut(self.numels, [_piece_length(numel) for numel in self.numels])
-        of_groups = _cut(groups, [max(_LEAST_GROUP_PIECE, _ceil(n, GROUP_PARTS)) for n in groups])
         rows = [_ceil(numel, self.tile.weights) for numel in self.numels]
         chunks = _cut(rows, [_CHUNK_TILES * self.tile.rows] * len(rows))
-        self.weight_pieces, self.group_pieces = len(weights), len(of_groups)
-        self.chunk_count = len(chunks)
-        columns = [self.numels, _starts(padded), _starts(groups), groups, sizes]
-        for cuts in (weights, of_groups, chunks):
+        self.weight_pieces, self.chunk_count = len(weights), len(chunks)
+        columns = [self.numels, _starts(padded), _starts(groups)]
+        for cuts in (weights, chunks):
             counts = torch.bincount(cuts[:, 0], minlength=len(rows)).tolist()
             columns += [_starts(counts), counts]
         self.table = (
             torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous().to(device)
         )
-        self.pieces = torch.cat([weights, of_groups]).to(device, torch.int32)
+        self.pieces = weights.to(device, torch.int32)
         self.chunks = chunks[:, :2].to(device, torch.int32).contiguous()
         self._shapes = shapes
         self._gaps = [end - numel for end, numel in zip(padded, self.numels, strict=True)]

@@ -45,7 +45,6 @@ class Noisy(Sampler):
         device: torch.device,
     ) -> None:
         super().__init__(shapes, group_size, Settings(kind, law, scale), dtype, device)
-        self._zero = torch.zeros((), device=device)
 
     @torch.no_grad()
     def gradients(
@@ -54,7 +53,6 @@ class Noisy(Sampler):
         weights: Sequence[Tensor],
         given: Tensor,
         grads: Sequence[Tensor | None],
-        size_grad: Tensor | None = None,
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Gradients of weights and logits, in three launches.
 
@@ -62,8 +60,7 @@ class Noisy(Sampler):
             state: that of the sample.
             weights: as they were then; they may have moved.
             given: as it was then.
-            grads: of the values, in their dtype; None for values that were not used.
-            size_grad: of the size, float32 0-dim.
+            grads: of the values; None for values that were not used.
 
         Returns:
             Of each weight, None where its value was not used; views of one fresh buffer. Of all
@@ -72,29 +69,25 @@ class Noisy(Sampler):
         layout, new = self._layout, self._layout.table.new_empty
         with on(self._device):
             self._addresses.update(weights, state.zeros)
-            flat = layout.join(grads, state.dtype)
-            copies = flat.dtype != self._dtype
-            for_weights = new(layout.total, dtype=self._dtype) if copies else flat
+            flat = layout.join(grads, self._dtype)
             for_logits = new(layout.groups if self._learned else 0, dtype=torch.float32)
             totals = new(layout.chunk_count, dtype=torch.float32)
             found = state.ends, state.places
-            into = for_weights, for_logits, totals, self._zero if size_grad is None else size_grad
-            self._launches.get(backward_kernel, self._constants(copies), flat.dtype)(
+            rest = flat, for_logits, totals, layout.weight_pieces, *self._law
+            self._launches.get(backward_kernel, self._constants)(
                 layout.chunk_count,
                 *(self._addresses.table, layout.table, layout.chunks, given, *found),
-                *(state.seed, flat, *into, layout.weight_pieces, *self._law, self._noise[0]),
+                *(state.seed, *rest, self._noise[0]),
             )
             constants = self._kind, self._learned, self._whole, PARTS, _FINISH_BLOCK
             self._launches.get(finish_kernel, constants)(
-                len(layout.numels),
-                *(layout.table, given, *found, *into, layout.weight_pieces, *self._law),
+                len(layout.numels), layout.table, given, *found, *rest
             )
-        views = zip(layout.cut(for_weights), grads, strict=True)
+        views = zip(layout.cut(flat), grads, strict=True)
         for_each = [None if grad is None else view for view, grad in views]
         return for_each, for_logits if self._learned else None
 
-    def _constants(self, copies: bool) -> tuple[object, ...]:
-        return (
-            *(*self._reading, self._kind, self._learned, copies),
-            *(self._whole, *self._layout.tile, PARTS),
-        )
+    @property
+    def _constants(self) -> tuple[object, ...]:
+        whole = self._whole, *self._layout.tile, PARTS
+        return *self._reading, self._kind, self._learned, *whole

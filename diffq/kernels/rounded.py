@@ -44,7 +44,6 @@ class Rounded:
         bits: Tensor,
         *,
         zeros: Sequence[bool] | None = None,
-        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """The values of all tensors, in two launches, and one for a seed if blocks are drawn.
 
@@ -52,6 +51,21 @@ class Rounded:
             weights: contiguous; they may move from call to call.
             bits: whole bitwidths of all groups, float32 [groups].
             zeros: of each tensor, whether weights that are exactly zero stay so; none by default.
-            dtype: of the values; that of the weights by default.
         """
-        return self._sampler.sample(weights, bits, zeros=zeros, dtype=dtype).values
+        return self._sampler.sample(weights, bits, zeros=zeros).values
+
+    def quantize(
+        self, weights: Sequence[Tensor], bits: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The values of eval, where weights that are exactly zero stay so.
+
+        Args:
+            weights: as for `sample`.
+            bits: as for `sample`.
+
+        Returns:
+            The values; float32 numbers, among them the extremes of each tensor; whether a weight
+            of each tensor is exactly zero, bool [tensors].
+        """
+        values, state = self._sampler.sample(weights, bits, zeros=[True] * len(weights))
+        return values, state.ends, self._sampler.zeros(state)

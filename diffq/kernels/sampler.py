@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffq.format.records import RANGE_BITS, WIDTH_BITS
 from diffq.kernels.device.columns import GAUSSIAN, ROUNDING, UNIFORM
 from diffq.kernels.device.noise import sample_kernel
 from diffq.kernels.device.scan import scan_kernel
 from diffq.kernels.launch import TYPES, Addresses, Launches, on
-from diffq.kernels.layout import GROUP_PARTS, PARTS, Layout
+from diffq.kernels.layout import PARTS, Layout
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import Noise
 
@@ -48,14 +47,12 @@ class State:
     """What gradients need of a sample; no values, so that their autograd node may hold it.
 
     Attributes:
-        dtype: of the values.
         zeros: of each tensor, whether its zeros stay zero.
         seed: int64 [1], the key of the noise.
         ends: float32 [2, pieces], minimum and maximum of each piece of a weight.
         places: int32 [3, pieces], their first places, and whether a weight is zero.
     """
 
-    dtype: torch.dtype
     zeros: Sequence[bool]
     seed: Tensor
     ends: Tensor
@@ -67,12 +64,10 @@ class Sampled(NamedTuple):
 
     Attributes:
         values: one for each weight, in its shape; views of one buffer.
-        size: the size in MB, float32 0-dim, if it was asked for.
         state: for `gradients`.
     """
 
     values: list[Tensor]
-    size: Tensor | None
     state: State
 
 
@@ -115,8 +110,6 @@ class Sampler:
         given: Tensor,
         *,
         zeros: Sequence[bool] | None = None,
-        size: bool = False,
-        dtype: torch.dtype | None = None,
     ) -> Sampled:
         """The values of all tensors, from noise of a fresh seed of torch's generator.
 
@@ -124,12 +117,7 @@ class Sampler:
             weights: contiguous; they may move from call to call.
             given: logits of all groups or, without a law, their bitwidths; float32 [groups].
             zeros: of each tensor, whether weights that are exactly zero stay so; none by default.
-            size: whether to compute the size too, Equation 8 with ranges and bit maps as
-                `diffq.numerics.size` counts them, without a launch of its own; none without a law,
-                since bitwidths that are given have a size once and for all.
-            dtype: of the values; that of the weights by default.
         """
-        size = size and self._learned
         zeros = [False] * len(weights) if zeros is None else zeros
         layout, new = self._layout, self._layout.table.new_empty
         with on(self._device):
@@ -137,44 +125,35 @@ class Sampler:
             seed = new(1).random_() if self._random else new(1)
             ends = new((2, layout.weight_pieces), dtype=torch.float32)
             places = new((3, layout.weight_pieces), dtype=torch.int32)
-            sums = new((2, layout.group_pieces), dtype=torch.float32)
-            total = new((), dtype=torch.float32)
-            state = State(dtype or self._dtype, zeros, seed, ends, places)
-            values = new(layout.total, dtype=state.dtype)
-            self._scan(given, state, sums, size)
-            self._fill(values, total, given, state, sums, size)
-        return Sampled(layout.cut(values), total if size else None, state)
+            state = State(zeros, seed, ends, places)
+            values = new(layout.total, dtype=self._dtype)
+            self._scan(state)
+            self._fill(values, given, state)
+        return Sampled(layout.cut(values), state)
 
-    def _scan(self, given: Tensor, state: State, sums: Tensor, size: bool) -> None:
+    def zeros(self, state: State) -> Tensor:
+        """Whether a weight of each tensor was exactly zero in a sample, bool [tensors]."""
+        layout, found = self._layout, state.places[2]
+        owners = layout.pieces[:, 0]
+        return found.new_zeros(len(layout.numels)).index_add_(0, owners, found) > 0
+
+    def _scan(self, state: State) -> None:
         layout, addresses = self._layout, self._addresses
-        constants = *self._reading, self._kind == ROUNDING.value, _SCAN_BLOCK
-        self._launches.get(scan_kernel, constants, num_warps=8)(
-            layout.weight_pieces + size * layout.group_pieces,
-            *(addresses.table, layout.table, layout.pieces, given, state.ends, state.places, sums),
-            *(layout.weight_pieces, layout.group_pieces, *self._law),
+        self._launches.get(scan_kernel, (*self._reading, _SCAN_BLOCK), num_warps=8)(
+            layout.weight_pieces,
+            *(addresses.table, layout.pieces, state.ends, state.places, layout.weight_pieces),
         )
 
-    def _fill(
-        self, values: Tensor, total: Tensor, given: Tensor, state: State, sums: Tensor, size: bool
-    ) -> None:
+    def _fill(self, values: Tensor, given: Tensor, state: State) -> None:
         layout, addresses = self._layout, self._addresses
-        tensors = len(layout.numels)
         constants = (
             *(*self._reading, self._kind, self._learned, self._masked, self._whole),
-            *(*layout.tile, PARTS, GROUP_PARTS),
+            *(*layout.tile, PARTS),
         )
-        self._launches.get(sample_kernel, constants, values.dtype)(
-            layout.chunk_count + size,
-            *(addresses.table, layout.table, layout.chunks, given, state.ends, state.places, sums),
-            *(
-                state.seed,
-                values,
-                total,
-                layout.chunk_count,
-                layout.weight_pieces,
-                layout.group_pieces,
-            ),
-            *(tensors, float(tensors * (RANGE_BITS + WIDTH_BITS)), *self._law, *self._noise),
+        self._launches.get(sample_kernel, constants)(
+            layout.chunk_count,
+            *(addresses.table, layout.table, layout.chunks, given, state.ends, state.places),
+            *(state.seed, values, layout.weight_pieces, *self._law, *self._noise),
         )
 
     @property

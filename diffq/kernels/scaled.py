@@ -41,31 +41,24 @@ class Scaled:
         self._launches = Launches()
 
     @torch.no_grad()
-    def sample(
-        self, weights: Sequence[Tensor], scales: Tensor, *, dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
+    def sample(self, weights: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
         """The values of all tensors, in one launch; views of one buffer.
 
         Args:
             weights: contiguous; they may move from call to call.
             scales: learned, float32 [tensors]; their magnitude counts.
-            dtype: of the values; that of the weights by default.
         """
         with on(self._device):
             self._take(weights)
-            values = self._new(self._layout.total, dtype or self._dtype)
-            self._launches.get(scaled_kernel, self._constants, values.dtype, num_warps=8)(
+            values = self._new(self._layout.total, self._dtype)
+            self._launches.get(scaled_kernel, self._constants, num_warps=8)(
                 self._layout.chunk_count, *self._arguments(scales), values
             )
         return self._layout.cut(values)
 
     @torch.no_grad()
     def gradients(
-        self,
-        weights: Sequence[Tensor],
-        scales: Tensor,
-        grads: Sequence[Tensor | None],
-        dtype: torch.dtype | None = None,
+        self, weights: Sequence[Tensor], scales: Tensor, grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor]:
         """Gradients of weights and scales, in three launches.
 
@@ -73,7 +66,6 @@ class Scaled:
             weights: as they were for `sample`; they may have moved.
             scales: as they were.
             grads: of the values; None for values that were not used.
-            dtype: of the values.
 
         Returns:
             Of each weight, None where its value was not used; views of one fresh buffer. Of all
@@ -82,18 +74,16 @@ class Scaled:
         layout = self._layout
         with on(self._device):
             self._take(weights)
-            flat = layout.join(grads, dtype or self._dtype)
-            same = flat.dtype == self._dtype
-            for_weights = flat if same else self._new(layout.total, self._dtype)
+            flat = layout.join(grads, self._dtype)
             totals = self._new(layout.chunk_count, torch.float32)
             for_scales = self._new(len(layout.numels), torch.float32)
-            self._launches.get(scaled_backward_kernel, self._constants, flat.dtype, num_warps=8)(
-                layout.chunk_count, *self._arguments(scales), flat, for_weights, totals
+            self._launches.get(scaled_backward_kernel, self._constants, num_warps=8)(
+                layout.chunk_count, *self._arguments(scales), flat, totals
             )
             self._launches.get(scaled_finish_kernel, (_FINISH_BLOCK,))(
                 len(layout.numels), layout.table, scales, self._levels, for_scales, totals
             )
-        views = zip(layout.cut(for_weights), grads, strict=True)
+        views = zip(layout.cut(flat), grads, strict=True)
         return [None if grad is None else view for view, grad in views], for_scales
 
     def _take(self, weights: Sequence[Tensor]) -> None:

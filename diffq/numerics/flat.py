@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from diffq.format.records import group_count
 from diffq.numerics.grid import wide, widen
@@ -42,9 +45,9 @@ class Ends(NamedTuple):
         """
         span = self.high - self.low
         # A constant tensor has no range. The inverse of a tiny one would overflow.
-        share = torch.where(span > 0, totals / torch.where(span > 0, span, 1), 0)
-        both = torch.stack((-share, share), dim=1)
-        joined.view(-1).index_add_(0, self.places.view(-1), both.view(-1).to(joined.dtype))
+        share = (totals / torch.where(span > 0, span, torch.inf)).to(joined.dtype)
+        low, high = self.places.unbind(1)
+        joined.view(-1).index_add_(0, low, share, alpha=-1).index_add_(0, high, share)
 
 
 class Piece(NamedTuple):
@@ -170,6 +173,59 @@ class Flat:
             spots.append((row * self.width + least, row * self.width + most))
         low, high = torch.from_numpy(values).unbind()
         return Ends(low, high, torch.from_numpy(np.array(spots)))
+
+    def largest(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The largest magnitude of all elements, 0-dim; NaN if one is."""
+        if not in_numpy(tensors[0].detach()):
+            return get_total_norm(tensors, math.inf, foreach=True)
+        low, high, _ = self.ends(tensors)
+        return torch.maximum(-low.min(), high.max())
+
+    def subtract(
+        self, tensors: Sequence[Tensor], numbers: Sequence[float], piece: Piece, room: Tensor
+    ) -> None:
+        """A number of each tensor taken from its elements, in NumPy; zeros where there are none.
+
+        Args:
+            tensors: float32 of the shapes, on a CPU.
+            numbers: float32 numbers, one for each tensor.
+            piece: which rows.
+            room: of these, [rows, width]; gets the differences.
+        """
+        with np.errstate(all="ignore"):
+            for number, first, end, to in self._within(piece, room):
+                part = np.from_dlpack(tensors[number].detach().reshape(-1))[first:end]
+                np.subtract(part, numbers[number], out=to[: end - first])
+                to[end - first :] = 0
+
+    def add(self, room: Tensor, numbers: Sequence[float], piece: Piece) -> None:
+        """Adds a number of each tensor to its elements in the rows of a piece, in NumPy."""
+        with np.errstate(all="ignore"):
+            for number, first, end, to in self._within(piece, room):
+                to[: end - first] += numbers[number]
+
+    def zeros(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Tensor:
+        """Whether an element of each tensor is exactly zero, bool [tensors].
+
+        Args:
+            tensors: of the shapes.
+            wanted: which of them to look at; false for others.
+        """
+        none = torch.zeros((), dtype=torch.bool, device=tensors[0].device)
+        each = zip(tensors, wanted, strict=True)
+        if not in_numpy(tensors[0].detach()):
+            return torch.stack([(tensor == 0).any() if want else none for tensor, want in each])
+        arrays = (np.from_dlpack(widen(tensor.detach())) if want else None for tensor, want in each)
+        return torch.tensor([array is not None and bool((array == 0).any()) for array in arrays])
+
+    @staticmethod
+    def _within(piece: Piece, room: Tensor) -> Iterator[tuple[int, int, int, NDArray[Any]]]:
+        """The parts of a piece: tensor, first element, end, and memory with that of the zeros."""
+        memory, start = room.view(-1).numpy(), 0
+        for number, first, end, padding in piece.parts:
+            stop = start + end - first + padding
+            yield number, first, end, memory[start:stop]
+            start = stop
 
     def _in_cache(self, like: Tensor) -> list[Piece]:
         count = max(1, _PIECE // self.width)

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffq.numerics import draws, grid
 from diffq.numerics.flat import Ends, Flat, Piece, rows_of
 from diffq.numerics.grid import BitsLaw
+from diffq.numerics.segments import in_numpy
 from diffq.torch_inside.graph import Kept, is_transformed
 
 #: "gaussian" and "uniform" are random; "rounding" is the true rounding error.
@@ -160,37 +162,6 @@ def _marked(flat: Flat, zeros: Sequence[bool], device: torch.device) -> Tensor |
     return flat.rows.spread(flat.constants.get(("zeros", *zeros), zeros, torch.bool, device))
 
 
-def round_all(flat: Flat, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Drawn:
-    """Equation 1 for many tensors at once: the nearest values on their grids; without graph.
-
-    Args:
-        flat: the tensors.
-        weights: of one dtype and device, any strides.
-        bits: of each group, whole ones, [groups] in float32; or [1] for all.
-        zeros: for each tensor, whether its grid has a zero point if a weight is exactly zero.
-    """
-    ends, like = flat.ends(weights), weights[0]
-    low, high = (flat.rows.spread(end.float()) for end in (ends.low, ends.high))
-    widths = bits if len(bits) == 1 else flat.to_rows(bits)
-    points: Tensor | None = None
-    if any(zeros):
-        none = torch.zeros((), dtype=torch.bool, device=like.device)
-        each = zip(weights, zeros, strict=True)
-        found = [(weight == 0).any() if zero else none for weight, zero in each]
-        points = flat.rows.spread(torch.stack(found))
-
-    def rounded(piece: Piece, room: Tensor) -> tuple[()]:
-        rows = flat.join(weights, like, piece)
-        rule = rows_of(low, piece), rows_of(high, piece), rows_of(widths, piece)
-        point = None if points is None else rows_of(points, piece)
-        levels = grid.to_levels(rows.float(), *rule, point, like.dtype)
-        room.copy_(grid.from_levels(levels, *rule, point))
-        return ()
-
-    (values,) = flat.compute(like, rounded)
-    return Drawn(flat, values, ends)
-
-
 class PseudoNoise(torch.autograd.Function):
     """Forward gives perturbed or quantized weights, backward treats them as `w + step * n`.
 
@@ -269,10 +240,11 @@ def row_sums(error: Tensor) -> Tensor:
     width = error.shape[1]
     if width == 1:
         return error.view(-1)
-    # While torch 2.6 compiles, a backward may ask no tensor where or how it lies.
-    if not torch.compiler.is_compiling() and error.is_cpu and width <= _SHORT:
-        # torch sums short rows at half the speed.
-        return error.mv(error.new_ones(width))
+    if width <= _SHORT and in_numpy(error):
+        # torch sums short rows at a sixth of the speed.
+        array = error.numpy()
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(array.dot(np.ones(width, array.dtype)))
     return error.sum(1)
 
 

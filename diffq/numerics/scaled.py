@@ -39,7 +39,8 @@ class Levels(NamedTuple):
         ratio.clamp_(self.lowest, self.highest)
         if is_narrow(dtype):
             ratio.clamp_(*finite_levels(scale, torch.zeros_like(scale), dtype))
-        return ratio.round_()
+        # Adding zero turns -0.0, which no level stands for, into 0.0.
+        return ratio.round_().add_(0.0)
 
 
 def positive(scales: Tensor) -> Tensor:
@@ -61,9 +62,7 @@ def mean_magnitude(weight: Tensor) -> Tensor:
     return torch.where(mean > 0, mean, torch.full_like(mean, 0.01))
 
 
-def scale_all(
-    flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels
-) -> list[Tensor]:
+def scale_all(flat: Flat, weights: Sequence[Tensor], scales: Tensor, levels: Levels) -> Tensor:
     """Equation 1 of the LSQ paper: the nearest level times the scale; without graph.
 
     Args:
@@ -73,7 +72,7 @@ def scale_all(
         levels: those of all tensors.
 
     Returns:
-        The values of each tensor, in float32 at least.
+        The values as `Flat.join` gives them, in float32 at least.
     """
     like = weights[0]
     of_rows = scales.to(wide(like.dtype))
@@ -85,7 +84,7 @@ def scale_all(
         return ()
 
     (values,) = flat.compute(like, scaled)
-    return flat.split(values)
+    return values
 
 
 class Kernels(Protocol):
@@ -143,10 +142,11 @@ def _gradients(
 
     def passed(piece: Piece, room: Tensor) -> tuple[Tensor]:
         rows, upstream = flat.join(weights, like, piece), flat.join(grads, like, piece)
-        ratio = rows / rows_of(of_rows, piece)[:, None]
-        inside = (ratio >= levels.lowest) & (ratio <= levels.highest)
+        ratio = rows.detach() / rows_of(of_rows, piece)[:, None].detach()
+        # 1 where a clamp changes nothing, else 0: products with a mask of bool take longer.
+        inside = ratio.clamp(levels.lowest, levels.highest).eq_(ratio)
         room.copy_(upstream * inside)
-        error = flat.join(ctx.values, like, piece) - rows * inside
+        error = torch.addcmul(flat.join(ctx.values, like, piece), rows, inside, value=-1)
         return (row_sums(error * upstream),)
 
     joined, sums = flat.compute(like, passed)

@@ -29,10 +29,11 @@ from diffq.numerics.fineness import BitsFineness, Fineness
 from diffq.numerics.flat import Flat
 from diffq.numerics.grid import BitsLaw
 from diffq.numerics.noise import DEFAULT_SCALE, NOISES, Drawn, Noise
+from diffq.numerics.rounding import round_all
 from diffq.numerics.size import Grouping, total_bits
 from diffq.quantizers.base import FOR_ALL, BaseQuantizer
-from diffq.quantizers.batches import Kernels, samples_of, values_of
-from diffq.quantizers.grid import GridQuantizer, zeros_of
+from diffq.quantizers.batches import GridBatch, Kernels, samples_of, values_of
+from diffq.quantizers.grid import GridQuantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -219,32 +220,30 @@ class DiffQWeight(GridQuantizer):
         self._frozen_size = None if frozen is None else total_bits(frozen, self._grouping)
 
 
-class NoisyBatch(Batch):
+class NoisyBatch(GridBatch):
     """DiffQ's tensors of one law, group size, kind of noise and stage of the bitwidths."""
 
     def __init__(self, quantizers: Sequence[DiffQWeight]) -> None:
-        super().__init__(quantizers)
         self._first, self._all = quantizers[0], tuple(quantizers)
-        self._flat = Flat([q.plan.shape for q in quantizers], self._first.row_size)
+        super().__init__(quantizers, self._first.row_size)
         self._kernels = Kernels(self._flat, self._make_kernels)
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 6 of the DiffQ paper."""
-        logits = learned.flat if self._first.learning else None
-        zeros, kernels = zeros_of(self._all), self._kernels.of(weights)
+        zeros, kernels = self.may_have_zeros(), self._kernels.of(weights)
         if kernels is not None:
+            logits = learned.flat if self._first.learning else None
             given = self._bits(weights[0], learned.flat) if logits is None else logits
             sampled = kernels.sample(weights, given, zeros=zeros)
             launched = Launched(self._flat, kernels, sampled.state, given)
             return samples_of(weights, sampled.values, launched)
-        bits = (
-            self._bits(weights[0], learned.flat) if logits is None else self._law.bits_now(logits)
-        )
-        kind, scale = self._first.noise, self._first.settings.noise_scale
-        if kind == "rounding":
-            drawn = noise.round_all(self._flat, weights, torch.round(bits), zeros)
+        if self._first.noise == "rounding":
+            points = self._flat.zeros(weights, zeros) if any(zeros) else None
+            bits = self.whole_bits(weights[0], learned.flat)
+            drawn = round_all(self._flat, weights, bits, points)
         else:
-            drawn = noise.perturb(self._flat, weights, bits, kind, scale, zeros)
+            bits, scale = self._bits(weights[0], learned.flat), self._first.settings.noise_scale
+            drawn = noise.perturb(self._flat, weights, bits, self._first.noise, scale, zeros)
         return samples_of(weights, self._flat.split(drawn.values), drawn)
 
     def connect(
@@ -259,8 +258,14 @@ class NoisyBatch(Batch):
     def _law(self) -> BitsLaw:
         return self._first.law
 
+    def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """Rounded bitwidths, float32 [groups]."""
+        return torch.round(self._bits(weight, learned))
+
     def _bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
-        """Bitwidths that are not learned, float32 [groups]."""
+        """Bitwidths that training uses, float32 [groups]."""
+        if self._first.learning:
+            return self._law.bits_now(cast(Tensor, learned)).float()
         if self._first.settings.bits is not None:
             return self._first.bits(weight, None).expand(self._flat.groups.total).contiguous()
         return torch.cat([q.bits(weight, learned) for q in self._all])

@@ -180,8 +180,7 @@ class EntropyWeight(WeightQuantizer):
                 f"The weights of {self.plan.name} must be finite, got NaN or Inf. "
                 "Find the step that diverged, or exclude the tensor."
             )
-        # Adding zero turns -0.0, which no level stands for, into 0.0.
-        return stepped.LEVELS.nearest(rows / steps, steps, weight.dtype) + 0.0
+        return stepped.LEVELS.nearest(rows / steps, steps, weight.dtype)
 
 
 class SteppedBatch(Batch):
@@ -196,8 +195,15 @@ class SteppedBatch(Batch):
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """The nearest levels times the steps."""
-        steps = stepped.steps_of(self._numbers(learned))
-        return samples_of(weights, scaled.scale_all(self._flat, weights, steps, stepped.LEVELS))
+        return samples_of(weights, self._flat.split(self._values(weights, learned)))
+
+    def quantize(self, weights: Sequence[Tensor], learned: Run) -> list[Tensor]:
+        """The nearest levels times the steps, rounded to float32."""
+        # The levels of one tensor are those of float32.
+        narrow = weights[0].dtype != torch.float64
+        if not (is_plain() and narrow and torch.isfinite(self._flat.largest(weights))):
+            return super().quantize(weights, learned)
+        return self._flat.split(self._values(weights, learned).to(weights[0].dtype))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
@@ -215,6 +221,10 @@ class SteppedBatch(Batch):
         spread = rows.largest(highest) + rows.largest(-highest)
         steps = self._flat.constants.get("steps", rows.counts, torch.float32, spread.device)
         return CodeLengths(found.bits + steps * torch.log2(spread + 1), found.slopes)
+
+    def _values(self, weights: Sequence[Tensor], learned: Run) -> Tensor:
+        steps = stepped.steps_of(self._numbers(learned))
+        return scaled.scale_all(self._flat, weights, steps, stepped.LEVELS)
 
     def _numbers(self, learned: Run) -> Tensor:
         """Steps in quarter octaves, int64 [rows]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -135,7 +134,11 @@ class GridQuantizer(WeightQuantizer):
 
     def look(self, weight: Tensor, learned: Tensor | None) -> None:
         """Looks for weights that are exactly zero; a mask may bring some back at any time."""
-        self.may_have_zeros = self.plan.pruned or bool((weight == 0).any())
+        self.note_zeros(bool((weight == 0).any()))
+
+    def note_zeros(self, found: bool) -> None:
+        """Takes notice of whether a weight is exactly zero."""
+        self.may_have_zeros = self.plan.pruned or found
 
     def zero_point(self, weight: Tensor) -> Tensor | None:
         """Whether the grid has a zero point, bool 0-dim; None where that was ruled out."""
@@ -178,8 +181,3 @@ class GridQuantizer(WeightQuantizer):
     def _grid(self, weight: Tensor, low: Tensor, high: Tensor) -> WeightGrid:
         ends = low.float(), high.float()
         return WeightGrid(weight, self.group_size, *ends, self.zero_point(weight))
-
-
-def zeros_of(quantizers: Sequence[GridQuantizer]) -> list[bool]:
-    """Whether the weights of each tensor may be exactly zero."""
-    return [quantizer.may_have_zeros for quantizer in quantizers]

@@ -25,6 +25,7 @@ from diffq.numerics.size import scaled_bits
 from diffq.quantizers.base import BaseQuantizer
 from diffq.quantizers.batches import Kernels, samples_of, values_of
 from diffq.quantizers.scaled import nearest_levels, scaled_record
+from diffq.torch_inside.graph import is_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,8 +128,31 @@ class ScaledBatch(Batch):
         scales, kernels = cast(Tensor, learned.flat), self._kernels.of(weights)
         if kernels is not None:
             return samples_of(weights, kernels.sample(weights, scales), kernels)
+        values = self._scaled(weights, scales)
+        return samples_of(weights, self._flat.split(values))
+
+    def quantize(self, weights: Sequence[Tensor], learned: Run) -> list[Tensor]:
+        """Equation 1 of the LSQ paper, rounded to float32."""
+        scales = cast(Tensor, learned.flat)
+        # The levels of one tensor are those of float32.
+        narrow = weights[0].dtype != torch.float64
+        if not (is_plain() and narrow and self._are_finite(weights, scales)):
+            return super().quantize(weights, learned)
+        kernels = self._kernels.of(weights)
+        if kernels is not None:
+            return cast(list[Tensor], kernels.sample(weights, scales))
+        values = self._scaled(weights, scales)
+        return self._flat.split(values.to(weights[0].dtype))
+
+    def _scaled(self, weights: Sequence[Tensor], scales: Tensor) -> Tensor:
         of_rows = self._flat.rows.spread(positive(scales))
-        return samples_of(weights, scaled.scale_all(self._flat, weights, of_rows, self._levels))
+        return scaled.scale_all(self._flat, weights, of_rows, self._levels)
+
+    def _are_finite(self, weights: Sequence[Tensor], scales: Tensor) -> bool:
+        """Whether no weight and no scale can be one that is refused."""
+        sizes = positive(scales)
+        ratio = self._flat.largest(weights).float() / sizes.min()
+        return bool(torch.isfinite(ratio) & (sizes.max() * -self._levels.lowest <= MAX_RANGE))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run

@@ -13,12 +13,11 @@ from diffq.attach.batch import Batch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan
 from diffq.attach.sample import Sample
 from diffq.checks import check_bits, check_flag
-from diffq.numerics import noise
-from diffq.numerics.flat import Flat
 from diffq.numerics.noise import straight_through
+from diffq.numerics.rounding import round_all
 from diffq.quantizers.base import FOR_ALL, BaseQuantizer
-from diffq.quantizers.batches import Kernels, samples_of, values_of
-from diffq.quantizers.grid import GridQuantizer, zeros_of
+from diffq.quantizers.batches import GridBatch, samples_of, values_of
+from diffq.quantizers.grid import GridQuantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,9 +61,9 @@ class QATWeight(GridQuantizer):
     def batch(cls, quantizers: Sequence[Self]) -> Batch:
         """Equation 1 for all tensors together, unless grids belong to channels."""
         first = quantizers[0]
-        if first.ranges_per_group or not first.settings.training:
+        if first.ranges_per_group:
             return Batch(quantizers)
-        return RoundedBatch(quantizers)
+        return (RoundedBatch if first.settings.training else QATBatch)(quantizers)
 
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """The quantized weight; the weight itself with `training=False`."""
@@ -82,18 +81,28 @@ class QATWeight(GridQuantizer):
         return {"bits": self.settings.bits, "per_channel": self.ranges_per_group}
 
 
-class RoundedBatch(Batch):
-    """QAT's tensors of one bitwidth, each on a grid of its own."""
+class QATBatch(GridBatch):
+    """QAT's tensors of one bitwidth, each on a grid of its own, which training leaves alone."""
+
+    def __init__(self, quantizers: Sequence[QATWeight]) -> None:
+        super().__init__(quantizers, None)
+        self._bits = quantizers[0].settings.bits
+
+    def whole_bits(self, weight: Tensor, learned: Tensor | None) -> Tensor:
+        """The bitwidth, float32 [1]."""
+        return weight.new_full((1,), self._bits, dtype=torch.float32)
+
+
+class RoundedBatch(QATBatch):
+    """The same, quantized in training too."""
 
     def __init__(self, quantizers: Sequence[QATWeight]) -> None:
         super().__init__(quantizers)
-        self._first, self._all = quantizers[0], tuple(quantizers)
-        self._flat = Flat([q.plan.shape for q in quantizers], None)
-        self._kernels = Kernels(self._flat, self._make_kernels)
+        self._kernels = self._grids
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """Equation 1 of the DiffQ paper."""
-        bits, zeros = self._first.whole_bits(weights[0], None), zeros_of(self._all)
+        bits, zeros = self.whole_bits(weights[0], None), self.may_have_zeros()
         kernels = self._kernels.of(weights)
         if kernels is not None:
             given = bits.expand(len(weights)).contiguous()
@@ -109,12 +118,8 @@ class RoundedBatch(Batch):
         return straight_through(weights, values_of(samples))
 
     def _rounded(self, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Tensor:
-        return noise.round_all(self._flat, weights, bits, zeros).values
-
-    def _make_kernels(self, dtype: torch.dtype, device: torch.device) -> Any:
-        from diffq.kernels.rounded import Rounded
-
-        return Rounded(self._flat.shapes, None, dtype, device)
+        points = self._flat.zeros(weights, zeros) if any(zeros) else None
+        return round_all(self._flat, weights, bits, points).values
 
 
 class QATQuantizer(BaseQuantizer[QATSettings]):

@@ -17,7 +17,8 @@ from diffq.numerics.flat import WIDTH
 from diffq.numerics.masks import block_mask
 from diffq.numerics.ranges import Observer, check_observer, fit_range
 from diffq.quantizers.base import BaseQuantizer
-from diffq.quantizers.qat import QATSettings, QATWeight, RoundedBatch
+from diffq.quantizers.batches import Kernels
+from diffq.quantizers.qat import QATBatch, QATSettings, QATWeight, RoundedBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,8 +65,10 @@ class QuantNoiseWeight(QATWeight):
     def batch(cls, quantizers: Sequence[Self]) -> Batch:
         """All tensors together, where each has one grid between its extremes."""
         settings = quantizers[0].noise_settings
-        together = settings.observer == "min-max" and WIDTH % settings.block_size == 0
-        return PartlyRoundedBatch(quantizers) if together and settings.p else Batch(quantizers)
+        if settings.observer != "min-max":
+            return Batch(quantizers)
+        together = settings.p > 0 and WIDTH % settings.block_size == 0
+        return (PartlyRoundedBatch if together else QATBatch)(quantizers)
 
     def draw(self, weight: Tensor, learned: Tensor | None) -> Sample | None:
         """Equations 6 and 10: the blocks J quantized, the others exact."""
@@ -90,6 +93,7 @@ class PartlyRoundedBatch(RoundedBatch):
     def __init__(self, quantizers: Sequence[QuantNoiseWeight]) -> None:
         super().__init__(quantizers)
         self._settings = quantizers[0].noise_settings
+        self._kernels = Kernels(self._flat, self._make_kernels)
 
     def _rounded(self, weights: Sequence[Tensor], bits: Tensor, zeros: Sequence[bool]) -> Tensor:
         values, rate = super()._rounded(weights, bits, zeros), self._settings.p

@@ -34,8 +34,7 @@ def nearest_levels(levels: Levels, weight: Tensor, scale: Tensor, name: str) -> 
             f"{most:.4g}, got scale {scale.item():.4g}. "
             "Find the step that diverged, or exclude the tensor."
         )
-    # Adding zero turns -0.0, which no level stands for, into 0.0.
-    return levels.nearest(ratio, scale, weight.dtype) + 0.0
+    return levels.nearest(ratio, scale, weight.dtype)
 
 
 def scaled_record(weight: Tensor, nearest: Tensor, scale: Tensor, bits: int) -> ScaledRecord:

@@ -10,20 +10,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
 from diffq.attach import batch as batches
-from diffq.numerics import draws
+from diffq.attach.attachment import attachment_of
+from diffq.errors import WeightError
+from diffq.numerics import draws, flat
 from tests.compare import close
 from tests.holder import Holder, bits_of, weight_quantizers
 from tests.models import SUMS, gradients
 
 #: Quantizers, and the operations that a batch takes in a step.
 MADE = {
-    "gaussian": (67, lambda model: diffq.DiffQuantizer(model, min_size=0)),
-    "one bitwidth": (67, lambda model: diffq.DiffQuantizer(model, min_size=0, group_size=None)),
-    "rounding": (85, lambda model: diffq.DiffQuantizer(model, min_size=0, noise="rounding")),
-    "fixed": (35, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
-    "qat": (29, lambda model: diffq.QATQuantizer(model, min_size=0)),
-    "quant-noise": (33, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
-    "lsq": (40, lambda model: diffq.LSQQuantizer(model, min_size=0)),
+    "gaussian": (61, lambda model: diffq.DiffQuantizer(model, min_size=0)),
+    "one bitwidth": (61, lambda model: diffq.DiffQuantizer(model, min_size=0, group_size=None)),
+    "rounding": (74, lambda model: diffq.DiffQuantizer(model, min_size=0, noise="rounding")),
+    "fixed": (29, lambda model: diffq.DiffQuantizer(model, min_size=0, bits=4)),
+    "qat": (22, lambda model: diffq.QATQuantizer(model, min_size=0)),
+    "quant-noise": (26, lambda model: diffq.QuantNoiseQuantizer(model, min_size=0)),
+    "lsq": (37, lambda model: diffq.LSQQuantizer(model, min_size=0)),
     "entropy": (99, lambda model: diffq.EntropyQuantizer(model, min_size=0)),
 }
 
@@ -75,6 +77,87 @@ def test_operations_do_not_grow_with_the_number_of_tensors(kind):
     """A step of 40 tensors takes as many operations as one of 4, and not more than they took."""
     few, many = (_operations(kind, count) for count in (4, 40))
     assert few == many <= MADE[kind][0]
+
+
+def _evaluated(model, quantizer):
+    """The quantized weights of a model in eval, computed again."""
+    attachment_of(model).forget()
+    with torch.no_grad():
+        return _read(model, quantizer)
+
+
+def _quantizing(kind, count):
+    """Operations that the first eval forward after a step takes."""
+    model = _tensors(count).eval()
+    quantizer = MADE[kind][1](model)
+    _evaluated(model, quantizer)
+    with Operations() as operations:
+        _evaluated(model, quantizer)
+    return sum(operations.counts.values())
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_operations_of_eval_do_not_grow_with_the_number_of_tensors(kind):
+    """Eval quantizes 40 tensors in as many operations as 4."""
+    few, many = (_quantizing(kind, count) for count in (4, 40))
+    assert few == many <= 35
+
+
+def _unlike(dtype):
+    """Tensors of many shapes and ranges: with zeros, constant, and of steps near the smallest."""
+    tensors = {f"weight{n}": torch.randn(shape) for n, shape in enumerate([(9, 50), (5,), (1,)])}
+    largest = min(torch.finfo(dtype).max, 1e37)
+    tensors["zeros"], tensors["constant"] = torch.randn(8, 9), torch.zeros(9)
+    tensors["zeros"][2] = 0
+    tensors["positive"], tensors["large"] = torch.rand(130) + 1, torch.rand(40) * largest
+    tensors["tiny"] = torch.randn(20, 3) * max(torch.finfo(dtype).tiny, 1e-40)
+    tensors["both"] = (torch.rand(40) - 0.5) * largest
+    tensors["both"][7] = 0
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", MADE)
+def test_eval_is_that_of_single_tensors(kind, dtype, monkeypatch):
+    """Batches quantize to the same bits as tensors one by one, and see zeros that have come."""
+    monkeypatch.setattr(flat, "_PIECE", 256)
+    torch.manual_seed(0)
+    model = Holder(_unlike(dtype)).eval()
+    quantizer = MADE[kind][1](model)
+    with torch.no_grad():
+        if model._diffq.learned is not None:
+            model._diffq.learned.mul_(torch.rand_like(model._diffq.learned) * 2)
+        model.weight0[3] = 0
+    read = _evaluated(model, quantizer)
+    for value, (name, single) in zip(read, weight_quantizers(model).items(), strict=True):
+        assert bits_of(value) == bits_of(single.quantized()), name
+    assert not read[0][3].any()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", MADE)
+def test_eval_names_the_tensor_that_is_not_finite(kind, number):
+    """A batch with a tensor that is refused is an error that names it, and nothing else."""
+    model = _tensors(3).eval()
+    quantizer = MADE[kind][1](model)
+    before = [bits_of(tensor) for tensor in _evaluated(model, quantizer)]
+    kept = model.weight1[2, 3].item()
+    for value in (number, kept):
+        with torch.no_grad():
+            model.weight1[2, 3] = value
+        if value is not kept:
+            with pytest.raises(WeightError, match="weight1"):
+                _evaluated(model, quantizer)
+    assert [bits_of(tensor) for tensor in _evaluated(model, quantizer)] == before
+
+
+def test_quantized_weights_have_versions_of_their_own():
+    """A write to one quantized weight is none to another of its batch."""
+    model = _tensors(2).eval()
+    one, other = _evaluated(model, MADE["qat"][1](model))
+    version = other._version
+    one.add_(1)
+    assert other._version == version
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "quant-noise"])

@@ -14,15 +14,15 @@ from diffq.kernels.device.columns import GAUSSIAN, ROUNDING, UNIFORM
 from diffq.kernels.device.noise import backward_kernel, finish_kernel, sample_kernel
 from diffq.kernels.device.scale import scaled_backward_kernel, scaled_finish_kernel, scaled_kernel
 from diffq.kernels.device.scan import scan_kernel
-from diffq.kernels.layout import GROUP_PARTS, PARTS, Tile
+from diffq.kernels.layout import PARTS, Tile
 
 #: The types of arguments by name; those that are left out are "i32".
 TYPES = {
     **dict.fromkeys(("addresses", "table", "seed"), "*i64"),
     **dict.fromkeys(("pieces", "chunks", "places"), "*i32"),
-    **dict.fromkeys(("given", "ends", "sums", "size", "logit_grads", "totals"), "*fp32"),
-    **dict.fromkeys(("size_grad", "scales", "scale_grads", "levels"), "*fp32"),
-    **dict.fromkeys(("constant", "least", "interval", "scale", "rate"), "fp32"),
+    **dict.fromkeys(("given", "ends", "logit_grads", "totals"), "*fp32"),
+    **dict.fromkeys(("scales", "scale_grads", "levels"), "*fp32"),
+    **dict.fromkeys(("least", "interval", "scale", "rate"), "fp32"),
 }
 NAMES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
@@ -41,11 +41,11 @@ def kernels(name, aligned, kind, group_size):
     reading = {"WTYPE": NAMES[name], "ALIGNED": aligned}
     how = {"KIND": kind.value, "LEARNED": True, "PARTS": PARTS, **whole}
     sizes = {"R": tile.rows, "C": tile.columns, "G": tile.weights}
-    sampling = {"MASKED": kind is ROUNDING, "GROUP_PARTS": GROUP_PARTS}
+    sampling = {"MASKED": kind is ROUNDING}
     values, both = {"values": f"*{name}"}, {"grads": f"*{name}", "weight_grads": f"*{name}"}
-    yield scan_kernel, {**reading, "WHOLE_BITS": kind is ROUNDING, "BLOCK": 4096}, {}
+    yield scan_kernel, {**reading, "BLOCK": 4096}, {}
     yield sample_kernel, {**reading, **how, **sizes, **sampling}, values
-    yield backward_kernel, {**reading, **how, **sizes, "COPIES": False}, both
+    yield backward_kernel, {**reading, **how, **sizes}, both
     yield finish_kernel, {**how, "BLOCK": 1024}, both
     if kind is ROUNDING:
         yield scaled_kernel, {**reading, "BLOCK": 4096}, values

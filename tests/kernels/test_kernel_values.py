@@ -100,16 +100,6 @@ def test_nan_and_constants(dtype):
     assert same_bits(values[2], expected(weights[2], None, bits[:1], False))
 
 
-@pytest.mark.parametrize("out", DTYPES)
-def test_other_dtype(out):
-    """Values in the dtype of autocast are those of the weights' dtype, rounded once more."""
-    weights = make([40, 33], torch.float32)
-    rounded = Rounded([w.shape for w in weights], None, torch.float32, DEVICE)
-    bits = torch.full((2,), 3.0, device=DEVICE)
-    plain, other = rounded.sample(weights, bits), rounded.sample(weights, bits, dtype=out)
-    assert all(same_bits(a, b.to(out)) for a, b in zip(other, plain, strict=True))
-
-
 def test_default_device():
     """Tables are made on the CPU, whatever the default device is."""
     weight, bits = torch.randn(20, device=DEVICE), torch.full((1,), 4.0, device=DEVICE)

@@ -86,3 +86,17 @@ def test_pieces_are_all_rows_in_order():
     on_cpu = module.in_numpy(tensors[0])
     assert (len(seen) > 3) == on_cpu
     assert [piece.rows.start for piece in seen[1:]] == [piece.rows.stop for piece in seen[:-1]]
+
+
+@given(SHAPES, GROUPS)
+def test_zeros_and_the_largest_magnitude(shapes, group_size):
+    """Tensors that hold an exact zero, of those that are looked at; the largest of all elements."""
+    tensors = _tensors(shapes)
+    flat = _flat(tensors, group_size)
+    wanted = [number % 2 == 0 for number in range(len(tensors))]
+    found = flat.zeros(tensors, wanted).tolist()
+    expected = [
+        0 in t.reshape(-1).tolist() and want for t, want in zip(tensors, wanted, strict=True)
+    ]
+    assert found == expected
+    assert flat.largest(tensors) == max(tensor.abs().max() for tensor in tensors)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffq
-from diffq.numerics import draws, flat, segments
+from diffq.numerics import draws, flat, noise, rounding, segments
 from diffq.numerics.grid import BitsLaw
 from tests.compare import close, same_bits
 from tests.holder import Holder, bits_of, set_bits, weight_quantizers
@@ -545,7 +545,7 @@ def no_host_sync():
         for name in ("cpu", "numpy", "tolist", "item", "__bool__", "__array__"):
             patch.setattr(torch.Tensor, name, refuse(name))
         # As on a device other than the CPU, whose numbers NumPy does not reach.
-        for module in (draws, flat, segments):
+        for module in (draws, flat, noise, rounding, segments):
             patch.setattr(module, "in_numpy", lambda tensor: False)
         yield
 

@@ -1,26 +1,13 @@
-"""Bitwidths of groups, and how steps and sizes follow a logit (Equations 8, 11 and 12)."""
+"""Bitwidths of groups, and how steps follow a logit (Equation 11)."""
 
 import math
 
 import triton
 import triton.language as tl
 
-from diffq.kernels.device.columns import (
-    COLUMNS,
-    GROUP_COUNT,
-    GROUP_PIECE,
-    GROUP_PIECES,
-)
 from diffq.kernels.device.exact import add, mul, rint, sigmoid
 
 _LN2 = tl.constexpr(math.log(2))
-_PER_BIT = tl.constexpr(1 / 8 / 2**20)
-
-
-@triton.jit
-def megabytes(bits):
-    """Bits in MB."""
-    return bits * _PER_BIT
 
 
 @triton.jit
@@ -53,41 +40,9 @@ def top(bits):
 
 
 @triton.jit
-def slopes(logit, least, interval, WHOLE_BITS: tl.constexpr):
-    """The slopes of log(step) and of the bitwidth by the logit."""
+def log_step_slope(logit, least, interval, WHOLE_BITS: tl.constexpr):
+    """The slope of log(step) by the logit."""
     share = sigmoid(logit)
     slope = share * (1.0 - share) * interval
     bits = of_logit(logit, least, interval, WHOLE_BITS)
-    return -_LN2 / (1.0 - tl.exp2(-bits)) * slope, slope
-
-
-@triton.jit
-def total(table, sums, group_pieces, tensors, least, PARTS: tl.constexpr):
-    """Equation 8 with the bit maps of Equation 12: bits of all tensors.
-
-    Args:
-        table: as everywhere.
-        sums: bits of each piece of the groups, then the largest bitwidth in each.
-        group_pieces: how many pieces there are.
-        tensors: how many tensors there are.
-        least: the bitwidth that bit maps count from.
-        PARTS: at least the pieces of any tensor, a power of two.
-    """
-    lane = tl.arange(0, 16)
-    part = tl.arange(0, PARTS)
-    found = tl.zeros([16], tl.float32)
-    for at in range(0, tensors, 16):
-        inside = at + lane < tensors
-        row = table + (at + lane).to(tl.int64) * COLUMNS
-        first = tl.load(row + GROUP_PIECE, mask=inside, other=0)
-        count = tl.load(row + GROUP_PIECES, mask=inside, other=0)
-        groups = tl.load(row + GROUP_COUNT, mask=inside, other=0).to(tl.float32)
-        mask = part[None, :] < count[:, None]
-        where = sums + first[:, None] + part[None, :]
-        levels = tl.sum(tl.load(where, mask=mask, other=0.0), 1)
-        above = rint(tl.max(tl.load(where + group_pieces, mask=mask, other=0.0), 1)) - least
-        # The bit length of a whole number below 16.
-        width = (above >= 1.0).to(tl.float32) + (above >= 2.0).to(tl.float32)
-        width += (above >= 4.0).to(tl.float32) + (above >= 8.0).to(tl.float32)
-        found += tl.where(inside, levels + groups * width, 0.0)
-    return tl.sum(found, 0)
+    return -_LN2 / (1.0 - tl.exp2(-bits)) * slope

@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | addresses | int64 | tensor | where the weight is, whether its zeros stay zero |
 | table | int64 | tensor | those below, which never change |
-| pieces | int32 | program of a scan | tensor, first and end: of weights, then of groups |
+| pieces | int32 | program of a scan | tensor, first weight and end |
 | chunks | int32 | program over weights | tensor, first tile row |
 """
 
@@ -16,19 +16,14 @@ ADDRESS_COLUMNS = tl.constexpr(2)
 NUMEL = tl.constexpr(0)
 #: Where its values and gradients begin in the buffers of the batch.
 PLACE = tl.constexpr(1)
-#: Its first group in all groups of the batch, and their number.
+#: Its first group in all groups of the batch.
 GROUP = tl.constexpr(2)
-GROUP_COUNT = tl.constexpr(3)
-#: Weights of a group; the last may be short.
-GROUP_SIZE = tl.constexpr(4)
-#: Its first row of each table of programs, and their number. Pieces of groups count from 0.
-PIECE = tl.constexpr(5)
-PIECES = tl.constexpr(6)
-GROUP_PIECE = tl.constexpr(7)
-GROUP_PIECES = tl.constexpr(8)
-CHUNK = tl.constexpr(9)
-CHUNKS = tl.constexpr(10)
-COLUMNS = tl.constexpr(11)
+#: Its first row of each table of programs, and their number.
+PIECE = tl.constexpr(3)
+PIECES = tl.constexpr(4)
+CHUNK = tl.constexpr(5)
+CHUNKS = tl.constexpr(6)
+COLUMNS = tl.constexpr(7)
 
 GAUSSIAN = tl.constexpr(0)
 UNIFORM = tl.constexpr(1)

@@ -83,7 +83,7 @@ def _step(low, high, width, scale):
 
 
 @triton.jit(
-    do_not_specialize=["chunk_count", "weight_pieces", "group_pieces", "tensors", "block"],
+    do_not_specialize=["weight_pieces", "block"],
     do_not_specialize_on_alignment=["given"],
 )
 def sample_kernel(
@@ -93,15 +93,9 @@ def sample_kernel(
     given,
     ends,
     places,
-    sums,
     seed,
     values,
-    size,
-    chunk_count,
     weight_pieces,
-    group_pieces,
-    tensors,
-    constant,
     least,
     interval,
     scale,
@@ -117,48 +111,40 @@ def sample_kernel(
     C: tl.constexpr,
     G: tl.constexpr,
     PARTS: tl.constexpr,
-    GROUP_PARTS: tl.constexpr,
 ):
-    """One program for each chunk, and one more if the size is wanted.
+    """One program for each chunk.
 
     Args:
-        ends, places, sums: what `scan_kernel` found.
+        ends, places: what `scan_kernel` found.
         seed: int64 [1], the key of the noise.
         values: gets the values of all tensors.
-        size: float32 0-dim, gets the size in MB.
-        constant: bits of the size that do not depend on bitwidths.
         rate, block: with MASKED, each block of consecutive weights is quantized with this
             probability, and else left as it is.
     """
     pid = tl.program_id(0)
-    if pid >= chunk_count:
-        total = bits.total(table, sums, group_pieces, tensors, least, GROUP_PARTS)
-        tl.store(size, bits.megabytes(total + constant))
-    else:
-        tensor = tl.load(chunks + pid * 2).to(tl.int64)
-        row0 = tl.multiple_of(tl.load(chunks + pid * 2 + 1), 4 * R)
-        row, weight, numel, zeros = _load_tensor(addresses, table, tensor, WTYPE, ALIGNED)
-        low, high = load_ends(row, ends, weight_pieces, PARTS)
-        if KIND == ROUNDING:
-            zeros = zeros & load_zero(row, places, weight_pieces, PARTS)
-        place = tl.multiple_of(tl.load(row + PLACE), 16)
-        groups_at = given + tl.load(row + GROUP)
-        noise = _draw(seed, pid, KIND, R, C)
-        for tile in tl.static_range(4):
-            i, inside, group, there = _tile(row0 + tile * R, numel, R, C, G, WHOLE)
-            width = bits.load(groups_at, group, there, least, interval, LEARNED, KIND == ROUNDING)
-            x = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-            value = _noisy(x, noise[tile], low, high, width, zeros, scale, KIND, WTYPE)
-            if MASKED:
-                drawn = tl.rand(tl.load(seed), place.to(tl.int32) + i // block)
-                value = tl.where(drawn < rate, value, x)
-            value = cast(cast(value, WTYPE).to(tl.float32), values.dtype.element_ty)
-            tl.store(values + place + i, value, mask=inside)
+    tensor = tl.load(chunks + pid * 2).to(tl.int64)
+    row0 = tl.multiple_of(tl.load(chunks + pid * 2 + 1), 4 * R)
+    row, weight, numel, zeros = _load_tensor(addresses, table, tensor, WTYPE, ALIGNED)
+    low, high = load_ends(row, ends, weight_pieces, PARTS)
+    if KIND == ROUNDING:
+        zeros = zeros & load_zero(row, places, weight_pieces, PARTS)
+    place = tl.multiple_of(tl.load(row + PLACE), 16)
+    groups_at = given + tl.load(row + GROUP)
+    noise = _draw(seed, pid, KIND, R, C)
+    for tile in tl.static_range(4):
+        i, inside, group, there = _tile(row0 + tile * R, numel, R, C, G, WHOLE)
+        width = bits.load(groups_at, group, there, least, interval, LEARNED, KIND == ROUNDING)
+        x = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+        value = _noisy(x, noise[tile], low, high, width, zeros, scale, KIND, WTYPE)
+        if MASKED:
+            drawn = tl.rand(tl.load(seed), place.to(tl.int32) + i // block)
+            value = tl.where(drawn < rate, value, x)
+        tl.store(values + place + i, cast(value, WTYPE), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=["weight_pieces"],
-    do_not_specialize_on_alignment=["given", "size_grad"],
+    do_not_specialize_on_alignment=["given"],
 )
 def backward_kernel(
     addresses,
@@ -169,10 +155,8 @@ def backward_kernel(
     places,
     seed,
     grads,
-    weight_grads,
     logit_grads,
     totals,
-    size_grad,
     weight_pieces,
     least,
     interval,
@@ -181,7 +165,6 @@ def backward_kernel(
     ALIGNED: tl.constexpr,
     KIND: tl.constexpr,
     LEARNED: tl.constexpr,
-    COPIES: tl.constexpr,
     WHOLE: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -192,11 +175,9 @@ def backward_kernel(
 
     Args:
         grads: gradients of the values of all tensors.
-        weight_grads: with COPIES, gets them in the weights' dtype.
         logit_grads: with LEARNED, gets the gradients of logits, float32 [groups], but for
             groups that are WHOLE tensors.
         totals: float32 [chunks], gets the sums of grad * (value - weight).
-        size_grad: float32 0-dim, the gradient of the size in MB.
     """
     pid = tl.program_id(0)
     tensor = tl.load(chunks + pid * 2).to(tl.int64)
@@ -212,9 +193,6 @@ def backward_kernel(
     for tile in tl.static_range(4):
         i, inside, group, there = _tile(row0 + tile * R, numel, R, C, G, WHOLE)
         read = tl.load(grads + place + i, mask=inside, other=0.0)
-        if COPIES:
-            copied = cast(read.to(tl.float32), WTYPE)
-            tl.store(weight_grads + place + i, copied, mask=inside)
         at = given + groups_at
         width = bits.load(at, group, there, least, interval, LEARNED, KIND == ROUNDING)
         if (KIND == ROUNDING) | (WTYPE == tl.float16):
@@ -230,16 +208,14 @@ def backward_kernel(
         total += tl.where(there, sums, 0.0)
         if LEARNED and not WHOLE:
             logit = tl.load(at + group, mask=there, other=0.0)
-            log_slope, slope = bits.slopes(logit, least, interval, KIND == ROUNDING)
-            count = tl.minimum(numel - group * G, G).to(tl.float32)
-            for_size = bits.megabytes(tl.load(size_grad)) * count * slope
-            tl.store(logit_grads + groups_at + group, sums * log_slope + for_size, mask=there)
+            slope = bits.log_step_slope(logit, least, interval, KIND == ROUNDING)
+            tl.store(logit_grads + groups_at + group, sums * slope, mask=there)
     tl.store(totals + pid, tl.sum(total, 0))
 
 
 @triton.jit(
     do_not_specialize=["weight_pieces"],
-    do_not_specialize_on_alignment=["given", "size_grad"],
+    do_not_specialize_on_alignment=["given"],
 )
 def finish_kernel(
     table,
@@ -249,7 +225,6 @@ def finish_kernel(
     weight_grads,
     logit_grads,
     totals,
-    size_grad,
     weight_pieces,
     least,
     interval,
@@ -283,10 +258,8 @@ def finish_kernel(
     if LEARNED and WHOLE:
         group = tl.load(row + GROUP) + tl.arange(0, 1)
         logit = tl.load(given + group)
-        log_slope, slope = bits.slopes(logit, least, interval, KIND == ROUNDING)
-        numel = tl.load(row + NUMEL).to(tl.float32)
-        for_size = bits.megabytes(tl.load(size_grad)) * numel * slope
-        tl.store(logit_grads + group, sum_of_all * log_slope + for_size)
+        slope = bits.log_step_slope(logit, least, interval, KIND == ROUNDING)
+        tl.store(logit_grads + group, sum_of_all * slope)
 
 
 @triton.jit

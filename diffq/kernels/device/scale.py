@@ -66,7 +66,8 @@ def _nearest(x, scale, lowest, highest, WTYPE: tl.constexpr):
     if WTYPE != tl.float32:
         least, most = finite_levels(scale, scale * 0.0, WTYPE)
         level = clamp(level, least, most)
-    return rint(level) * scale, ratio
+    # Adding zero turns -0.0, which no level stands for, into 0.0.
+    return (rint(level) + 0.0) * scale, ratio
 
 
 @triton.jit(do_not_specialize_on_alignment=["scales"])
@@ -92,8 +93,7 @@ def scaled_kernel(
         addresses, table, chunks, scales, levels, WTYPE, ALIGNED, BLOCK
     )
     value, _ = _nearest(x, scale, lowest, highest, WTYPE)
-    value = cast(cast(value, WTYPE).to(tl.float32), values.dtype.element_ty)
-    tl.store(values + to, value, mask=inside)
+    tl.store(values + to, cast(value, WTYPE), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scales"])
@@ -104,7 +104,6 @@ def scaled_backward_kernel(
     scales,
     levels,
     grads,
-    weight_grads,
     totals,
     WTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -113,8 +112,7 @@ def scaled_backward_kernel(
     """One program for each chunk.
 
     Args:
-        grads: gradients of the values of all tensors.
-        weight_grads: gets those of the weights; may be `grads`.
+        grads: gradients of the values of all tensors, changed to those of the weights.
         totals: float32 [chunks], gets what the scale's gradient is a multiple of.
     """
     to, inside, x, scale, lowest, highest = _load_chunk(
@@ -124,7 +122,7 @@ def scaled_backward_kernel(
     within = ((ratio >= lowest) & (ratio <= highest)).to(tl.float32)
     grad = tl.load(grads + to, mask=inside, other=0.0).to(tl.float32)
     # A product, so that a gradient which is not finite stays so.
-    tl.store(weight_grads + to, cast(grad * within, WTYPE), mask=inside)
+    tl.store(grads + to, cast(grad * within, WTYPE), mask=inside)
     total = tl.where(inside, (value - x * within) * grad, 0.0)
     tl.store(totals + tl.program_id(0), tl.sum(total, 0))
 

@@ -1,69 +1,38 @@
-"""Extremes of weights with their first places, and sums of bitwidths, of pieces of tensors."""
+"""Extremes of weights with their first places, of pieces of tensors."""
 
 import triton
 import triton.language as tl
 
-from diffq.kernels.device import bits
-from diffq.kernels.device.columns import (
-    ADDRESS_COLUMNS,
-    COLUMNS,
-    GROUP,
-    GROUP_SIZE,
-    NUMEL,
-    PIECE,
-    PIECES,
-)
+from diffq.kernels.device.columns import ADDRESS_COLUMNS, PIECE, PIECES
 
 _NOWHERE = tl.constexpr(2147483647)
 
 
-@triton.jit(
-    do_not_specialize=["weight_pieces", "group_pieces"], do_not_specialize_on_alignment=["given"]
-)
+@triton.jit(do_not_specialize=["weight_pieces"])
 def scan_kernel(
     addresses,
-    table,
     pieces,
-    given,
     ends,
     places,
-    sums,
     weight_pieces,
-    group_pieces,
-    least,
-    interval,
     WTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WHOLE_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each piece of weights, and then for each piece of groups with logits.
+    """One program for each piece of weights.
 
     Args:
         ends: float32 [2, weight_pieces], gets minimum and maximum.
         places: int32 [3, weight_pieces], gets their first places, and whether a weight is zero.
-        sums: float32 [2, group_pieces], gets bits, and the largest bitwidth.
     """
     piece = tl.program_id(0)
     tensor = tl.load(pieces + piece * 3).to(tl.int64)
-    start = tl.load(pieces + piece * 3 + 1)
+    start = tl.multiple_of(tl.load(pieces + piece * 3 + 1), 16)
     end = tl.load(pieces + piece * 3 + 2)
-    if piece < weight_pieces:
-        weight = tl.load(addresses + tensor * ADDRESS_COLUMNS).to(tl.pointer_type(WTYPE))
-        # Here, since a hint on an argument of an inlined function is lost.
-        start = tl.multiple_of(start, 16)
-        if ALIGNED:
-            weight = tl.multiple_of(weight, 16)
-            end = tl.multiple_of(end, 16)
-        _scan_weights(weight, ends + piece, places + piece, weight_pieces, start, end, BLOCK)
-    else:
-        row = table + tensor * COLUMNS
-        to = sums + (piece - weight_pieces)
-        _scan_groups(row, given, to, group_pieces, start, end, least, interval, WHOLE_BITS, BLOCK)
-
-
-@triton.jit
-def _scan_weights(weight, ends, places, stride, start, end, BLOCK: tl.constexpr):
+    weight = tl.load(addresses + tensor * ADDRESS_COLUMNS).to(tl.pointer_type(WTYPE))
+    if ALIGNED:
+        weight = tl.multiple_of(weight, 16)
+        end = tl.multiple_of(end, 16)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
     low_at = tl.zeros([BLOCK], tl.int32)
@@ -82,11 +51,11 @@ def _scan_weights(weight, ends, places, stride, start, end, BLOCK: tl.constexpr)
         high_at = tl.where(higher, i, high_at)
         zero |= (x == 0.0).to(tl.int32)
     least, most = _join(low, high)
-    tl.store(ends, least)
-    tl.store(ends + stride, most)
-    tl.store(places, _first(low, least, low_at))
-    tl.store(places + stride, _first(high, most, high_at))
-    tl.store(places + 2 * stride, tl.max(zero, 0))
+    tl.store(ends + piece, least)
+    tl.store(ends + weight_pieces + piece, most)
+    tl.store(places + piece, _first(low, least, low_at))
+    tl.store(places + weight_pieces + piece, _first(high, most, high_at))
+    tl.store(places + 2 * weight_pieces + piece, tl.max(zero, 0))
 
 
 @triton.jit
@@ -102,35 +71,6 @@ def _join(lows, highs):
 def _first(values, value, places):
     """The first place of a value."""
     return tl.min(tl.where(values == value, places, _NOWHERE), 0)
-
-
-@triton.jit
-def _scan_groups(
-    row,
-    given,
-    to,
-    stride,
-    start,
-    end,
-    least,
-    interval,
-    WHOLE_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    numel = tl.load(row + NUMEL).to(tl.int32)
-    size = tl.load(row + GROUP_SIZE).to(tl.int32)
-    given += tl.load(row + GROUP)
-    total = tl.zeros([BLOCK], tl.float32)
-    largest = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = i < end
-        width = bits.load(given, i, inside, least, interval, True, WHOLE_BITS)
-        count = tl.minimum(numel - i * size, size).to(tl.float32)
-        total += tl.where(inside, width * count, 0.0)
-        largest = tl.maximum(largest, tl.where(inside, width, 0.0))
-    tl.store(to, tl.sum(total, 0))
-    tl.store(to + stride, tl.max(largest, 0))
 
 
 @triton.jit
