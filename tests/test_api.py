@@ -35,6 +35,7 @@ STAGES = [
     "quantizers",
     "nn",
     "ptq",
+    "integrations",
     "cli",
     "__main__",
 ]
@@ -339,6 +340,9 @@ def test_modules_say_what_they_do(name):
     if not name.endswith("__main__"):
         if name.startswith("diffq.kernels."):
             pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
+        library = name.removeprefix("diffq.integrations.")
+        if library in ("lightning", "transformers"):
+            pytest.importorskip(library, reason=f"it is missing: run `make test-integrations`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffq.cli.common import coded_bits, is_out_of_memory, mean_bits, missing
+from diffq.cli.common import coded_bits, is_out_of_memory, mean_bits
 from diffq.cli.kinds import earlier, is_earlier, kind_of
 from diffq.cli.layouts import Checkpoint, find_state, plain_names
-from diffq.errors import ConfigError, FormatError
+from diffq.errors import ConfigError, FormatError, missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise missing("safetensors", f"Reading {path}") from error
+        raise missing("safetensors", f"Reading {path}", "cli") from error
     try:
         return dict(load_file(path))
     except SafetensorError as error:

@@ -277,14 +277,6 @@ def progress(args: argparse.Namespace) -> Iterator[Report]:
         )
 
 
-def missing(package: str, purpose: str) -> ConfigError:
-    """The error for a package of the extra `cli` that is not installed."""
-    return ConfigError(
-        f"{purpose} needs the package {package}. Install it with pip install 'diffq[cli]', or "
-        "from a checkout with pip install '.[cli]'."
-    )
-
-
 def _has_rich() -> bool:
     try:
         import rich  # noqa: F401

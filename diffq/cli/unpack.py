@@ -15,7 +15,6 @@ from diffq.cli.common import (
     budget,
     check_output,
     megabytes,
-    missing,
     note,
     print_json,
     printable,
@@ -23,7 +22,7 @@ from diffq.cli.common import (
     say,
 )
 from diffq.cli.kinds import check_diffq
-from diffq.errors import ConfigError
+from diffq.errors import ConfigError, missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +96,7 @@ def _safetensors(
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise missing("safetensors", "Writing a .safetensors file") from error
+        raise missing("safetensors", "Writing a .safetensors file", "cli") from error
     header = {"format": "pt"}
     header |= {"diffq.aliases": json.dumps(aliases)} if aliases else {}
     header |= {"diffq.metadata": json.dumps(metadata)} if metadata else {}
