@@ -342,7 +342,7 @@ def test_modules_say_what_they_do(name):
             pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
         library = name.removeprefix("diffq.integrations.")
         if library in ("lightning", "transformers"):
-            pytest.importorskip(library, reason=f"it is missing: run `make test-integrations`")
+            pytest.importorskip(library, reason="it is missing: run `make test-integrations`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 
 

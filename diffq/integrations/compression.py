@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -23,11 +22,10 @@ from diffq.quantizers.target import Phase
 FILE = "model.diffq"
 
 
-@dataclass(frozen=True)
 class Compression:
     """What a user asks of a callback.
 
-    Attributes:
+    Args:
         target_mb: MB of the file in the end; see `DiffQuantizer.setup_optimizer`.
         lam: price of one MB, in place of a target.
         float_share: share of the steps in plain float.
@@ -35,11 +33,17 @@ class Compression:
         options: of the `DiffQuantizer` that the callback makes.
     """
 
-    target_mb: float | None
-    lam: float | None
-    float_share: float | None
-    lr: float | None
-    options: Mapping[str, Any]
+    def __init__(
+        self,
+        target_mb: float | None,
+        lam: float | None,
+        float_share: float | None,
+        lr: float | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.target_mb, self.lam, self.float_share, self.lr = target_mb, lam, float_share, lr
+        self.options = options
+        self._made: BaseQuantizer[Any] | None = None
 
     def attach(self, model: nn.Module) -> BaseQuantizer[Any]:
         """The quantizer of a model: the one that it has, or a new `DiffQuantizer`.
@@ -50,20 +54,22 @@ class Compression:
             AttachError: the model cannot be quantized.
         """
         if attachment_of(model) is not None:
-            if self.options:
+            found = quantizer_of(model)
+            if self.options and found is not self._made:
                 raise ConfigError(
                     "The model has a quantizer, which the callback takes, and got options for "
                     f"another one: {', '.join(self.options)}. Leave them out, or pass the plain "
                     "model."
                 )
-            return quantizer_of(model)
+            return found
         if self.target_mb is None and self.lam is None:
             raise ConfigError(
                 "Bitwidths learn from a size or from a price, and the callback got neither. Pass "
                 "target_mb=, the MB of the file in the end, or lam=, the price of one MB. To train "
                 "with another quantizer, attach it to the model before you make the trainer."
             )
-        return DiffQuantizer(model, **self.options)
+        self._made = DiffQuantizer(model, **self.options)
+        return self._made
 
     def setup(self, quantizer: BaseQuantizer[Any], optimizer: Optimizer, steps: float) -> None:
         """Has an optimizer learn the bitwidths, over a training of so many steps.

@@ -191,9 +191,9 @@ def _check_trainer(trainer: Any) -> None:
     ]
     if sharding:
         raise AttachError(
-            f"DiffQCallback trains with one device or with DDP, but this trainer uses {sharding[0]}. "
-            "Start one process for each GPU, with torchrun or accelerate launch. For models that "
-            "need FSDP, write the loop with fully_shard."
+            "DiffQCallback trains on one device or with DDP, but this trainer uses "
+            f"{sharding[0]}. Start one process for each GPU, with torchrun or accelerate launch. "
+            "For models that need FSDP, write the loop with fully_shard."
         )
     if trainer.args.load_best_model_at_end:
         _check_whole(trainer, "load_best_model_at_end")

@@ -176,7 +176,9 @@ def test_file_in_each_checkpoint(tmp_path):
     """Each folder that the model is saved to has the file of that moment, the user's too."""
     watch = Watch()
     callback = DiffQCallback(target_mb=TARGET, **SMALL)
-    trainer = trainer_of(seeded(wide), tmp_path, callback, watch, save_strategy="steps", save_steps=20)
+    trainer = trainer_of(
+        seeded(wide), tmp_path, callback, watch, save_strategy="steps", save_steps=20
+    )
     trainer.train()
     for step, file in watch.files.items():
         assert (tmp_path / f"checkpoint-{step}" / "model.diffq").read_bytes() == file
@@ -311,7 +313,7 @@ def test_options_for_an_attached_model(tmp_path):
     """Options for a quantizer that is there already are an error."""
     model = seeded(wide)
     diffq.DiffQuantizer(model, **SMALL)
-    with pytest.raises(diffq.ConfigError, match="has a quantizer.*group_size"):
+    with pytest.raises(diffq.ConfigError, match=r"has a quantizer.*group_size"):
         trainer_of(model, tmp_path, DiffQCallback(lam=1.0, group_size=8))
 
 
@@ -356,5 +358,5 @@ def test_sharded_trainers(name, tmp_path, monkeypatch):
         setattr(self, name, True)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(diffq.AttachError, match=r"one device or with DDP"):
+    with pytest.raises(diffq.AttachError, match="one device or with DDP"):
         trainer_of(seeded(wide), tmp_path, DiffQCallback(lam=1.0, **SMALL))
