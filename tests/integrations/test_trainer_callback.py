@@ -348,6 +348,40 @@ def test_scheduler_of_the_user(tmp_path):
         trainer.train()
 
 
+def adapted():
+    """A GPT-2 with adapters of PEFT."""
+    peft = library("peft")
+    return peft.get_peft_model(wide(), peft.LoraConfig(r=4, target_modules=["c_attn"]))
+
+
+def test_adapters(tmp_path):
+    """Adapters of PEFT are compressed, and each checkpoint has a file of them alone."""
+    callback = DiffQCallback(lam=100.0, lr=0.1, include=["*lora_*"], **SMALL)
+    trainer = trainer_of(seeded(adapted), tmp_path, callback, save_strategy="steps", save_steps=20)
+    trainer.train()
+    assert diffq.quantizer_of(trainer.model).mean_bits() < 8
+    for folder in (tmp_path, tmp_path / "checkpoint-40"):
+        stored = diffq.load(folder / "adapter_model.diffq")
+        assert stored
+        assert all("lora_" in name for name in stored)
+
+
+def test_adapters_without_their_bits(tmp_path):
+    """A checkpoint of PEFT has no bitwidths: neither resuming nor the best model goes on without."""
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    for _ in range(2):
+        callback = DiffQCallback(lam=100.0, include=["*lora_*"], **SMALL)
+        trainer = trainer_of(seeded(adapted), tmp_path, callback, **options)
+        if not (tmp_path / "checkpoint-4").exists():
+            trainer.train()
+    with pytest.raises(diffq.AttachError, match="resume_from_checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    every = {**options, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    callback = DiffQCallback(lam=100.0, include=["*lora_*"], **SMALL)
+    with pytest.raises(diffq.AttachError, match="load_best_model_at_end"):
+        trainer_of(seeded(adapted), tmp_path, callback, **every)
+
+
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_sharded_trainers(name, tmp_path, monkeypatch):
     """Trainers that replace the model's parameters are refused when they are made."""
