@@ -98,12 +98,16 @@ def from_pretrained(model: type[Model] | Model, folder: str | Path) -> Model:
         MismatchError: names or shapes of file and model differ.
     """
     path = Path(folder)
+    made: Model
     if isinstance(model, nn.Module):
-        return _with_adapter(model, path)
-    file = _existing(path, FILE)
-    made = _make(model, path)
-    _take_dtypes(made, file)
-    return load(file, made).eval()
+        made = _with_adapter(model, path)
+    else:
+        file = _existing(path, FILE)
+        made = _make(model, path)
+        _take_dtypes(made, file)
+        load(file, made)
+    made.eval()
+    return made
 
 
 def write(model: nn.Module, folder: str | Path, codec: Codec) -> None:
@@ -212,7 +216,7 @@ def _with_adapter(base: Any, folder: Path) -> Any:
             f"The adapter in {folder} does not fit the base model, which has no place for "
             f"{listed(result.unexpected_keys)}. Pass the model that it was trained on."
         )
-    return model.eval()
+    return model
 
 
 def _existing(folder: Path, name: str) -> Path:
@@ -268,13 +272,22 @@ def _make_uninitialized(kind: Any, folder: Path) -> Any:
 def _make_by_mixin(kind: Any, folder: Path) -> Any:
     """Has the mixin read the configuration, in a class that leaves the weights as they are made."""
 
-    def fresh(cls: type, **arguments: Any) -> Any:
-        known = ("model_id", "revision", "cache_dir", "force_download", "local_files_only", "token")
-        return kind(**{name: each for name, each in arguments.items() if name not in known})
+    def fresh(
+        cls: type,
+        /,
+        *,
+        model_id: Any,
+        revision: Any,
+        cache_dir: Any,
+        force_download: Any,
+        local_files_only: Any,
+        token: Any,
+        **arguments: Any,
+    ) -> Any:
+        return kind(**arguments)
 
-    return type(kind.__name__, (kind,), {"_from_pretrained": classmethod(fresh)}).from_pretrained(
-        folder
-    )
+    loader: Any = type(kind.__name__, (kind,), {"_from_pretrained": classmethod(fresh)})
+    return loader.from_pretrained(folder)
 
 
 def _take_dtypes(model: nn.Module, file: Path) -> None:

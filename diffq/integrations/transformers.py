@@ -87,7 +87,8 @@ class DiffQCallback(TrainerCallback):
         trainer = _trainer_being_made()
         _check_trainer(trainer)
         self.compression.attach(trainer.model)
-        trainer.__class__ = _compressing(type(trainer))
+        base: Any = type(trainer)
+        trainer.__class__ = _compressing(base)
         trainer.diffq_callback = self
         self._has_joined = True
 
@@ -160,7 +161,7 @@ class _Compressing:
 
 
 @cache
-def _compressing(base: type[Trainer]) -> type[Trainer]:
+def _compressing(base: Any) -> Any:
     """The class of a trainer with the methods of `_Compressing` in front, under the same name."""
     members = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (_Compressing, base), members)

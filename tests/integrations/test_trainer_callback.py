@@ -367,19 +367,19 @@ def test_adapters(tmp_path):
 
 
 def test_adapters_without_their_bits(tmp_path):
-    """A checkpoint of PEFT has no bitwidths: neither resuming nor the best model goes on without."""
+    """A checkpoint of PEFT has no bitwidths, so resuming and the best model are refused."""
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
-    for _ in range(2):
+
+    def trainer():
         callback = DiffQCallback(lam=100.0, include=["*lora_*"], **SMALL)
-        trainer = trainer_of(seeded(adapted), tmp_path, callback, **options)
-        if not (tmp_path / "checkpoint-4").exists():
-            trainer.train()
+        return trainer_of(seeded(adapted), tmp_path, callback, **options)
+
+    trainer().train()
     with pytest.raises(diffq.AttachError, match="resume_from_checkpoint"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    every = {**options, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
-    callback = DiffQCallback(lam=100.0, include=["*lora_*"], **SMALL)
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    options |= {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
     with pytest.raises(diffq.AttachError, match="load_best_model_at_end"):
-        trainer_of(seeded(adapted), tmp_path, callback, **every)
+        trainer()
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
