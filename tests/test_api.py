@@ -341,7 +341,7 @@ def test_modules_say_what_they_do(name):
         if name.startswith("diffq.kernels."):
             pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
         library = name.removeprefix("diffq.integrations.")
-        if library in ("lightning", "transformers"):
+        if library in ("lightning", "safetensors", "transformers"):
             pytest.importorskip(library, reason="it is missing: run `make test-integrations`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 

@@ -155,6 +155,7 @@ def _save_config(model: Any, folder: str | Path) -> None:
         model.peft_config[model.active_adapter].save_pretrained(folder)
         return
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -236,7 +237,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} must hold JSON: {error}. Download the folder again.") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+        raise ConfigError(
+            f"{path} must hold a JSON object, got {type(config).__name__}. "
+            "Download the folder again."
+        )
     return config
 
 
