@@ -266,8 +266,8 @@ def test_optimizer_of_the_user(tmp_path):
 
 
 def test_trained_again(tmp_path):
-    """A second training goes on with the bitwidths of the first."""
-    trainer = trained(tmp_path)
+    """A second training goes on with the bitwidths of the first, and with their rate."""
+    trainer = trained(tmp_path, arguments={"lr": 0.02})
     bits = diffq.quantizer_of(trainer.model).bits()
     trainer.train()
     assert same_bits(diffq.quantizer_of(trainer.model).bits(), bits)
