@@ -1,6 +1,6 @@
 """Compress a Lightning module to a size in MB: one callback, a network on handwritten digits.
 
-    python examples/lightning_digits.py                     # a minute on a CPU
+    python examples/lightning_digits.py                     # a few minutes on a CPU
     python examples/lightning_digits.py --target-mb 0.05
 
 The module knows nothing of quantization. After training, its network is loaded from the file

@@ -1,6 +1,6 @@
 """Compress a language model of transformers with its Trainer: one callback, a size in MB.
 
-    python examples/transformers_trainer.py                   # two minutes on a CPU
+    python examples/transformers_trainer.py                   # a few minutes on a CPU
     python examples/transformers_trainer.py --target-mb 0.2
 
 A small GPT-2 with tied embeddings learns the bytes of Python's own modules, without network.
