@@ -66,13 +66,12 @@ def save_pretrained(
             f"config is for models that have no configuration, but {type(model).__name__} has one, "
             "which is written. Leave config out."
         )
-    _whole_quantizer(model)
+    _check_whole(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if is_mixin(model):
-        _save_by_mixin(model, folder, codec)
-        return
     write(model, folder, codec)
-    if own:
+    if is_mixin(model):
+        _save_by_mixin(model, folder)
+    elif own:
         _save_config(model, folder)
     else:
         text = json.dumps(dict(config or {}), indent=2, sort_keys=True)
@@ -140,14 +139,12 @@ def _has_config(model: nn.Module) -> bool:
     return is_peft(model) or is_mixin(model) or _is_transformers(type(model))
 
 
-def _whole_quantizer(model: nn.Module) -> BaseQuantizer[Any]:
-    quantizer = quantizer_of(model)
-    if quantizer.model is not model and not is_peft(model):
+def _check_whole(model: nn.Module) -> None:
+    if quantizer_of(model).model is not model and not is_peft(model):
         raise AttachError(
             f"A folder holds a whole model, but the quantizer of this {type(model).__name__} is on "
             "a part of it. Attach one to the whole, with include for the part, or save the part."
         )
-    return quantizer
 
 
 def _save_config(model: Any, folder: str | Path) -> None:
@@ -161,9 +158,9 @@ def _save_config(model: Any, folder: str | Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _save_by_mixin(model: Any, folder: str | Path, codec: Codec) -> None:
+def _save_by_mixin(model: Any, folder: str | Path) -> None:
     """Has the mixin write all but the weights: its documentation names the method to replace."""
-    model._save_pretrained = lambda save_directory: write(model, save_directory, codec)
+    model._save_pretrained = lambda save_directory: None
     try:
         model.save_pretrained(folder)
     finally:
