@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LIBRARIES = {"diffq", "torch", "accelerate", "lightning", "pytorch_lightning", "transformers"}
+
 
 class DiffqError(Exception):
     """Base of every error that diffq raises on purpose."""
@@ -88,7 +90,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def warn(message: str) -> None:
-    """Issues a DiffqWarning at the line of the user that led to it, outside of diffq and torch."""
+    """Issues a DiffqWarning at the line of the user that led to it, outside of the libraries."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -96,4 +98,4 @@ def warn(message: str) -> None:
 
 
 def _is_library(module: str) -> bool:
-    return module.partition(".")[0] in ("diffq", "torch")
+    return module.partition(".")[0] in _LIBRARIES

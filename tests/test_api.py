@@ -40,6 +40,7 @@ STAGES = [
     "plot",
     "ptq",
     "export",
+    "integrations",
     "cli",
     "__main__",
 ]
@@ -357,6 +358,9 @@ def test_modules_say_what_they_do(name):
             pytest.importorskip("triton", reason="triton is missing: run `make test-kernels`")
         if name in ("diffq.export.graph", "diffq.export.decoding"):
             pytest.importorskip("onnx", reason="onnx is missing: run `make test-integrations`")
+        library = name.removeprefix("diffq.integrations.")
+        if library in ("lightning", "safetensors", "transformers"):
+            pytest.importorskip(library, reason="it is missing: run `make test-integrations`")
         assert isinstance(importlib.import_module(name), types.ModuleType)
 
 

@@ -13,7 +13,7 @@ from tests.models import QUANTIZERS, seeded
 #: One quantizer of each kind of learned parameters: logits, none, scales, codebooks.
 KINDS = ["diffq", "qat", "lsq", "product"]
 #: What a quantizer adds to the state dict of its model, in a module of the root.
-EXTRAS = {"_diffq.learned", "_diffq.kept", "_diffq._extra_state"}
+EXTRAS = {"_diffq.learned", "_diffq.kept", "_diffq._extra_state", "_diffq.schedule"}
 
 
 def library(name):
