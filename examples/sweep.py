@@ -6,17 +6,18 @@
     python examples/sweep.py --sizes 0.05 --out curves/mine.svg
 
 Each training adds a line to a .jsonl file beside the picture, and its compressed model to a
-folder of that name. Interrupt the sweep when you like: the same command does what is missing,
-and more seeds, sizes or methods add to the results. --no-train draws what is there.
+folder of that name, and draws the picture again. Interrupt the sweep when you like: the same
+command trains what is missing, and more seeds, sizes or methods add to the results.
 
-To sweep a model of your own, copy this file and write the functions under "The task" anew. The
-rest of the file knows nothing else of the model and the data.
+To sweep a model of your own, copy this file and common.py, and write the functions under "The
+task" anew. The rest of the file knows nothing else of the model and the data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,7 @@ def sweep(results: Results, args: argparse.Namespace) -> None:
                 continue
             try:
                 results.add({**key, **run(method, seed, args)})
+                draw(curves(results, args), args.out)
             except diffq.ConfigError as error:
                 console.print(f"No {method.name}: {error}")
 
@@ -267,9 +269,6 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("out/sweep.svg"),
         help="picture to draw, .svg or .png (default: %(default)s)",
     )
-    parser.add_argument(
-        "--no-train", action="store_true", help="only show the results that are there"
-    )
     args = parser.parse_args()
     check_picture(parser, args.out)
     return args
@@ -288,13 +287,13 @@ def check_picture(parser: argparse.ArgumentParser, path: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     results = Results(args.out.with_suffix(".jsonl"))
-    if not args.no_train:
-        sweep(results, args)
+    sweep(results, args)
     found = curves(results, args)
-    if found:
-        print_results(found)
-        draw(found, args.out)
-        console.print(f"Picture: {args.out}")
+    if not found:
+        sys.exit("No method can reach a size: ask for more MB.")
+    print_results(found)
+    draw(found, args.out)
+    console.print(f"Picture: {args.out}")
 
 
 if __name__ == "__main__":

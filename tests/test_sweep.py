@@ -106,6 +106,13 @@ def test_a_refused_size_leaves_the_others(run, capsys):
     assert "No rounding 0.001 MB: target_mb must be at least" in capsys.readouterr().out
 
 
+def test_a_sweep_without_results_fails(run, capsys):
+    """If no method reaches any size, the sweep ends with an error in place of an empty picture."""
+    with pytest.raises(SystemExit, match="ask for more MB"):
+        run("--sizes", "0.001", "--methods", "rounding")
+    assert "target_mb must be at least" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["curve.txt", "curve"])
 def test_a_picture_that_cannot_be_drawn_ends_before_training(name, monkeypatch, capsys):
     """The suffix of the picture is checked first, with the two that are known."""
