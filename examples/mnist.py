@@ -1,8 +1,8 @@
 """Ask for the size of a small residual network that learns real handwritten digits.
 
-    python examples/mnist.py                          # the whole comparison, under two minutes
+    python examples/mnist.py                          # the whole comparison, about two minutes
     python examples/mnist.py --rounding-mb 0.08 --entropy-mb 0.02           # other sizes
-    python examples/mnist.py --evaluate out/mnist/rounding_0.06_mb.diffq
+    python examples/mnist.py --evaluate out/mnist/rounding_0.07_mb.diffq
 
 The same network is trained for the same steps four times: in float32, with 4 bits for every
 weight (QAT), and to two sizes by name. For the larger one, a DiffQuantizer learns how many bits
@@ -223,13 +223,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounding-mb",
         type=float,
-        default=0.06,
+        default=0.07,
         help="size of the file with learned bitwidths (default: %(default)s)",
     )
     parser.add_argument(
         "--entropy-mb",
         type=float,
-        default=0.03,
+        default=0.04,
         help="size of the file with learned steps, which may take less than one bit a weight "
         "(default: %(default)s)",
     )

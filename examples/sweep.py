@@ -103,7 +103,8 @@ def methods(args: argparse.Namespace) -> Iterator[tuple[Result, Method]]:
         elif name == "qat":
             for bits in args.qat_bits:
                 attach = partial(diffq.QATQuantizer, bits=bits, **small)
-                yield {"method": name, "asked": f"{bits} bits"}, Method(f"qat {bits} bits", attach)
+                asked = f"{bits} bit{'s' if bits > 1 else ''}"
+                yield {"method": name, "asked": asked}, Method(f"qat {asked}", attach)
         else:
             for asked, setup in plans(args).items():
                 method = Method(f"{name} {asked}", sized_methods(args)[name], setup)
@@ -167,7 +168,7 @@ def sweep(results: Results, args: argparse.Namespace) -> None:
                 continue
             try:
                 results.add({**key, **run(method, seed, args)})
-                draw(curves(results, args), args.out)
+                draw(curves(results, args), args)
             except diffq.ConfigError as error:
                 console.print(f"No {method.name}: {error}")
 
@@ -200,7 +201,7 @@ def print_results(found: dict[str, dict[str, list[Result]]]) -> None:
     print_table("Quality against bytes", header, rows)
 
 
-def draw(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
+def draw(found: dict[str, dict[str, list[Result]]], args: argparse.Namespace) -> None:
     """A line for each method, with its standard deviation, over the size of the file."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
@@ -216,11 +217,11 @@ def draw(found: dict[str, dict[str, list[Result]]], path: Path) -> None:
             continue
         sizes, _, heights, deviations = zip(*points, strict=True)
         axes.errorbar(sizes, heights, deviations, marker=marker, capsize=3, label=name)
-    axes.set(xlabel="MB on disk", ylabel=QUALITY)
+    axes.set(xlabel="MB on disk", ylabel=QUALITY, ylim=args.range)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, metadata={"Date": None} if args.out.suffix == ".svg" else None)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -269,6 +270,13 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("out/sweep.svg"),
         help="picture to draw, .svg or .png (default: %(default)s)",
     )
+    parser.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="qualities that the picture shows (default: all)",
+    )
     args = parser.parse_args()
     check_picture(parser, args.out)
     return args
@@ -292,7 +300,7 @@ def main() -> None:
     if not found:
         sys.exit("No method can reach a size: ask for more MB.")
     print_results(found)
-    draw(found, args.out)
+    draw(found, args)
     console.print(f"Picture: {args.out}")
 
 
