@@ -84,7 +84,7 @@ def digits() -> Task:
         make=lambda student: example.ResNet(width=8 if student else 16),
         draw=draw,
         evaluate=lambda model: example.evaluate(model, test_set).accuracy,
-        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
+        optimizer=example.make_optimizer,
         product={
             "blocks of 9": {"block_size": {"conv": 9}},
             "blocks of 3": {"block_size": {"conv": 3}},

@@ -77,7 +77,7 @@ def digits(seed: int) -> Task:
 
     return Task(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
+        optimizer=mnist.make_optimizer(model),
         training_loss=lambda: mnist.training_loss(model, train_set, generator),
         quality=quality,
         batches=[

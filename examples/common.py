@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,25 +22,50 @@ MEGABYTE = 2**20
 
 console = Console()
 
-Quantizer = diffq.DiffQuantizer | diffq.QATQuantizer
+Quantizer = diffq.DiffQuantizer | diffq.EntropyQuantizer | diffq.QATQuantizer
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: which quantizer to attach (None trains plain float32), and lambda."""
+    """A row of the table: the quantizer to attach and the size to train to.
+
+    Attributes:
+        name: of the row.
+        quantizer: makes the quantizer of a model; None trains plain float32.
+        setup: arguments of its `setup_optimizer`, such as a size by name.
+        lam: price of one MB in the loss; 0 where `setup` has a size or a price.
+    """
 
     name: str
     quantizer: Callable[[nn.Module], Quantizer] | None = None
+    setup: dict[str, Any] = field(default_factory=dict)
     lam: float = 0.0
 
 
 def make_parser(
-    description: str | None, *, steps: int, bits_lr: float, out: Path
+    description: str | None, *, steps: int, out: Path, bits_lr: float | None = None
 ) -> argparse.ArgumentParser:
-    """A parser with the options that all examples have, with their defaults."""
+    """A parser with the options of all examples that train with one seed."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_training_options(parser, steps, bits_lr)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of weights, batches and noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=out, help="folder to write to (default: %(default)s)"
+    )
+    return parser
+
+
+def add_training_options(
+    parser: argparse.ArgumentParser, steps: int, bits_lr: float | None
+) -> None:
+    """Options of a training and its quantizer, with their defaults."""
     parser.add_argument(
         "--steps",
         type=int,
@@ -64,18 +90,9 @@ def make_parser(
         "--bits-lr",
         type=float,
         default=bits_lr,
-        help="learning rate of the bitwidths: high for short trainings (default: %(default)s)",
+        help="learning rate of the bitwidths: high for short trainings (default: "
+        f"{bits_lr or 'one that fits the steps'})",
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of weights, batches and noise (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=out, help="folder to write to (default: %(default)s)"
-    )
-    return parser
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
@@ -87,6 +104,36 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> 
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return LambdaLR(optimizer, factor)
+
+
+def fit(
+    method: Method,
+    make_model: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    task_loss: Callable[[nn.Module, torch.Generator], Tensor],
+    *,
+    seed: int,
+    steps: int,
+    warmup: int,
+) -> tuple[nn.Module, Quantizer | None]:
+    """Trains a model with a method; `task_loss` draws its batches from the generator."""
+    torch.manual_seed(seed)
+    model = make_model()
+    quantizer = method.quantizer(model) if method.quantizer else None
+    optimizer = make_optimizer(model)
+    if quantizer is not None:
+        quantizer.setup_optimizer(optimizer, **method.setup)
+    batches = torch.Generator().manual_seed(seed)
+    train(
+        method.name,
+        lambda: task_loss(model, batches),
+        optimizer,
+        quantizer,
+        lam=method.lam,
+        steps=steps,
+        warmup=warmup,
+    )
+    return model, quantizer
 
 
 def train(

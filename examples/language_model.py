@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffq
-from common import MEGABYTE, Method, make_parser, megabytes, print_table, save, train
+from common import MEGABYTE, Method, fit, make_parser, megabytes, print_table, save
 
 SYMBOLS = 256
 WIDTH = 128
@@ -135,25 +135,18 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def run(method: Method, train_text: Tensor, valid_text: Tensor, args: argparse.Namespace) -> Result:
-    torch.manual_seed(args.seed)
-    model = Transformer()
-    float_mb = sum(4 * parameter.numel() for parameter in model.parameters()) / MEGABYTE
-    quantizer = method.quantizer(model) if method.quantizer else None
-    optimizer = make_optimizer(model)
-    if quantizer is not None:
-        quantizer.setup_optimizer(optimizer, lr=args.bits_lr)
-    batches = torch.Generator().manual_seed(args.seed)
     start = time.perf_counter()
-    train(
-        method.name,
-        lambda: training_loss(model, train_text, batches),
-        optimizer,
-        quantizer,
-        lam=method.lam,
+    model, quantizer = fit(
+        method,
+        Transformer,
+        make_optimizer,
+        lambda model, batches: training_loss(model, train_text, batches),
+        seed=args.seed,
         steps=args.steps,
         warmup=100,
     )
     seconds = time.perf_counter() - start
+    float_mb = sum(4 * parameter.numel() for parameter in model.parameters()) / MEGABYTE
     file_mb = megabytes(save(model, quantizer, args.out, method.name))
     stored_mb = quantizer.true_model_size() if quantizer else float_mb
     return Result(
@@ -188,7 +181,10 @@ def methods(args: argparse.Namespace) -> list[Method]:
         if name in fixed:
             chosen.append(Method(name, fixed[name]))
         else:
-            chosen += [Method(f"{name} {lam:g}", priced[name], lam) for lam in args.lam]
+            chosen += [
+                Method(f"{name} {lam:g}", priced[name], {"lr": args.bits_lr}, lam)
+                for lam in args.lam
+            ]
     return chosen
 
 

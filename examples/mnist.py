@@ -1,14 +1,14 @@
-"""Compress a small residual network while it learns real handwritten digits.
+"""Ask for the size of a small residual network that learns real handwritten digits.
 
-    python examples/mnist.py                     # the whole comparison, under two minutes
-    python examples/mnist.py --lam 8             # a higher price on size: smaller, less accurate
-    python examples/mnist.py --evaluate out/mnist/diffq_rounding.diffq
+    python examples/mnist.py                          # the whole comparison, about two minutes
+    python examples/mnist.py --rounding-mb 0.08 --entropy-mb 0.02           # other sizes
+    python examples/mnist.py --evaluate out/mnist/rounding_0.07_mb.diffq
 
-The same network is trained for the same steps four times: in float32, with 4 bits for
-every weight (QAT), and with DiffQ, which learns how many bits each group of weights
-deserves, from Gaussian or from rounding noise. A separate process, which knows only the
-model class and the file, then loads the DiffQ model and must compute the same outputs,
-bit for bit.
+The same network is trained for the same steps four times: in float32, with 4 bits for every
+weight (QAT), and to two sizes by name. For the larger one, a DiffQuantizer learns how many bits
+each group of weights deserves. For the smaller one, an EntropyQuantizer learns how coarse each row
+of weights may be. A separate process, which knows only the model class and the files, then loads
+both models and must compute the same outputs, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffq
-from common import Method, Quantizer, make_parser, megabytes, print_table, save, train
+from common import Method, Quantizer, fit, make_parser, megabytes, print_table, save
 
 TRAIN_IMAGES = 4000
 BATCH = 64
@@ -103,6 +103,10 @@ def random_digits(data: Digits, generator: torch.Generator) -> Digits:
     return Digits(torch.roll(data.images[chosen], shift, dims=(2, 3)), data.labels[chosen])
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+
+
 def training_loss(model: nn.Module, data: Digits, generator: torch.Generator) -> Tensor:
     batch = random_digits(data, generator)
     return F.cross_entropy(model(batch.images), batch.labels)
@@ -137,42 +141,44 @@ def evaluate_file(path: Path, test: Digits) -> Outcome:
 class Run:
     """A trained method: its outcome and its file."""
 
-    name: str
+    method: Method
     outcome: Outcome
     path: Path
     quantizer: Quantizer | None
 
 
 def run(method: Method, train_set: Digits, test_set: Digits, args: argparse.Namespace) -> Run:
-    torch.manual_seed(args.seed)
-    model = ResNet()
-    quantizer = method.quantizer(model) if method.quantizer else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    if quantizer is not None:
-        quantizer.setup_optimizer(optimizer, lr=args.bits_lr)
-    batches = torch.Generator().manual_seed(args.seed)
-    train(
-        method.name,
-        lambda: training_loss(model, train_set, batches),
-        optimizer,
-        quantizer,
-        lam=method.lam,
+    model, quantizer = fit(
+        method,
+        ResNet,
+        make_optimizer,
+        lambda model, batches: training_loss(model, train_set, batches),
+        seed=args.seed,
         steps=args.steps,
         warmup=20,
     )
     outcome = evaluate(model, test_set)
     path = save(model, quantizer, args.out, method.name)
-    return Run(method.name, outcome, path, quantizer)
+    return Run(method, outcome, path, quantizer)
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
     small: dict[str, Any] = {"min_size": MIN_SIZE, "small_bits": args.small_bits or None}
-    learned = partial(diffq.DiffQuantizer, group_size=args.group_size, **small)
+    attach = {
+        "rounding": partial(
+            diffq.DiffQuantizer, noise="rounding", group_size=args.group_size, **small
+        ),
+        "entropy": partial(diffq.EntropyQuantizer, **small),
+    }
+    asked = {"rounding": args.rounding_mb, "entropy": args.entropy_mb}
+    plan = {"steps": args.steps, "lr": args.bits_lr}
     return [
         Method("float32"),
         Method("QAT 4 bits", partial(diffq.QATQuantizer, bits=4, **small)),
-        Method("DiffQ Gaussian", partial(learned, noise="gaussian"), args.lam),
-        Method("DiffQ rounding", partial(learned, noise="rounding"), args.lam),
+        *(
+            Method(f"{name} {size:g} MB", attach[name], {"target_mb": size, **plan})
+            for name, size in asked.items()
+        ),
     ]
 
 
@@ -180,9 +186,9 @@ def print_runs(runs: list[Run]) -> None:
     float_mb = megabytes(runs[0].path)
     rows = [
         [
-            run.name,
+            run.method.name,
             f"{run.outcome.accuracy:.1f} %",
-            f"{megabytes(run.path):.3f}",
+            f"{megabytes(run.path):.4f}",
             f"{float_mb / megabytes(run.path):.1f}",
             f"{run.quantizer.mean_bits():.2f}" if run.quantizer else "32",
         ]
@@ -192,29 +198,43 @@ def print_runs(runs: list[Run]) -> None:
     print_table("MNIST, 5,000 images", header, rows)
 
 
-def same_elsewhere(run: Run, seed: int) -> bool:
-    """Whether another process, given only the file, computes the very same outputs."""
-    command = [sys.executable, __file__, "--evaluate", str(run.path), "--seed", str(seed)]
-    elsewhere = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.strip()
-    print(f"Loading {run.path} in another process")
-    print(f"  here            : {run.outcome}")
-    print(f"  another process : {elsewhere}")
-    return elsewhere == str(run.outcome)
+def has_its_size(run: Run) -> bool:
+    """Whether the file takes the MB that were asked for, or up to 1 % less."""
+    target = run.method.setup["target_mb"]
+    return bool(0.99 * target <= megabytes(run.path) <= target)
+
+
+def same_elsewhere(runs: list[Run], seed: int) -> bool:
+    """Whether another process, given only the files, computes the very same outputs."""
+    files = [str(run.path) for run in runs]
+    command = [sys.executable, __file__, "--seed", str(seed), "--evaluate", *files]
+    elsewhere = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    outcomes = elsewhere.splitlines()
+    for run, outcome in zip(runs, outcomes, strict=True):
+        print(f"Loading {run.path} in another process")
+        print(f"  here            : {run.outcome}")
+        print(f"  another process : {outcome}")
+    return outcomes == [str(run.outcome) for run in runs]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, steps=500, bits_lr=0.1, out=Path("out/mnist"))
+    parser = make_parser(__doc__, steps=500, out=Path("out/mnist"))
     parser.add_argument(
-        "--lam",
+        "--rounding-mb",
         type=float,
-        default=2.0,
-        help="price of one MB in the loss: high for small, low for accurate (default: %(default)s)",
+        default=0.07,
+        help="size of the file with learned bitwidths (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--entropy-mb",
+        type=float,
+        default=0.04,
+        help="size of the file with learned steps, which may take less than one bit a weight "
+        "(default: %(default)s)",
     )
     parser.add_argument("--fast", action="store_true", help="30 steps, to see that all works")
     parser.add_argument(
-        "--evaluate", type=Path, metavar="FILE", help="only evaluate a compressed model"
+        "--evaluate", type=Path, nargs="+", metavar="FILE", help="only evaluate compressed models"
     )
     args = parser.parse_args()
     if args.fast:
@@ -226,18 +246,21 @@ def main() -> None:
     args = parse_arguments()
     train_set, test_set = load_digits(args.seed)
     if args.evaluate:
-        print(evaluate_file(args.evaluate, test_set))
+        for path in args.evaluate:
+            print(evaluate_file(path, test_set))
         return
     runs = [run(method, train_set, test_set, args) for method in methods(args)]
     print_runs(runs)
-    shipped = runs[-1]
-    assert shipped.quantizer is not None
+    rounding, entropy = runs[-2:]
+    if not has_its_size(rounding) or not has_its_size(entropy):
+        sys.exit("A file has not the size that was asked for.")
+    assert rounding.quantizer is not None
     picture, page = args.out / "bits.png", args.out / "report.html"
-    diffq.plot.bits(shipped.quantizer).figure.savefig(picture, dpi=150)
-    shipped.quantizer.report(page)
+    diffq.plot.bits(rounding.quantizer).figure.savefig(picture, dpi=150)
+    rounding.quantizer.report(page)
     print(f"Bitwidths by layer: {picture}, {page}")
-    if not same_elsewhere(shipped, args.seed):
-        sys.exit("The model loaded from the file computes something else.")
+    if not same_elsewhere([rounding, entropy], args.seed):
+        sys.exit("A model loaded from its file computes something else.")
 
 
 if __name__ == "__main__":
