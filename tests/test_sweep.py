@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sweep,
         "quality",
-        lambda model, data: (model.eval()(data[0]).argmax(1) == data[1]).float().mean().item(),
+        lambda model, data: -F.cross_entropy(model.eval()(data[0]), data[1]).item(),
     )
     out = tmp_path / "curve.svg"
 

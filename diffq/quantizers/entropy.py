@@ -195,7 +195,7 @@ class SteppedBatch(Batch):
 
     def draw(self, weights: Sequence[Tensor], learned: Run) -> list[Sample]:
         """The nearest levels times the steps."""
-        return samples_of(weights, self._flat.split(self._values(weights, learned)))
+        return samples_of(weights, self._flat.split(self._rounded(weights, learned)))
 
     def quantize(self, weights: Sequence[Tensor], learned: Run) -> list[Tensor]:
         """The nearest levels times the steps, rounded to float32."""
@@ -203,7 +203,7 @@ class SteppedBatch(Batch):
         narrow = weights[0].dtype != torch.float64
         if not (is_plain() and narrow and torch.isfinite(self._flat.largest(weights))):
             return super().quantize(weights, learned)
-        return self._flat.split(self._values(weights, learned).to(weights[0].dtype))
+        return self._flat.split(self._rounded(weights, learned).to(weights[0].dtype))
 
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
@@ -222,7 +222,7 @@ class SteppedBatch(Batch):
         steps = self._flat.constants.get("steps", rows.counts, torch.float32, spread.device)
         return CodeLengths(found.bits + steps * torch.log2(spread + 1), found.slopes)
 
-    def _values(self, weights: Sequence[Tensor], learned: Run) -> Tensor:
+    def _rounded(self, weights: Sequence[Tensor], learned: Run) -> Tensor:
         steps = stepped.steps_of(self._numbers(learned))
         return scaled.scale_all(self._flat, weights, steps, stepped.LEVELS)
 

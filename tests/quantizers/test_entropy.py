@@ -86,16 +86,18 @@ def test_values_are_multiples_of_the_step(dtype):
     quantizer = diffq.EntropyQuantizer(model, min_size=0)
     quantizer.no_optimizer()
     weight, steps = model.weight.detach(), steps_of(numbers_of(model._diffq.learned))
-    expected = ((weight.float() / steps[:, None]).round() * steps[:, None]).to(dtype)
+    # Adding zero turns -0.0 into 0.0.
+    levels = (weight.float() / steps[:, None]).round() + 0.0
+    expected = (levels * steps[:, None]).to(dtype)
     model.eval()
     with quantizer.computing():
-        assert torch.equal(model.weight.detach(), expected)
+        assert same_bits(model.weight.detach(), expected)
     file = io.BytesIO()
     diffq.save(quantizer, file)
     file.seek(0)
     plain = Holder({"weight": torch.zeros(6, 70, dtype=dtype)})
     diffq.load(file, plain)
-    assert torch.equal(plain.weight.detach(), expected)
+    assert same_bits(plain.weight.detach(), expected)
 
 
 def test_training_computes_with_what_eval_does():
@@ -148,7 +150,7 @@ def test_gradient_of_steps():
     errors = [(v - w).detach() * u for v, w, u in zip(values, weights, upstream, strict=True)]
     padded = torch.cat([errors[0].flatten(), errors[1], torch.zeros(3)]).view(5, 8)
     assert close(found[0], padded.sum(1) * math.log(2), SUMS)
-    assert all(same_bits(a, b) for a, b in zip(found[1:], upstream, strict=True))
+    assert all(close(a, b) for a, b in zip(found[1:], upstream, strict=True))
 
 
 def test_second_derivative_of_steps():
