@@ -138,7 +138,7 @@ def quantize_checkpoint(
         WeightError: a weight to quantize holds NaN or Inf, or does not fit float16.
         FormatError: the metadata is no JSON object, or a name is not storable.
 
-    Example:
+    Examples:
         >>> small = diffq.quantize_checkpoint(model.state_dict(), 2.5, sensitivity=optimizer)
         >>> small.save("model.diffq")
     """
