@@ -34,7 +34,7 @@ demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mni
 	$(PY) examples/mnist.py $(DEMO_FLAGS)
 
 docs: $(VENV)/.installed-docs  ## build the site of the docs into build/site and check it
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	DIFFQ_SITE=build/site $(PY) -m pytest -q tests/docs/test_site.py
 
 test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
