@@ -26,7 +26,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-integrations test-kernels test-gpu test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
+.PHONY: help demo docs test test-slow test-integrations test-notebooks test-kernels test-gpu test-torch test-processors test-processors-short coverage fuzz lint format wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | \
@@ -34,6 +34,10 @@ help:  ## list the targets
 
 demo: $(VENV)/.installed-demo  ## train and compress a small model: examples/mnist.py $(DEMO_FLAGS)
 	$(PY) examples/mnist.py $(DEMO_FLAGS)
+
+docs: $(VENV)/.installed-docs  ## build the site of the docs into build/site and check it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	DIFFQ_SITE=build/site $(PY) -m pytest -q tests/docs/test_site.py
 
 test: $(VENV)/.installed-test  ## run the tests: pytest $(PYTEST_FLAGS)
 	$(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
@@ -43,6 +47,9 @@ test-slow: $(VENV)/.installed-test  ## run the tests marked slow, which `make te
 
 test-integrations: $(VENV)/.installed-integrations $(VENV)/node_modules  ## run the tests of models in other libraries
 	$(PY) -m pytest tests/integrations $(PARALLEL) $(PYTEST_FLAGS)
+
+test-notebooks: $(VENV)/.installed-notebooks  ## run the notebooks of examples/notebooks
+	$(PY) -m pytest -m 'slow or not slow' tests/docs/test_notebooks.py $(PYTEST_FLAGS)
 
 test-kernels: $(VENV)/.installed-kernels  ## run the tests of GPU kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(PARALLEL) $(PYTEST_FLAGS)

@@ -41,7 +41,7 @@ def save_pretrained(
     folder: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
 ) -> None:
     """Writes the quantized weights and the configuration of an attached model to a folder.
 

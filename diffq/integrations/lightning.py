@@ -73,7 +73,7 @@ class DiffQCallback(*_BASES):  # type: ignore[misc]
         lam: float | None = None,
         float_share: float | None = None,
         lr: float | None = None,
-        codec: Codec = "zstd",
+        codec: Codec = "rans",
         **options: Any,
     ) -> None:
         super().__init__()

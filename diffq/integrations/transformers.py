@@ -75,7 +75,7 @@ class DiffQCallback(TrainerCallback):
         lam: float | None = None,
         float_share: float | None = None,
         lr: float | None = None,
-        codec: Codec = "zstd",
+        codec: Codec = "rans",
         **options: Any,
     ) -> None:
         self.compression = Compression(target_mb, lam, float_share, lr, options)

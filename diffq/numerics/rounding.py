@@ -57,7 +57,8 @@ def _by_tensors(
     steps.masked_fill_(steps <= 0, 1)
     # A quotient of such steps is never rounded to a level beyond the last one.
     within = steps.numpy().min() >= _LEAST
-    points = torch.zeros(len(weights), dtype=torch.bool) if zeros is None else zeros
+    none = torch.zeros(len(weights), dtype=torch.bool, device=widths.device)
+    points = none if zeros is None else zeros
     added = torch.where((ends.low <= 0) & (ends.high >= 0) & points, 0, ends.low)
     offsets, marked = added.numpy().tolist(), points.numpy().tolist()
     spread = [flat.rows.spread(each) for each in (ends.low, ends.high, points) if any(marked)]

@@ -100,7 +100,7 @@ def quantize_checkpoint(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     float16: bool = False,
-    codec: Codec = "zstd",
+    codec: Codec = "rans",
     metadata: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> QuantizedCheckpoint:
@@ -139,7 +139,7 @@ def quantize_checkpoint(
         WeightError: a weight to quantize holds NaN or Inf, or does not fit float16.
         FormatError: the metadata is no JSON object, or a name is not storable.
 
-    Example:
+    Examples:
         >>> small = diffq.quantize_checkpoint(model.state_dict(), 2.5, sensitivity=optimizer)
         >>> small.save("model.diffq")
     """

@@ -122,7 +122,7 @@ def sensitivity(
         AttachError: the model has a quantizer, or is sharded.
         WeightError: a weight to quantize holds NaN or Inf.
 
-    Example:
+    Examples:
         >>> measured = diffq.sensitivity(
         ...     model, batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
         ... )

@@ -288,7 +288,7 @@ class DiffQuantizer(BaseQuantizer[DiffQSettings]):
     and the model computes with the true quantized weights (Equation 1). See
     "Differentiable Model Compression via Pseudo Quantization Noise", arXiv:2104.09987.
 
-    Example:
+    Examples:
         >>> opt = torch.optim.AdamW(model.parameters(), 1e-3)
         >>> quantizer = DiffQuantizer(model, group_size=8)
         >>> quantizer.setup_optimizer(opt)

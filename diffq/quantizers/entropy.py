@@ -247,7 +247,7 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
     the size, so that the price begins once weights have learned something: units that a price
     removes from random weights never come back.
 
-    Example:
+    Examples:
         >>> quantizer = EntropyQuantizer(model)
         >>> quantizer.setup_optimizer(opt, target_mb=0.5, steps=10_000)
 

@@ -255,7 +255,7 @@ def _batches(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
 
 
 def reader_of(
-    records: Mapping[str, Record], aliases: Mapping[str, str], codec: Codec = "zstd"
+    records: Mapping[str, Record], aliases: Mapping[str, str], codec: Codec = "rans"
 ) -> Reader:
     """Reads the file that a snapshot of a model would be written to."""
     return Reader(encode(records, aliases, codec=codec))

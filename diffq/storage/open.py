@@ -153,7 +153,7 @@ def open_file(path: Readable, budget: int | None = None, threads: int | None = N
 
     Args, attributes and errors are those of `StoredModel`.
 
-    Example:
+    Examples:
         >>> with diffq.open("model.diffq") as stored:
         ...     weight = stored["encoder.weight"]
     """

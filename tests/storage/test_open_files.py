@@ -54,13 +54,13 @@ def test_a_file_that_is_cut_while_open(left, tmp_path):
 def test_a_file_that_is_cut_while_it_is_loaded(path, monkeypatch):
     """A file that another process empties during a load is loaded whole, or not at all."""
     expected = all_bits(diffq.load(path, TiedModules()))
-    real = diffq.storage.save.match
+    real = diffq.storage.filling.match
 
     def cut(*args):
         os.truncate(path, 0)
         return real(*args)
 
-    monkeypatch.setattr("diffq.storage.save.match", cut)
+    monkeypatch.setattr("diffq.storage.filling.match", cut)
     assert all_bits(diffq.load(path, TiedModules())) == expected
 
 

@@ -32,7 +32,7 @@ class ProductQuantizer(BaseQuantizer[ProductSettings]):
     are fixed one after the other, and their centroids trained (Equation 4) while the rest
     is finetuned. Load trained weights before attaching, or call `refresh()` after.
 
-    Example:
+    Examples:
         >>> quantizer = ProductQuantizer(model, block_size=8, stages=["*.ffn.*", "*.attn.*"])
         >>> quantizer.setup_optimizer(opt)
         >>> for epoch in range(10):

@@ -1,4 +1,4 @@
-"""docs/training.md: the code on saving and loading runs as written."""
+"""docs/files.md: its code runs as written."""
 
 import io
 import re
@@ -10,7 +10,7 @@ import diffq
 from tests.holder import all_bits, bits_of
 from tests.models import TiedModules
 
-PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "files.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
