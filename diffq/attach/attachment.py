@@ -186,7 +186,7 @@ class Attachment:
             self.learned.place(gradient, quantizers, lengths.slopes)
         learning = [q for q in self.quantizers if q.coded and q.learning and q in active]
         for quantizer in set(self.quantizers).difference(learning):
-            self.learned.place(gradient, [quantizer], torch.zeros(()))
+            self.learned.place(gradient, [quantizer], gradient.new_zeros(()))
         return MeasuredSize(total, gradient, bool(learning))
 
     def _code_lengths(self) -> Iterator[tuple[Sequence[WeightQuantizer], CodeLengths]]:

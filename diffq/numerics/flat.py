@@ -216,7 +216,8 @@ class Flat:
         if not in_numpy(tensors[0].detach()):
             return torch.stack([(tensor == 0).any() if want else none for tensor, want in each])
         arrays = (np.from_dlpack(widen(tensor.detach())) if want else None for tensor, want in each)
-        return torch.tensor([array is not None and bool((array == 0).any()) for array in arrays])
+        found = [array is not None and bool((array == 0).any()) for array in arrays]
+        return torch.tensor(found, device="cpu")
 
     @staticmethod
     def _within(piece: Piece, room: Tensor) -> Iterator[tuple[int, int, int, NDArray[Any]]]:

@@ -57,7 +57,7 @@ def _by_tensors(
     steps.masked_fill_(steps <= 0, 1)
     # A quotient of such steps is never rounded to a level beyond the last one.
     within = steps.numpy().min() >= _LEAST
-    none = torch.zeros(len(weights), dtype=torch.bool, device=widths.device)
+    none = torch.zeros(len(weights), dtype=torch.bool, device="cpu")
     points = none if zeros is None else zeros
     added = torch.where((ends.low <= 0) & (ends.high >= 0) & points, 0, ends.low)
     offsets, marked = added.numpy().tolist(), points.numpy().tolist()

@@ -390,7 +390,7 @@ def test_bits_and_means_are_those_of_the_file(tmp_path):
     assert quantizer.mean_bits() == pytest.approx(mean)
     diffq.save(quantizer, tmp_path / "model.diffq")
     with StoredModel(tmp_path / "model.diffq") as stored:
-        described = describe("model.diffq", summarize(stored))
+        described = describe("model.diffq", summarize(stored.reader))
     assert described["mean_bits"] == pytest.approx(mean)
     kinds = {
         tensor["name"]: (tensor["kind"], tensor["mean_bits"]) for tensor in described["tensors"]
