@@ -29,7 +29,7 @@ from processes import ROOT, worker
 from training_cases import CONTENDERS
 
 MODELS = {"efficientnet": EfficientNet, "transformer": Transformer}
-NAMES = ["diffq-g8", "diffq-g8-rounding", "qat", "lsq"]
+NAMES = ["diffq-g8", "diffq-g8-rounding", "qat", "lsq", "entropy"]
 
 
 def measure(model_name: str, contender: str, rounds: int) -> list[float]:

@@ -38,6 +38,7 @@ CONTENDERS = {
     "plain": Contender(),
     "qat": Contender("QATQuantizer"),
     "lsq": Contender("LSQQuantizer"),
+    "entropy": Contender("EntropyQuantizer"),
     "diffq-g1": _diffq(1),
     "diffq-g8": _diffq(8),
     "diffq-g64": _diffq(64),

@@ -113,7 +113,8 @@ def _print(summary: Summary, everything: bool) -> None:
     folded = [] if everything else _little(summary)
     rows = [_row(tensor, summary) for tensor in summary.tensors if tensor not in folded]
     if folded:
-        rows.append(_rest(f"({len(folded)} raw tensors, see --all)", folded, summary))
+        what = "raw" if all(tensor.entry.kind == "raw" for tensor in folded) else "small"
+        rows.append(_rest(f"({len(folded)} {what} tensors, see --all)", folded, summary))
     size, overhead = summary.size, summary.overhead
     head = ["(index, metadata)", *[""] * 7]
     rows.append([*head, f"{overhead:,}", f"{overhead / size:.1%}", ""])
@@ -132,8 +133,9 @@ def _print(summary: Summary, everything: bool) -> None:
 
 
 def _little(summary: Summary) -> list[Tensor]:
-    """Raw tensors that are one row; none where that would save no row."""
-    little = [tensor for tensor in summary.raw if tensor.size < _LITTLE * summary.size]
+    """Raw tensors, and those with one scale, that are one row; none if that would save no row."""
+    alike = [tensor for tensor in summary.tensors if tensor.entry.kind in ("raw", "scaled")]
+    little = [tensor for tensor in alike if tensor.size < _LITTLE * summary.size]
     return little if len(little) > 1 else []
 
 

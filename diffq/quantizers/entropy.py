@@ -243,7 +243,7 @@ class EntropyQuantizer(BaseQuantizer[EntropySettings]):
     weights and passes gradients straight through. The price of size moves the steps only. See
     `diffq.numerics.stepped` and `diffq.numerics.lengths` for the equations.
 
-    Below some 1.3 bits a weight it takes fewer bytes than a `DiffQuantizer` at equal quality. Name
+    Below some 2 bits a weight it takes fewer bytes than a `DiffQuantizer` at equal quality. Name
     the size, so that the price begins once weights have learned something: units that a price
     removes from random weights never come back.
 

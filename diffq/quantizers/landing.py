@@ -27,10 +27,8 @@ _TRIES = 30
 #: By how much groups that are equally fine are moved apart, so that a shift takes some first.
 _APART, _WHOLE_APART = 0.05, 0.98
 
-_REMEDY = (
-    "Lower min_bits, take an EntropyQuantizer, which can do with less than a bit a weight, "
-    "quantize more tensors (min_size, exclude, small_bits), or ask for more MB."
-)
+_MORE = "quantize more tensors (min_size, exclude, small_bits), or ask for more MB."
+_BITS = "Lower min_bits, take an EntropyQuantizer, which can do with less than a bit a weight, "
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def land(attachment: Attachment, measure: Callable[[], float], target: float, la
     if size > target:
         warn(
             f"The file takes {size:.4g} MB as coarse as it gets, which is above "
-            f"target_mb={target:.4g}. {_REMEDY}"
+            f"target_mb={target:.4g}. {_remedy(attachment)}"
         )
     return size
 
@@ -195,7 +193,7 @@ def check_reachable(
     if target < size:
         raise ConfigError(
             f"target_mb must be at least {size:.4g} for this model and quantizer, whose file takes "
-            f"that as coarse as it gets, got {target:.4g}. {_REMEDY}"
+            f"that as coarse as it gets, got {target:.4g}. {_remedy(attachment)}"
         )
 
 
@@ -207,3 +205,9 @@ def largest_on_ranks(attachment: Attachment, size: float) -> float:
     value = torch.tensor(size, dtype=torch.float64, device=mesh_device(parameter))
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return float(value.item())
+
+
+def _remedy(attachment: Attachment) -> str:
+    """What makes a file smaller than the quantizer can."""
+    steps = any(quantizer.coded for quantizer in attachment.quantizers)
+    return _MORE[0].upper() + _MORE[1:] if steps else _BITS + _MORE

@@ -184,7 +184,8 @@ def check_learns_bits(attachment: Attachment, argument: str) -> None:
         raise ConfigError(
             f"{argument} puts a price on bitwidths or steps that are learned, and "
             f"{type(attachment.face).__name__} learns none on this model. Leave {argument} out, "
-            "or use a DiffQuantizer without bits= on tensors above its min_size."
+            "or use a DiffQuantizer without bits=, or an EntropyQuantizer, on tensors above its "
+            "min_size."
         )
 
 

@@ -57,7 +57,7 @@ class Views:
 
         Returns:
             `diffq/size_mb`, which is `true_model_size()`; `diffq/mean_bits`, unless no weight has
-            bits; and `diffq/bits/<tensor>`, the mean of each quantized tensor.
+            bits; and `diffq/bits/<tensor>`, the mean of each quantized tensor but small ones.
 
         Raises:
             WeightError: a weight or bitwidth is not finite.
@@ -68,7 +68,8 @@ class Views:
         numbers = {"diffq/size_mb": total_bits(sizes, self._raw_bits()) / MEGABYTE_BITS}
         if levels:
             numbers["diffq/mean_bits"] = mean_bits(levels)
-        return numbers | {f"diffq/bits/{size.names[0]}": size.mean_bits for size in levels}
+        learned = [size for size in levels if not size.small]
+        return numbers | {f"diffq/bits/{size.names[0]}": size.mean_bits for size in learned}
 
     def report(self, path: PathLike | None = None, codec: Codec = "rans") -> str:
         """A web page about the file that `diffq.save` would write now.

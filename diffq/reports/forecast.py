@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from diffq.format.entropy import entropy_bits
 from diffq.format.kinds.base import Record
-from diffq.format.kinds.levels import LevelRecord
+from diffq.format.kinds.grid import GridRecord
 from diffq.reports.summary import Summary, Tensor
 
 #: Bits that every group keeps.
@@ -44,8 +44,8 @@ class Rates:
 
     @classmethod
     def of(cls, record: Record) -> Rates | None:
-        """Measures a record; None if it stores no levels."""
-        levels = record.coded if isinstance(record, LevelRecord) else None
+        """Measures a record; None if it stores no levels whose bitwidths were chosen."""
+        levels = record.coded if isinstance(record, GridRecord) else None
         if levels is None:
             return None
         streams = levels.streams()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,9 @@ DETAILS = {
 
 
 def level_counts(record: Record) -> dict[int, int]:
-    """Weights at each bitwidth, by rising bitwidth; none where no levels are stored."""
-    levels = record.coded if isinstance(record, LevelRecord) else None
+    """Weights at each bitwidth, by rising bitwidth; none without levels, or without bitwidths."""
+    chosen = isinstance(record, LevelRecord) and not record.by_entropy
+    levels = record.coded if chosen else None
     return levels.counts() if levels else {}
 
 
@@ -39,6 +41,8 @@ def coded_bits(record: Record) -> tuple[int, int]:
     """Bits of all levels or indices of a tensor, and the number of weights they stand for."""
     if record.coded is None:
         return 0, 0
+    if isinstance(record, LevelRecord) and record.by_entropy:
+        return math.ceil(record.coded.entropy_bits()), record.numel
     counts = record.coded.counts()
     return sum(width * count for width, count in counts.items()), record.numel
 

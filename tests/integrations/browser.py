@@ -11,18 +11,10 @@ from threading import Thread
 
 import pytest
 
+from tests.reports.browser import FLAGS
+
 #: Where `make test-integrations` installs the package of npm.
 RUNTIME = Path(sys.prefix) / "node_modules" / "onnxruntime-web" / "dist"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 #: A busy machine compiles 14 MB of WebAssembly in a few seconds.
 SECONDS = 120
 TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm"}

@@ -109,6 +109,9 @@ class LevelRecord(QuantizedRecord):
         FormatError: the sizes, bitwidths or values contradict each other.
     """
 
+    #: Whether a level is worth its entropy, because no bitwidth was chosen for it.
+    by_entropy: ClassVar[bool] = False
+
     group_size: int
     min_bits: int
     bits: Bytes

@@ -50,6 +50,7 @@ class SteppedRecord(LevelRecord):
     """
 
     state_kinds = ("stepped",)
+    by_entropy = True
 
     steps: Steps
 
