@@ -53,6 +53,9 @@ class Attachment:
         self._sizes: Sizes | None = None
         self._batches = Batches()
         self._places = self._find_places()
+        self._places_of: list[list[Place]] = [[] for _ in self.quantizers]
+        for place in self._places:
+            self._places_of[place.quantizer.index].append(place)
         self.forwards.root, self.forwards.attached = ref(model), True
         # By the module and not by its name: a detach reaches modules that were replaced since.
         self._covered = [m for m in model.modules() if m is model or self._below(m)]
@@ -95,7 +98,7 @@ class Attachment:
             AttachError: something else is in its place, the tensor has another shape, or tied
                 tensors were untied.
         """
-        place, *others = (p for p in self._places if p.quantizer is quantizer)
+        place, *others = self._places_of[quantizer.index]
         weight = self._gathered(place)
         place.check_shape(weight)
         for other in others:

@@ -47,7 +47,6 @@ class Drawing:
                     sample.connected = value if quantizer.learning else _tied(value, run.flat)
             yield from zip(batch.quantizers, samples, strict=True)
 
-    @torch.no_grad()
     def quantize(self, tensors: Sequence[tuple[WeightQuantizer, Tensor]]) -> dict[int, Tensor]:
         """True quantized weights, by the index of their quantizer.
 
@@ -58,13 +57,16 @@ class Drawing:
         runs = self._learned.runs([batch.quantizers for batch, _ in batches])
         found: dict[int, Tensor] = {}
         for (batch, bases), run in zip(batches, runs, strict=True):
-            # Values that inference mode made would be of no use to a later backward.
-            plain = is_plain() and not bases[0].is_inference()
-            with torch.inference_mode(False) if plain else nullcontext(), torch.no_grad():
-                values = batch.quantize(bases, run.beside(bases[0]).detach())
-                if is_plain():
+            learned = run.beside(bases[0]).detach()
+            if not is_plain():
+                # A block without gradients around others is one too many for exporters.
+                values = batch.quantize(bases, learned)
+            else:
+                # Values that inference mode made would be of no use to a later backward.
+                leave = not bases[0].is_inference()
+                with torch.inference_mode(False) if leave else nullcontext(), torch.no_grad():
                     # Slices of one buffer share their version.
-                    values = [value.data for value in values]
+                    values = [value.data for value in batch.quantize(bases, learned)]
             indices = (quantizer.index for quantizer in batch.quantizers)
             found.update(zip(indices, values, strict=True))
         return found

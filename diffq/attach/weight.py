@@ -147,6 +147,13 @@ class WeightQuantizer(ABC):
         """What learned numbers say about the size, also once fixed; None if they say nothing."""
         return None
 
+    def finest(self, weight: Tensor) -> Tensor | None:
+        """The highest numbers of `fineness` that a weight allows, float64 on the CPU.
+
+        None where it allows all.
+        """
+        return None
+
     def fix_size(self, learned: Tensor | None) -> None:
         """Fixes what decides the size, and rounds in training from here on."""
         return None

@@ -61,6 +61,8 @@ def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLe
     def counted(piece: Piece, ratios: Tensor) -> tuple[()]:
         rows = flat.join(weights, like, piece)
         torch.div(rows, rows_of(steps, piece)[:, None], out=ratios).abs_()
+        # What is not finite must be no index. Eval refuses it.
+        ratios.nan_to_num_(nan=0.0, posinf=0.0)
         levels = ratios.round().clamp_(max=_MOST).long().add_(rows_of(places, piece)[:, None])
         counts.scatter_add_(0, levels.view(-1), one.expand(levels.numel()))
         return ()

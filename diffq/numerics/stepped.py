@@ -4,7 +4,8 @@ Of a weight w in a row with step s, training computes with k * s, where k = roun
 of the step moves the value by the rounding error: with k * s = w + s * e, and e held constant,
 d value / d log2(s) = log(2) * s * e = log(2) * (value - w). The weight gets the gradient unchanged.
 Steps are powers of two in quarter octaves, rounded from what is learned, which gets the gradient
-all the same (a straight-through estimator).
+all the same (a straight-through estimator). Levels have 15 bits, so the step of a row must not be
+below a 16383rd of its largest weight: where steps begin and where they are fixed, none is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _ELSEWHERE = Constants()
 
 def numbers_of(learned: Tensor) -> Tensor:
     """Steps in whole quarter octaves, int64, of their learned binary logarithms."""
-    return (learned.detach() * PER_OCTAVE).round().clamp(FINEST, COARSEST).to(torch.int64)
+    # NaN, of a loss that was not finite, must be no index. Eval refuses it.
+    numbers = (learned.detach() * PER_OCTAVE).nan_to_num(nan=0.0).round()
+    return numbers.clamp(FINEST, COARSEST).to(torch.int64)
 
 
 def steps_of(numbers: Tensor) -> Tensor:
@@ -49,6 +52,16 @@ def steps_of(numbers: Tensor) -> Tensor:
     else:
         table = _ELSEWHERE.get("steps", _STEPS.tolist(), torch.float32, device)
     return table[numbers - FINEST]
+
+
+def least_numbers(largest: Tensor) -> Tensor:
+    """The finest steps of rows whose last level is at their largest magnitude or beyond, float32.
+
+    Args:
+        largest: magnitude of each row.
+    """
+    numbers = (torch.log2(largest.float() / LEVELS.highest) * PER_OCTAVE).ceil()
+    return numbers.clamp(FINEST, COARSEST)
 
 
 class LearnedStep(torch.autograd.Function):

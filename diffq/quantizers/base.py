@@ -162,6 +162,8 @@ class BaseQuantizer(OptimizerSetup, QuantizeSwitch, Views, Generic[Settings]):
     def bits(self) -> dict[str, Tensor]:
         """Rounded bitwidth of each group: tensor name to uint8 [groups] on the CPU.
 
+        Without tensors that have none, such as those of an `EntropyQuantizer`.
+
         A collective if the model is sharded.
 
         Raises:

@@ -81,7 +81,8 @@ class EntropyWeight(WeightQuantizer):
     def start(self, weight: Tensor) -> Tensor:
         """Steps with which normal weights take `init_bits`, [rows]."""
         mean = scaled.mean_magnitude(weight.detach().float())
-        return (torch.log2(mean) + (_NORMAL - self.settings.init_bits)).expand(self.rows).clone()
+        first = (torch.log2(mean) + (_NORMAL - self.settings.init_bits)).expand(self.rows)
+        return torch.maximum(first, self._least(weight) / stepped.PER_OCTAVE)
 
     def restart(self, weight: Tensor) -> Tensor:
         """The steps of the weights as they are."""
@@ -110,14 +111,14 @@ class EntropyWeight(WeightQuantizer):
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The nearest level times the step, rounded to float32."""
-        numbers = self.numbers(cast(Tensor, learned))
+        numbers = self._finite_numbers(learned)
         values = self._levels(weight, numbers) * stepped.steps_of(numbers)[:, None]
         return from_groups(values, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor, learned: Tensor | None) -> SteppedRecord:
         """Levels, counted from the lowest of their bitwidth, and steps."""
-        numbers = self.numbers(cast(Tensor, learned))
+        numbers = self._finite_numbers(learned)
         levels = self._levels(weight, numbers).reshape(-1)[: weight.numel()]
         least, most = levels.aminmax()
         bits = max(int(-least), int(most) + 1, 1)
@@ -132,12 +133,30 @@ class EntropyWeight(WeightQuantizer):
             steps=numbers.to(torch.int16).cpu().numpy(),
         )
 
+    def finest(self, weight: Tensor) -> Tensor:
+        """Steps with which the largest weight of each row has the last level, float64 [rows]."""
+        return -self._least(weight).double().cpu()
+
+    def _least(self, weight: Tensor) -> Tensor:
+        rows = to_groups(weight.detach().float(), self.group_size)
+        return stepped.least_numbers(rows.abs().amax(1))
+
     def numbers(self, learned: Tensor) -> Tensor:
         """Steps in quarter octaves, int64 [rows]."""
         if self._fixed is None:
             return stepped.numbers_of(learned)
         self._fixed = self._fixed.to(learned.device)
         return self._fixed
+
+    def _finite_numbers(self, learned: Tensor | None) -> Tensor:
+        steps = cast(Tensor, learned)
+        if is_plain() and self.learning and not torch.isfinite(steps).all():
+            raise WeightError(
+                f"The steps of {self.plan.name} must be finite, got NaN: a loss that was not "
+                "finite reached them. Go back to a checkpoint, and skip steps whose loss is not "
+                "finite."
+            )
+        return self.numbers(steps)
 
     def size_bits(self) -> float:
         """Nothing but what `SteppedBatch.code_lengths` says."""
@@ -201,7 +220,7 @@ class SteppedBatch(Batch):
         """The nearest levels times the steps, rounded to float32."""
         # The levels of one tensor are those of float32.
         narrow = weights[0].dtype != torch.float64
-        if not (is_plain() and narrow and torch.isfinite(self._flat.largest(weights))):
+        if not (is_plain() and narrow and self._are_finite(weights, learned)):
             return super().quantize(weights, learned)
         return self._flat.split(self._rounded(weights, learned).to(weights[0].dtype))
 
@@ -221,6 +240,11 @@ class SteppedBatch(Batch):
         spread = rows.largest(highest) + rows.largest(-highest)
         steps = self._flat.constants.get("steps", rows.counts, torch.float32, spread.device)
         return CodeLengths(found.bits + steps * torch.log2(spread + 1), found.slopes)
+
+    def _are_finite(self, weights: Sequence[Tensor], learned: Run) -> bool:
+        """Whether no weight and no step is one that is refused."""
+        largest = self._flat.largest(weights)
+        return bool(torch.isfinite(largest) & torch.isfinite(cast(Tensor, learned.flat)).all())
 
     def _rounded(self, weights: Sequence[Tensor], learned: Run) -> Tensor:
         steps = stepped.steps_of(self._numbers(learned))

@@ -38,10 +38,13 @@ class _Real:
     index: int
     fineness: Fineness
     numbers: Tensor
+    finest: Tensor | None
 
     def learned(self, shift: float) -> Tensor:
-        whole = (self.numbers + shift).round().clamp(self.fineness.least, self.fineness.most)
-        return self.fineness.learned(whole)
+        whole = (self.numbers + shift).round()
+        if self.finest is not None:
+            whole = torch.minimum(whole, self.finest)
+        return self.fineness.learned(whole.clamp(self.fineness.least, self.fineness.most))
 
 
 def land(attachment: Attachment, measure: Callable[[], float], target: float, last: bool) -> float:
@@ -136,6 +139,7 @@ def _fix(attachment: Attachment, real: Sequence[_Real], shift: float) -> None:
 def _apart(attachment: Attachment) -> list[_Real]:
     """How finely all tensors are quantized, where equal groups are moved apart."""
     found, first = [], 0
+    finest = attachment.each_weight(lambda q, weight, learned: q.finest(weight))
     for q, part in zip(attachment.quantizers, attachment.learned.parts(), strict=True):
         fineness = q.fineness
         if fineness is None or part is None:
@@ -146,7 +150,7 @@ def _apart(attachment: Attachment) -> list[_Real]:
         # Multiples of the golden ratio are spread evenly, whatever their number.
         order = torch.arange(first, first + len(real), dtype=torch.float64, device="cpu")
         spread = torch.frac(order * (math.sqrt(5) - 1) / 2) - 0.5
-        found.append(_Real(q.index, fineness, real + width * spread))
+        found.append(_Real(q.index, fineness, real + width * spread, finest[q.index]))
         first += len(real)
     return found
 

@@ -62,8 +62,11 @@ def tensor_size(quantizer: WeightQuantizer, weight: Tensor, learned: Tensor | No
     """The size of what a weight quantizer stores of its weight."""
     record, plan = quantizer.record(weight, learned), quantizer.plan
     # Levels without bitwidths are worth their entropy.
-    entropy = record.coded.entropy_bits() if quantizer.coded and record.coded else 0.0
-    levels = math.ceil(entropy) or level_bits(quantizer, learned)
+    if quantizer.coded and record.coded:
+        # At least one bit in all: levels that are all zero are levels too.
+        levels = max(1, math.ceil(record.coded.entropy_bits()))
+    else:
+        levels = level_bits(quantizer, learned)
     stored = quantizer.stored_bits(record)
     return TensorSize(plan.names, plan.shape, quantizer.group_size, stored, levels, plan.small)
 

@@ -326,3 +326,62 @@ def test_frozen_model_computes(tmp_path):
     )
     x = x16()
     assert close(fresh(x).detach(), expected(x).detach())
+
+
+# Weights at the ends of what levels hold.
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.001])
+def test_sparse_weights_start_unclipped(keep):
+    """The first steps are coarse enough for the largest weight, whatever the mean magnitude."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * (torch.rand(64, 256) < keep)
+    model = Holder({"weight": weight.clone()})
+    value = diffq.EntropyQuantizer(model, min_size=0, init_bits=12).detach(quantized=True).weight
+    assert (value - weight).abs().max() < 0.01 * weight.abs().max()
+
+
+@pytest.mark.parametrize("keep", [0.1, 1.0])
+def test_target_above_what_weights_take(keep):
+    """A file of more bytes than the weights can take is as fine as it gets: no weight clips."""
+    model = seeded(_net)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand_like(p) < keep)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    quantizer = diffq.EntropyQuantizer(model, min_size=0)
+    quantizer.setup_optimizer(optimizer, steps=20, target_mb=0.2, float_share=0.5, lr=0.0)
+    for _ in range(20):
+        model(torch.randn(4, 24)).sum().backward()
+        optimizer.step()
+    plain = {
+        name: p.detach().clone() for name, p in model.named_parameters() if "_diffq" not in name
+    }
+    quantized = dict(quantizer.detach(quantized=True).named_parameters())
+    for name, weight in plain.items():
+        error = (quantized[name].detach() - weight).abs().max()
+        assert error <= 1e-3 * weight.abs().max()
+
+
+@pytest.mark.parametrize("lam", [None, 1.0])
+def test_steps_that_diverged(lam):
+    """After a loss that was not finite, training goes on, and eval names the tensor."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 32)))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    quantizer = diffq.EntropyQuantizer(model, min_size=0)
+    quantizer.setup_optimizer(optimizer, lam=lam)
+    for factor in (float("nan"), 1.0):
+        optimizer.zero_grad()
+        (model(torch.randn(4, 16)).sum() * factor).backward()
+        optimizer.step()
+    with pytest.raises(diffq.WeightError, match=r"0\.(weight|bias)"):
+        model.eval()(torch.randn(4, 16))
+
+
+def test_zeros_count():
+    """A tensor of zeros is in the mean and in the metrics, with next to no bits."""
+    torch.manual_seed(0)
+    model = Holder({"noise": torch.randn(64, 64), "zeros": torch.zeros(640, 64)})
+    quantizer = diffq.EntropyQuantizer(model, min_size=0)
+    assert quantizer.mean_bits() < 0.5
+    assert quantizer.metrics()["diffq/bits/zeros"] < 0.01
