@@ -72,7 +72,7 @@ class GridRecord(LevelRecord):
     @property
     def per_group(self) -> bool:
         """Whether groups of one bitwidth have parameters of their own."""
-        return len(self.ranges) > 1
+        return len(self.ranges) != 1
 
     def affine(self, bits: Bytes) -> Affine:
         """How levels are decoded; see `LevelRecord.affine`."""
