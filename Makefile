@@ -66,8 +66,8 @@ test-processors: $(VENV)/.installed-test  ## run the tests as on other processor
 
 # Without the files that take long, that multiply no matrices, or that need other libraries.
 test-processors-short: PROCESSORS = ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=2,PERTURB=1
-test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli reports integrations kernels \
-	test_distributed.py storage/test_open.py storage/test_load.py $(patsubst %,attach/test_%.py,compile fault_injection attach changed_models))
+test-processors-short: PYTEST_FLAGS += $(addprefix --ignore=tests/,format fuzz legacy cli reports docs packed ptq integrations kernels \
+	test_distributed.py test_benchmarks.py test_sweep.py storage/test_open.py storage/test_load.py $(patsubst %,attach/test_%.py,compile fault_injection attach changed_models))
 test-processors-short: test-processors  ## the same in a few minutes: several settings at once
 
 test-torch:  ## run the tests on another torch: TORCH=2.6.0, in an environment of its own

@@ -26,6 +26,16 @@ def pytest_report_header():
     return f"torch {torch.__version__}, numpy {np.__version__}"
 
 
+# Files that take longest, which processes that share the others must not begin last.
+LONGEST = ["test_distributed.py", "test_compile.py", "test_target.py", "test_benchmarks.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Runs the longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test starts from the same random numbers, whatever ran before it."""
