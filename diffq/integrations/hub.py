@@ -208,7 +208,7 @@ def _with_adapter(base: Any, folder: Path) -> Any:
     _existing(folder, ADAPTER_CONFIG)
     state = load(_existing(folder, ADAPTER_FILE))
     model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(str(folder)))
-    result = peft.set_peft_model_state_dict(model, state)
+    result: Any = peft.set_peft_model_state_dict(model, state)
     if result.unexpected_keys:
         raise MismatchError(
             f"The adapter in {folder} does not fit the base model, which has no place for "

@@ -127,7 +127,7 @@ class DiffQCallback(TrainerCallback):
         """Writes the file of the model that training ends with."""
         if model is not None and args.should_save:
             check_end(quantizer_of(model))
-            write(model, args.output_dir, self.codec)
+            write(model, args.output_dir or ".", self.codec)
 
 
 class _Compressing:
