@@ -53,7 +53,7 @@ def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLe
     """
     like, tensors = weights[0], len(weights)
     steps = steps.to(wide(like.dtype))
-    places = torch.arange(tensors, device="cpu") * (_MOST + 1)
+    places = torch.arange(tensors, dtype=torch.int32, device="cpu") * (_MOST + 1)
     places = flat.rows.spread(places.to(like.device))
     counts = torch.zeros(tensors * (_MOST + 1), dtype=torch.int64, device=like.device)
     one = counts.new_ones(1)
@@ -63,8 +63,8 @@ def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLe
         torch.div(rows, rows_of(steps, piece)[:, None], out=ratios).abs_()
         # What is not finite must be no index. Eval refuses it.
         ratios.nan_to_num_(nan=0.0, posinf=0.0)
-        levels = ratios.round().clamp_(max=_MOST).long().add_(rows_of(places, piece)[:, None])
-        counts.scatter_add_(0, levels.view(-1), one.expand(levels.numel()))
+        levels = ratios.round().clamp_(max=_MOST).int().add_(rows_of(places, piece)[:, None])
+        counts.scatter_add_(0, levels.view(-1).long(), one.expand(levels.numel()))
         return ()
 
     (ratios,) = flat.compute(like, counted)
@@ -75,8 +75,10 @@ def code_lengths(flat: Flat, weights: Sequence[Tensor], steps: Tensor) -> CodeLe
 
     def sloped(piece: Piece, _: Tensor) -> tuple[Tensor]:
         ratio = ratios[piece.rows]
-        below = ratio.floor().clamp_(max=_MOST).long().add_(rows_of(places, piece)[:, None])
-        return (row_sums(growth[below].mul_(ratio)),)
+        below = ratio.floor().clamp_(max=_MOST).int().add_(rows_of(places, piece)[:, None])
+        # Four times as fast as an index of two dimensions.
+        slopes = growth.index_select(0, below.view(-1)).view_as(ratio)
+        return (row_sums(slopes.mul_(ratio)),)
 
     _, slopes = flat.compute(like, sloped)
     return CodeLengths(bits, slopes.mul_(-math.log(2)))
