@@ -33,7 +33,7 @@ _LABELLED = 0.06
 def bits(source: BaseQuantizer[Any] | StoredModel | Readable, ax: Axes | None = None) -> Axes:
     """Shares of each layer's weights at each bitwidth, with the layer's bytes beside them.
 
-    Shows the 40 largest layers, in the order of the model.
+    Shows the 40 largest layers, in the order of the model, without biases and norms at `small_bits`.
 
     Args:
         source: a quantizer, a file, or what `diffq.open` returned.
@@ -48,7 +48,7 @@ def bits(source: BaseQuantizer[Any] | StoredModel | Readable, ax: Axes | None = 
         FormatError, OSError: the file is damaged, or cannot be read.
     """
     summary = _summary(source)
-    shown, rest = largest([t for t in summary.quantized if t.mean_bits], MOST_LAYERS)
+    shown, rest = largest(summary.layers, MOST_LAYERS)
     axes = ax or _new_axes(len(shown))
     colors = ramp(summary.counts)
     for row, tensor in enumerate(shown):

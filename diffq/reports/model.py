@@ -139,9 +139,7 @@ def _bytes(summary: Summary) -> Markup:
 
 
 def _bits(summary: Summary) -> Markup:
-    shown, rest = largest(
-        [t for t in summary.quantized if t.mean_bits is not None], figures.MOST_LAYERS
-    )
+    shown, rest = largest(summary.layers, figures.MOST_LAYERS)
     rows = [figures.Layer(tensor.name, [line(tensor)]) for tensor in shown]
     spread = Markup()
     if len(summary.counts) > 1:

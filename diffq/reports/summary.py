@@ -30,6 +30,10 @@ DETAILS = {
 }
 
 
+# Share of a file below which a tensor with one scale is no layer of its own in pictures.
+_LEAST_SHARE = 0.005
+
+
 def level_counts(record: Record) -> dict[int, int]:
     """Weights at each bitwidth, by rising bitwidth; none without levels, or without bitwidths."""
     chosen = isinstance(record, LevelRecord) and not record.by_entropy
@@ -155,6 +159,17 @@ class Summary:
     def quantized(self) -> list[Tensor]:
         """The tensors that are computed from integers."""
         return [tensor for tensor in self.tensors if tensor.quantized]
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """Tensors with levels or indices, without biases and norms that have one scale each.
+
+        Those would fill the pictures with bars of one bitwidth.
+        """
+        bits = [tensor for tensor in self.quantized if tensor.mean_bits is not None]
+        least = _LEAST_SHARE * self.size
+        large = [t for t in bits if t.entry.kind != "scaled" or t.size >= least]
+        return large or bits
 
     @property
     def raw(self) -> list[Tensor]:
