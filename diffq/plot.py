@@ -33,7 +33,7 @@ _LABELLED = 0.06
 def bits(source: BaseQuantizer[Any] | StoredModel | Readable, ax: Axes | None = None) -> Axes:
     """Shares of each layer's weights at each bitwidth, with the layer's bytes beside them.
 
-    Shows the 40 largest layers, in the order of the model, without biases and norms at `small_bits`.
+    Shows the 40 largest layers, in the order of the model, without small tensors of one scale.
 
     Args:
         source: a quantizer, a file, or what `diffq.open` returned.
