@@ -15,8 +15,7 @@ from codec_worker import Meter, attach, make_model
 
 
 def open_file(path: Path) -> None:
-    with diffq.open(path):
-        pass
+    diffq.open(path).close()
 
 
 def read_one(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from diffq.attach.batch import Batch, Batches
+from diffq.attach.batch import Batch, Batches, CodedBatch
 from diffq.attach.checkpoints import StateHooks
 from diffq.attach.classes import Cover, cover_of, put_on, take_off
 from diffq.attach.forward import Forwards
@@ -52,6 +52,9 @@ class Attachment:
         self.forwards = Forwards(self.quantizers, self.learned)
         self._sizes: Sizes | None = None
         self._batches = Batches()
+        # The size as measured, in a block in which nothing changes it.
+        self._holds = False
+        self._held: MeasuredSize | None = None
         self._places = self._find_places()
         self._places_of: list[list[Place]] = [[] for _ in self.quantizers]
         for place in self._places:
@@ -156,13 +159,24 @@ class Attachment:
         self.learned.write(started)
         self.forget()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block in which no weight changes, so that levels are measured once."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds, self._held = False, None
+
     def learned_size(self) -> LearnedSize | None:
         """The size of what is learned; None if none is.
 
         Those tensors have a gradient that noise acts on.
         """
         if any(quantizer.coded for quantizer in self.quantizers):
-            return self._measured_size()
+            measured = self._held or self._measured_size()
+            self._held = measured if self._holds else None
+            return measured
         sized = [
             (quantizer, Sized(grouping, span[0]))
             for quantizer, span in zip(self.quantizers, self.learned.spans, strict=True)
@@ -188,8 +202,9 @@ class Attachment:
             total += lengths.bits.sum().to(total)
             self.learned.place(gradient, quantizers, lengths.slopes)
         learning = [q for q in self.quantizers if q.coded and q.learning and q in active]
-        for quantizer in set(self.quantizers).difference(learning):
-            self.learned.place(gradient, [quantizer], gradient.new_zeros(()))
+        for quantizer, span in zip(self.quantizers, self.learned.spans, strict=True):
+            if span is not None and quantizer not in learning:
+                gradient[span[0] : span[0] + span[1].numel()] = 0
         return MeasuredSize(total, gradient, bool(learning))
 
     def _code_lengths(self) -> Iterator[tuple[Sequence[WeightQuantizer], CodeLengths]]:
@@ -205,8 +220,8 @@ class Attachment:
         runs = self.learned.runs([batch.quantizers for batch, _ in batches])
         for (batch, held), run in zip(batches, runs, strict=True):
             weights = held or [self.weight(q).detach() for q in batch.quantizers]
-            lengths = batch.code_lengths(weights, run.beside(weights[0]))
-            yield batch.quantizers, lengths
+            if isinstance(batch, CodedBatch):
+                yield batch.quantizers, batch.code_lengths(weights, run.beside(weights[0]))
 
     def each_quantizer(self, call: Callable[[WeightQuantizer, Tensor | None], T]) -> list[T]:
         """What `call` gives for each quantizer and what it learned, gathered if sharded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,15 +82,6 @@ class Batch:
         each = zip(self.quantizers, weights, learned.parts(), strict=True)
         return [q.draw(weight, part) or Sample.of(weight) for q, weight, part in each]
 
-    def code_lengths(self, weights: Sequence[Tensor], learned: Run) -> CodeLengths:
-        """Bits of the levels of quantizers that are `coded`.
-
-        Args:
-            weights: as they are.
-            learned: what is learned; its gradient is that of the bits.
-        """
-        raise NotImplementedError
-
     def connect(
         self, weights: Sequence[Tensor], samples: Sequence[Sample], learned: Run
     ) -> list[Tensor]:
@@ -101,6 +93,19 @@ class Batch:
         """The true quantized weights, in the weights' dtype; both without graph."""
         each = zip(self.quantizers, weights, learned.parts(), strict=True)
         return [q.quantize(weight, part) for q, weight, part in each]
+
+
+class CodedBatch(Batch, ABC):
+    """Tensors whose quantizers are `coded`: their size is measured by their weights."""
+
+    @abstractmethod
+    def code_lengths(self, weights: Sequence[Tensor], learned: Run) -> CodeLengths:
+        """Bits of the levels, and their slopes by what is learned.
+
+        Args:
+            weights: as they are.
+            learned: what is learned.
+        """
 
 
 class Batches:

@@ -130,11 +130,9 @@ class Learned(Overridable):
         Args:
             flat: [numbers].
             quantizers: in any order.
-            numbers: theirs, one after the other; or one for all, 0-dim.
+            numbers: theirs, one after the other.
         """
         slices = self._slices(quantizers)
-        if not numbers.dim():
-            numbers = numbers.expand(sum(end - start for start, end in slices))
         parts = torch.split(numbers, [end - start for start, end in slices])
         for (start, end), part in zip(slices, parts, strict=True):
             flat[start:end] = part

@@ -64,7 +64,7 @@ class WeightQuantizer(ABC):
     #: What users call the method.
     method: ClassVar[str]
 
-    #: Whether the size depends on the weights, and `Batch.code_lengths` says it.
+    #: Whether the size depends on the weights, so that batches are `CodedBatch`es and measure it.
     coded: ClassVar[bool] = False
 
     def __init__(self, plan: TensorPlan) -> None:

@@ -112,9 +112,10 @@ class Course(Penalty):
             return
         if now.step == self.plan.begin > 0:
             forget_state(optimizer, list(self._attachment.learned.parameters()))
-        if self.plan.target is not None and phase in (Phase.PATH, Phase.HOLD):
-            now = self._controlled(now, optimizer)
-        self._add(optimizer, now.price)
+        with self._attachment.unchanged():
+            if self.plan.target is not None and phase in (Phase.PATH, Phase.HOLD):
+                now = self._controlled(now, optimizer)
+            self._add(optimizer, now.price)
 
     def after_step(self) -> None:
         """Counts the step, and begins the next phase."""

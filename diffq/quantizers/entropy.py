@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffq.attach.batch import Batch, Run
+from diffq.attach.batch import Batch, CodedBatch, Run
 from diffq.attach.plan import Overrides, Rules, TensorPlan, dtype_name
 from diffq.attach.sample import Sample
 from diffq.attach.weight import WeightQuantizer
@@ -111,18 +111,19 @@ class EntropyWeight(WeightQuantizer):
 
     def quantize(self, weight: Tensor, learned: Tensor | None) -> Tensor:
         """The nearest level times the step, rounded to float32."""
-        numbers = self._finite_numbers(learned)
-        values = self._levels(weight, numbers) * stepped.steps_of(numbers)[:, None]
+        steps = stepped.steps_of(self._finite_numbers(learned))[:, None]
+        values = self._levels(weight, steps) * steps
         return from_groups(values, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def record(self, weight: Tensor, learned: Tensor | None) -> SteppedRecord:
         """Levels, counted from the lowest of their bitwidth, and steps."""
         numbers = self._finite_numbers(learned)
-        levels = self._levels(weight, numbers).reshape(-1)[: weight.numel()]
+        steps = stepped.steps_of(numbers)[:, None]
+        levels = self._levels(weight, steps).reshape(-1)[: weight.numel()]
         least, most = levels.aminmax()
-        bits = max(int(-least), int(most) + 1, 1)
-        bits = (bits - 1).bit_length() + 1
+        # Levels from -2**(bits-1) to 2**(bits-1) - 1.
+        bits = max(int(-least) - 1, int(most)).bit_length() + 1
         return SteppedRecord(
             shape=tuple(weight.shape),
             dtype=dtype_name(weight.dtype),
@@ -190,9 +191,8 @@ class EntropyWeight(WeightQuantizer):
         fixed = self.stage is Stage.FIXED and learned is not None
         self._fixed = stepped.numbers_of(cast(Tensor, learned)) if fixed else None
 
-    def _levels(self, weight: Tensor, numbers: Tensor) -> Tensor:
-        """The nearest levels, float32 [rows, group_size]."""
-        steps = stepped.steps_of(numbers)[:, None]
+    def _levels(self, weight: Tensor, steps: Tensor) -> Tensor:
+        """The nearest levels with steps [rows, 1], float32 [rows, group_size]."""
         rows = to_groups(weight.detach().float(), self.group_size)
         if is_plain() and not torch.isfinite(rows).all():
             raise WeightError(
@@ -202,12 +202,11 @@ class EntropyWeight(WeightQuantizer):
         return stepped.LEVELS.nearest(rows / steps, steps, weight.dtype)
 
 
-class SteppedBatch(Batch):
+class SteppedBatch(CodedBatch):
     """Tensors with rows of one length, each row with its step."""
 
     def __init__(self, quantizers: Sequence[EntropyWeight]) -> None:
         super().__init__(quantizers)
-        self._all = tuple(quantizers)
         first = quantizers[0]
         self._learning = first.learning
         self._flat = Flat([q.plan.shape for q in quantizers], first.group_size)
@@ -254,8 +253,8 @@ class SteppedBatch(Batch):
         """Steps in quarter octaves, int64 [rows]."""
         if self._learning:
             return stepped.numbers_of(cast(Tensor, learned.flat))
-        each = zip(self._all, learned.parts(), strict=True)
-        return torch.cat([q.numbers(cast(Tensor, part)) for q, part in each])
+        each = zip(self.quantizers, learned.parts(), strict=True)
+        return torch.cat([quantizer.numbers(part) for quantizer, part in each])
 
 
 class EntropyQuantizer(BaseQuantizer[EntropySettings]):

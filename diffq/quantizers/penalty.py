@@ -121,9 +121,9 @@ class Penalty:
 
     @torch.no_grad()
     def _add(self, optimizer: Optimizer, lam: float) -> None:
-        slopes = self._slopes(optimizer)
         parameter = self._attachment.learned.learned
-        if lam == 0 or slopes is None or parameter is None:
+        slopes = self._slopes(optimizer) if lam else None
+        if slopes is None or parameter is None:
             return
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -16,6 +16,7 @@ from diffq.numerics.fineness import StepFineness
 from diffq.numerics.flat import Flat
 from diffq.numerics.lengths import code_lengths
 from diffq.numerics.stepped import COARSEST, FINEST, numbers_of, pass_steps, steps_of
+from diffq.quantizers.entropy import SteppedBatch
 from tests.compare import close, same_bits
 from tests.holder import Holder
 from tests.models import SUMS, seeded
@@ -385,3 +386,30 @@ def test_zeros_count():
     quantizer = diffq.EntropyQuantizer(model, min_size=0)
     assert quantizer.mean_bits() < 0.5
     assert quantizer.metrics()["diffq/bits/zeros"] < 0.01
+
+
+def test_levels_are_measured_once_a_step(monkeypatch):
+    """A step that reads the size and adds its price measures levels once; else none does."""
+    counts, real = [], SteppedBatch.code_lengths
+
+    def counted(batch, *args):
+        counts[-1] += len(batch.quantizers)
+        return real(batch, *args)
+
+    monkeypatch.setattr(SteppedBatch, "code_lengths", counted)
+    model = seeded(_net)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    quantizer = diffq.EntropyQuantizer(model, min_size=0)
+    counts.append(0)
+    quantizer.setup_optimizer(optimizer, steps=40, target_mb=0.012, float_share=0.25)
+    for _ in range(38):
+        model(torch.randn(4, 24)).square().sum().backward()
+        counts.append(0)
+        optimizer.step()
+    tensors = len(list(model.parameters())) - 1
+    # Steps 10 to 37 have a price, then the steps are fixed.
+    assert set(counts[12:38]) == {tensors}
+    model(torch.randn(4, 24)).square().sum().backward()
+    counts.append(0)
+    optimizer.step()
+    assert counts[-1] == 0
